@@ -1,0 +1,162 @@
+"""cells.py — the four interaction cells of DIME (SPEC §5): RIC, GLGC, IMRC, CMRC.
+
+A cell refines query tokens `[Q, C, L, D]` in the light of a context, and its router says how open
+each path onward is. It knows nothing of the layer it sits in, of direction or of loss. The axes
+are those of `router.py`; where C = 1 nothing depends on the context yet, and broadcasting does
+the rest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from router import Modality, Router
+
+LEAK = 0.1  # slope of the leaky ReLU in the affinities, as in SCAN
+NO_LENGTH = 1e-12  # a vector shorter than this is divided by this, as torch's normalize does
+NO_SUM = 1e-8  # the same for l1norm and l2norm, which add it
+
+AffinityNorm = Literal[
+    "clipped_l2norm", "l2norm", "l1norm", "clipped_l1norm", "clipped", "softmax", "no_norm"
+]
+CellName = Literal["ric", "glgc", "imrc", "cmrc"]
+CELLS: tuple[CellName, ...] = get_args(CellName)  # the paper's order, and that of the out-paths
+
+
+class RectifiedIdentity(nn.Module):
+    """RIC (§5.0): keep what is there, rectified."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
+        return x.relu(), self.router(x)
+
+
+class GlobalLocalGuidance(nn.Module):
+    """GLGC (§5.1): the whole of the other modality guides each token."""
+
+    def __init__(self, dim: int, router: Router) -> None:
+        super().__init__()
+        self.router = router
+        self.fc = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
+        # REFERENCE: norm_L(fc(x) * guide), over tokens and not over channels. The guide is
+        # constant along L, so only its sign is left, and no gradient reaches it.
+        guide = context.pooled.sign()[None, :, None, :].to(x.dtype)  # [1, C, 1, D]
+        return (1 + guide * _unit_over_tokens(self.fc(x))) * x, self.router(x)
+
+
+class IntraModalReasoning(nn.Module):
+    """IMRC (§5.2): self-attention among the tokens, then a feed-forward layer."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, router: Router) -> None:
+        super().__init__()
+        self.router = router
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # query, key and value in one product
+        start = nn.Linear(dim, dim)
+        # REFERENCE: query, key and value start as equal copies of one layer.
+        self.qkv.weight.data = start.weight.data.repeat(3, 1)
+        self.qkv.bias.data = start.bias.data.repeat(3)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
+        y = x + self._attend(x)
+        return y + self.fc2(self.fc1(y).relu()), self.router(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        # Two batched products: with 16 channels a head the fused attention is slower on a CPU.
+        # REFERENCE: no mask (padded words attend and are attended to), no output projection.
+        split = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [Q, C, L, 3, H, D/H]
+        query, key, value = split.movedim(-3, 0).transpose(-3, -2)  # each [Q, C, H, L, D/H]
+        scale = query.shape[-1] ** -0.5
+        weights = ((query * scale) @ key.transpose(-2, -1)).softmax(-1)  # [Q, C, H, L, L]
+        return (weights @ value).transpose(-3, -2).flatten(-2)  # [Q, C, L, D]
+
+
+class CrossModalRefinement(nn.Module):
+    """CMRC (§5.3): each token attends to the other modality's tokens and is refined by them."""
+
+    def __init__(self, dim: int, norm: AffinityNorm, smooth: float, router: Router) -> None:
+        super().__init__()
+        self.router = router
+        self.norm = AFFINITY_NORMS[norm]
+        self.smooth = smooth
+        self.scale_shift = nn.Linear(dim, 2 * dim)
+        self.fc1 = nn.Linear(dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
+        weights = self.attention(x, context)  # [Q, C, L, M]
+        # The weights sum to one, so Linear(P c) = P Linear(c): the context is projected once
+        # per item and not once per pair.
+        projected = self.scale_shift(context.tokens)  # [C, M, 2D]
+        scale, shift = (weights @ projected).chunk(2, -1)  # [Q, C, L, D] each
+        return x + self.fc2(self.fc1(x * scale.tanh() + shift).relu()), self.router(x)
+
+    def attention(self, x: Tensor, context: Modality) -> Tensor:
+        """What each query token looks at: weights `[Q, C, L, M]`, 0 on masked context tokens."""
+        affinity = self.norm(x @ context.tokens.to(x.dtype).mT)  # [Q, C, L, M]
+        hidden = ~context.mask[None, :, None, :]
+        return (self.smooth * affinity).masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def _unit_over_tokens(x: Tensor) -> Tensor:
+    """`x` with unit length along the token axis L; the sum of squares is kept in float32."""
+    squares = x.float().square().sum(-2, keepdim=True)
+    return x * squares.clamp_min(NO_LENGTH**2).rsqrt().to(x.dtype)
+
+
+def _over_sum(x: Tensor) -> Tensor:
+    return x / (x.abs().sum(-2, keepdim=True) + NO_SUM)
+
+
+def _over_length(x: Tensor) -> Tensor:
+    return x / (torch.linalg.vector_norm(x, dim=-2, keepdim=True) + NO_SUM)
+
+
+def _clip(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, LEAK)
+
+
+# `raw_feature_norm_CMRC`: each over the query tokens L, for every context token.
+AFFINITY_NORMS: dict[AffinityNorm, Callable[[Tensor], Tensor]] = {
+    "clipped_l2norm": lambda a: _unit_over_tokens(_clip(a)),
+    "l2norm": _over_length,
+    "l1norm": _over_sum,
+    "clipped_l1norm": lambda a: _over_sum(_clip(a)),
+    "clipped": _clip,
+    "softmax": lambda a: a.softmax(-2),
+    "no_norm": lambda a: a,
+}
+
+
+@dataclass(frozen=True)
+class CellSizes:
+    """What the cells of every layer have in common."""
+
+    dim: int  # D
+    heads: int  # H of IMRC
+    hidden: int  # inner width of IMRC
+    router_hidden: int
+    affinity_norm: AffinityNorm
+    smooth: float  # inverse temperature of CMRC's attention (lambda_softmax)
+
+    def cell(self, name: CellName, paths: int) -> nn.Module:
+        """A new cell with a router for `paths` out-paths."""
+        router = Router(self.dim, self.router_hidden, paths)
+        if name == "ric":
+            return RectifiedIdentity(router)
+        if name == "glgc":
+            return GlobalLocalGuidance(self.dim, router)
+        if name == "imrc":
+            return IntraModalReasoning(self.dim, self.heads, self.hidden, router)
+        return CrossModalRefinement(self.dim, self.affinity_norm, self.smooth, router)

@@ -1,0 +1,363 @@
+"""checkpoint.py — BERT folders, own and published checkpoints (SPEC §10): read, write, compare.
+
+Nothing that a file holds is executed. Knows nothing of training or of data.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from cells import CELLS
+from model import DIME, LAYERS, ModelConfig
+from options import InputError, require, whole_file
+from vocab import Vocabulary
+
+FORMAT = "dime-1"  # of own checkpoints; another number would mean other names or meanings
+BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
+
+Weights = dict[str, Tensor]
+
+# What a BERT of 2018 is made of; nothing else of its configuration changes what it computes.
+BERT_SIZES = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Bert:
+    """A frozen BERT with its vocabulary."""
+
+    model: BertModel
+    vocabulary: Vocabulary
+    fingerprint: str  # SHA-256 of weights and vocabulary, whatever the files were
+
+
+def load_bert(folder: str | Path, weights: Weights | None = None) -> Bert:
+    """BERT from a local folder, or with `weights` that a published checkpoint brings.
+
+    Raises InputError that names the file, and the key that is missing or too many.
+    """
+    folder = Path(folder)
+    require(folder.is_dir(), f"{folder}: no such folder; --bert_path must name a BERT folder")
+    vocabulary = Vocabulary.load(folder)
+    sizes = _bert_sizes(_one_of(folder, "bert_config.json", "config.json"))
+    if weights is None:
+        source = _one_of(folder, "model.safetensors", "pytorch_model.bin")
+        weights = _read_weights(source)
+    else:
+        source = folder
+    weights = normalised_bert(weights, source)
+    entries = len(vocabulary.entries)
+    words = weights.get("embeddings.word_embeddings.weight", torch.empty(0))
+    require(
+        entries == len(words) == sizes["vocab_size"],
+        f"{vocabulary.path}: {entries} entries, but {len(words)} word embeddings in {source} "
+        f"and vocab_size {sizes['vocab_size']} in its configuration; expected one number",
+    )
+    model = BertModel(BertConfig(**sizes, hidden_act="gelu"), add_pooling_layer=False)
+    load_strictly(model, weights, source)
+    model.requires_grad_(False)
+    return Bert(model, vocabulary, fingerprint(weights, vocabulary))
+
+
+def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
+    """Weights under one set of names: no prefix, LayerNorm.weight and .bias, nothing unused."""
+    normal: Weights = {}
+    for key, value in weights.items():
+        name = key.removeprefix("bert.")
+        if name.startswith(("cls.", "pooler.")) or name.endswith("position_ids"):
+            continue
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        require(name not in normal, f"{source}: holds {name} twice, under two names")
+        require(value.is_floating_point(), f"{source}: {key} is {value.dtype}; expected floats")
+        normal[name] = value.float()
+    return normal
+
+
+def fingerprint(bert: Weights, vocabulary: Vocabulary) -> str:
+    """SHA-256 over sorted names, shapes and float32 bytes, and the vocabulary's entries."""
+    digest = hashlib.sha256()
+    for name in sorted(bert):
+        digest.update(f"{name} {list(bert[name].shape)}\n".encode())
+        digest.update(bert[name].contiguous().numpy().data)
+    digest.update("\n".join(vocabulary.entries).encode())
+    return digest.hexdigest()
+
+
+def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = "") -> None:
+    """Fill `model`; a missing, surplus or wrongly shaped key is an InputError that names it.
+
+    Keys of the model that start with `keep` stay as they are.
+    """
+    wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
+    missing, surplus = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
+    require(not missing, f"{source}: lacks {len(missing)} weights, {missing[:1]} the first")
+    require(not surplus, f"{source}: {len(surplus)} weights too many, {surplus[:1]} the first")
+    for name, value in wanted.items():
+        found, expected = list(weights[name].shape), list(value.shape)
+        require(found == expected, f"{source}: {name} is {found}, expected {expected}")
+    model.load_state_dict(weights, strict=False)
+
+
+def _one_of(folder: Path, *names: str) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder}: holds no {' and no '.join(names)}; a BERT folder needs one")
+
+
+def _bert_sizes(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    require(isinstance(config, dict), f"{path}: expected a JSON object")
+    kind = config.get("model_type", "bert")
+    require(kind == "bert", f"{path}: model_type is {kind!r}; expected 'bert'")
+    for name, expected in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-12)):
+        found = config.get(name, expected)
+        require(found == expected, f"{path}: {name} is {found!r}; expected {expected!r}")
+    sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
+    for name, value in sizes.items():
+        fits = type(value) is int and value > 0
+        if name.endswith("_prob"):
+            fits = type(value) in (int, float) and 0 <= value < 1
+        require(fits, f"{path}: {name} is {value!r}; expected a size or a probability")
+    heads = sizes["num_attention_heads"]
+    require(
+        sizes["hidden_size"] % heads == 0,
+        f"{path}: hidden_size {sizes['hidden_size']} is no multiple of {heads} attention heads",
+    )
+    return sizes
+
+
+def _read_weights(path: Path) -> Weights:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: no whole safetensors file: {error}") from error
+    weights = _read_plain(path)
+    fits = isinstance(weights, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()
+    )
+    require(fits, f"{path}: expected a dictionary of named weights")
+    return weights
+
+
+def _read_plain(path: Path) -> Any:
+    """A torch file's plain data on the CPU, executing nothing; Python 2's strings are read too."""
+    require(path.is_file(), f"{path}: not found")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way; none of them is ours
+        reason = str(error)
+        if "Unsupported global" in reason or "Unsupported class" in reason:
+            raise InputError(
+                f"{path}: asks for code that a checkpoint has no need of, refused: "
+                f"{_asked_for(reason)}"
+            ) from error
+        first = (reason or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: truncated or no checkpoint: {first}") from error
+
+
+def _asked_for(reason: str) -> str:
+    names = re.findall(r"(?:GLOBAL|class) (\S+)", reason)
+    return names[0] if names else reason.splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read from a file, own or published, under this project's names."""
+
+    path: Path
+    options: dict[str, Any]  # options of the run that wrote it
+    weights: Weights  # BERT's left out
+    bert_weights: Weights | None  # the BERT that a published checkpoint brings
+    bert_fingerprint: str | None  # of the BERT that an own checkpoint was trained with
+    state: dict[str, Any]  # the rest: optimiser, epoch, step, best scores, random states
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration; an option that the file lacks has its default."""
+        return configured(ModelConfig, self.options, self.path)
+
+
+def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
+    """Dataclass `cls` from those `options` that it has; InputError where one has another type."""
+    known = {}
+    for field in fields(cls):
+        value = options.get(field.name, field.default)
+        kind = type(field.default)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        require(fits, f"{source}: option {field.name} is {value!r}; expected {kind.__name__}")
+        known[field.name] = value
+    return cls(**known)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read an own or a published checkpoint. Raises InputError where it is neither, or damaged."""
+    path = Path(path)
+    content = _read_plain(path)
+    require(isinstance(content, dict), f"{path}: holds {type(content).__name__}; no checkpoint")
+    if isinstance(content.get("opt"), argparse.Namespace):
+        return _published(path, content)
+    require(
+        content.get("format") == FORMAT,
+        f"{path}: neither a checkpoint of this project ({FORMAT}) nor a published one",
+    )
+    absent = {"options", "weights", "bert"} - content.keys()
+    require(not absent, f"{path}: lacks {sorted(absent)}")
+    state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}
+    return Checkpoint(path, content["options"], content["weights"], None, content["bert"], state)
+
+
+def write_checkpoint(
+    path: Path, model: DIME, options: dict[str, Any], bert: Bert, **state: Any
+) -> None:
+    """Write plain data: it loads with `weights_only=True`, and BERT's weights are not in it."""
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(BERT_KEYS)}
+    content = {"format": FORMAT, "options": options, "weights": weights, "bert": bert.fingerprint}
+    with whole_file(path) as file:
+        torch.save(content | state, file)
+
+
+def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert:
+    """The BERT that a checkpoint goes with, from `bert_path` or the folder it was trained with.
+
+    Of a published checkpoint the folder gives vocabulary and configuration, no more. Another BERT
+    than the checkpoint's is an InputError.
+    """
+    folder = bert_path or checkpoint.options.get("bert_path") or "."
+    bert = load_bert(folder, checkpoint.bert_weights)
+    expected = checkpoint.bert_fingerprint
+    require(
+        expected in (None, bert.fingerprint),
+        f"{checkpoint.path}: was trained with another BERT than the one in {folder} "
+        f"(fingerprint {str(expected)[:12]}, found {bert.fingerprint[:12]})",
+    )
+    return bert
+
+
+def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device = "cpu") -> DIME:
+    """The checkpoint's model in evaluation mode."""
+    config = checkpoint.config
+    check_positions(bert, config)
+    model = DIME(config, bert.model)
+    load_strictly(model, checkpoint.weights, checkpoint.path, keep=BERT_KEYS)
+    return model.eval().to(device)
+
+
+def check_positions(bert: Bert, config: ModelConfig) -> None:
+    """Raise InputError where captions would be longer than BERT can read."""
+    positions = bert.model.config.max_position_embeddings
+    require(
+        config.max_words <= positions,
+        f"--max_words {config.max_words}: this BERT reads {positions} at most",
+    )
+
+
+def load_model(
+    path: str | Path, bert_path: str | Path | None = None, device: str | torch.device = "cpu"
+) -> DIME:
+    """A checkpoint's model, own or published, in evaluation mode on `device`."""
+    checkpoint = read_checkpoint(path)
+    return build_model(checkpoint, bert_of(checkpoint, bert_path), device)
+
+
+def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
+    options = vars(content["opt"])
+    parts = content.get("model")
+    fits = isinstance(parts, list | tuple) and len(parts) == 3
+    require(
+        fits and all(isinstance(part, dict) for part in parts),
+        f"{path}: 'model' is no list of three state dicts (image, text, interaction)",
+    )
+    image, text, space = (dict(part) for part in parts)
+    bert = {k: text.pop(k) for k in list(text) if k.startswith("bert.")}
+    if options.get("direction", "i2t") == "i2t":
+        image = {k: v for k, v in image.items() if not k.startswith("bn.")}
+    weights = own_names({"img_enc": image, "txt_enc": text, "itr_module": space}, path)
+    state = {"epoch": content.get("epoch"), "step": content.get("Eiters")}
+    return Checkpoint(path, options, weights, bert, None, state)
+
+
+def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> Weights:
+    """Published weights (or their gradients) under this project's names.
+
+    Raises InputError that names a key which is missing or too many.
+    """
+    left = {f"{module}/{k}": v for module, part in modules.items() for k, v in part.items()}
+    for key in [key for key in left if re.search(r"\.glgc\.fc_2\.(weight|bias)$", key)]:
+        del left[key]  # never used
+    weights = {}
+    for own, published in published_names(with_image_norm="img_enc/bn.weight" in left).items():
+        absent = [key for key in published if key not in left]
+        require(not absent, f"{source}: lacks {absent[:1]}")
+        tensors = [left.pop(key) for key in published]
+        for key, tensor in zip(published, tensors, strict=True):
+            require(isinstance(tensor, Tensor), f"{source}: {key} is no tensor")
+        weights[own] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if own.startswith("text.convs.") and own.endswith("weight"):
+            weights[own] = weights[own].squeeze(1).mT  # [D, 1, window, h] -> [D, h, window]
+    require(not left, f"{source}: {len(left)} weights too many, {sorted(left)[:1]} the first")
+    return weights
+
+
+def published_names(with_image_norm: bool) -> dict[str, tuple[str, ...]]:
+    """Own name of every weight -> the published ones that it joins along the first axis."""
+    parts = ("weight", "bias")
+    norm = (*parts, "running_mean", "running_var", "num_batches_tracked")
+    names: dict[str, tuple[str, ...]] = {}
+
+    def add(own: str, *published: str, suffixes: tuple[str, ...] = parts) -> None:
+        for suffix in suffixes:
+            names[f"{own}.{suffix}"] = tuple(f"{name}.{suffix}" for name in published)
+
+    add("image.fc", "img_enc/fc")
+    if with_image_norm:
+        add("image.norm", "img_enc/bn", suffixes=norm)
+    for layer in ("fc", "mapping"):
+        add(f"text.{layer}", f"txt_enc/{layer}")
+    for window in range(3):
+        add(f"text.convs.{window}", f"txt_enc/convs1.{window}")
+    for layer in range(LAYERS):
+        last = layer == LAYERS - 1
+        own = "space.merge.cells" if last else f"space.layers.{layer}.cells"
+        published = f"itr_module/dynamic_itr_l{layer}"
+        for cell in CELLS:
+            for linear in (0, 2):
+                router = f"router.mlp.{linear}"
+                add(f"{own}.{cell}.{router}", f"{published}.{cell}.{router}")
+        add(f"{own}.glgc.fc", f"{published}.glgc.fc_1")
+        attention = f"{published}.imrc.sa"
+        add(f"{own}.imrc.qkv", *(f"{attention}.att_layer.linears.{i}" for i in range(3)))
+        refine = f"{published}.cmrc.refine"
+        add(f"{own}.cmrc.scale_shift", f"{refine}.fc_scale", f"{refine}.fc_shift")
+        for i in (1, 2):
+            add(f"{own}.imrc.fc{i}", f"{attention}.feed_forward_layer.fc{i}")
+            add(f"{own}.cmrc.fc{i}", f"{refine}.fc_{i}")
+    add("space.norm", "itr_module/bn", suffixes=norm)
+    add("space.path_mapping", "itr_module/path_mapping")
+    return names

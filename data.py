@@ -1,0 +1,261 @@
+"""data.py — SCAN's precomputed layout by memory map, and training batches (SPEC §8, §10).
+
+A batch is a pure function of (seed, epoch, position): workers hold no state, their number changes
+nothing, and an epoch can be entered at any position. Knows nothing of the model.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from options import InputError, require
+from vocab import Vocabulary
+
+SplitName = Literal["train", "dev", "test", "testall"]
+
+CAPTIONS_PER_IMAGE = 5
+CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
+CHECKED_ROWS = 500  # read through at a time
+ORDER, EXTRAS = 1, 2  # lead the seeds of the two random streams, so that they never meet
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data is, and what a batch holds. Defaults are the published ones."""
+
+    data_path: Annotated[str, "folder that holds the data sets' folders"] = "/data"
+    data_name: Annotated[str, "data set's folder: f30k_precomp, coco_precomp, or your own"] = (
+        "precomp"
+    )
+    batch_size: Annotated[int, "matching pairs of a training step"] = 32
+    extra_stc: Annotated[int, "extra captions for each pair, negatives only (i2t)"] = 0
+    extra_img: Annotated[int, "extra images for each pair, negatives only (t2i)"] = 0
+    workers: Annotated[int, "processes that read data; 0 reads in the program itself"] = 2
+    seed: Annotated[int, "seed of initial weights, order, extra negatives and dropout"] = 0
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"--batch_size {self.batch_size}: expected 1 or more")
+        for name in ("extra_stc", "extra_img", "workers", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"--{name} {value}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and captions of one split; features stay on the disk until they are asked for."""
+
+    path: Path  # the *_ims.npy file
+    captions: tuple[str, ...]
+    rows_per_image: int  # 5 where each image's row is repeated for its captions, else 1
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, name: SplitName, img_dim: int, training: bool = False
+    ) -> "Split":
+        """Open `folder/{name}_ims.npy` and `_caps.txt`, and check that they fit each other.
+
+        Raises InputError that names the file, what was found and what was expected. In training
+        an empty caption is an error too.
+        """
+        folder = Path(folder)
+        path = folder / f"{name}_ims.npy"
+        captions = read_captions(folder / f"{name}_caps.txt", allow_empty=not training)
+        features = _map_features(path)
+        rows, width = features.shape[0], features.shape[2]
+        require(width == img_dim, f"{path}: features are {width} wide, --img_dim is {img_dim}")
+        fits = {len(captions): CAPTIONS_PER_IMAGE, len(captions) // CAPTIONS_PER_IMAGE: 1}
+        require(
+            rows in fits and len(captions) % CAPTIONS_PER_IMAGE == 0,
+            f"{path}: {rows} rows for {len(captions)} captions; expected five captions an image, "
+            "and a row for each image or one for each caption",
+        )
+        split = cls(path, captions, fits[rows])
+        if features.nbytes <= CHEAP_BYTES:
+            for first in range(0, rows, CHECKED_ROWS):
+                split.regions(np.arange(first, min(first + CHECKED_ROWS, rows)))
+        return split
+
+    @property
+    def images(self) -> int:
+        """Number of distinct images."""
+        return len(self.captions) // CAPTIONS_PER_IMAGE
+
+    @cached_property
+    def _features(self) -> np.memmap:
+        return _map_features(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map would carry the whole file to a spawned worker.
+        return {key: value for key, value in vars(self).items() if key != "_features"}
+
+    def image_rows(self, images: np.ndarray) -> np.ndarray:
+        """Row of each image's features."""
+        return images * self.rows_per_image
+
+    def caption_rows(self, captions: np.ndarray) -> np.ndarray:
+        """Row of the features that each caption belongs to."""
+        return captions if self.rows_per_image > 1 else captions // CAPTIONS_PER_IMAGE
+
+    def regions(self, rows: np.ndarray) -> Tensor:
+        """Features of `rows`, `[rows, L, img_dim]` float32. Raises InputError on NaN or inf."""
+        features = np.ascontiguousarray(self._features[rows], dtype=np.float32)
+        finite = np.isfinite(features).all((1, 2))
+        if not finite.all():
+            row = int(rows[~finite][0])
+            raise InputError(f"{self.path}: row {row} holds NaN or infinite features")
+        return torch.from_numpy(features)
+
+
+def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
+    """Captions of a UTF-8 file, one a line, stripped. Only a line feed ends a line (§10)."""
+    require(path.is_file(), f"{path}: not found")
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: line {line} is not UTF-8") from error
+    captions = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
+    require(len(text) > 0, f"{path}: holds no captions")
+    if not allow_empty and "" in captions:
+        raise InputError(f"{path}: line {captions.index('') + 1} is empty; expected a caption")
+    return captions
+
+
+def _map_features(path: Path) -> np.memmap:
+    require(path.is_file(), f"{path}: not found")
+    try:
+        features = open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError, OverflowError, SyntaxError, TypeError) as error:
+        raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
+    require(
+        features.ndim == 3 and features.size > 0,
+        f"{path}: shape {features.shape}; expected (rows, regions, img_dim)",
+    )
+    require(
+        features.dtype.kind == "f" and features.dtype.itemsize in (2, 4),
+        f"{path}: {features.dtype} features; expected float32 or float16",
+    )
+    return features
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch; the first `pairs` images and captions match one to one."""
+
+    regions: Tensor  # [I, L, img_dim] float32
+    ids: Tensor  # [T, M] int64
+    mask: Tensor  # [T, M] bool, True = a real token
+    captions: Tensor  # [T] index in the split
+    pairs: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch where a GPU can fetch it (called by DataLoader)."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Any) -> "Batch":
+        tensors = {key: change(v) for key, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class TrainingBatches(Dataset):
+    """The training batches: `self[epoch, position]`."""
+
+    split: Split
+    vocabulary: Vocabulary
+    config: DataConfig
+    max_words: int
+    skip_single: bool  # leave out a last batch of one item, which batch normalisation can't take
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        full, rest = divmod(len(self.split.captions), self.config.batch_size)
+        return full + (rest > (1 if self.skip_single else 0))
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        epoch, position = place
+        order = _order(self.config.seed, epoch, len(self.split.captions))
+        size = self.config.batch_size
+        captions = order[position * size : (position + 1) * size]
+        rng = np.random.default_rng((EXTRAS, self.config.seed, epoch, position))
+        more = rng.integers(len(self.split.captions), size=len(captions) * self.config.extra_stc)
+        images = rng.integers(self.split.images, size=len(captions) * self.config.extra_img)
+        rows = np.concatenate([self.split.caption_rows(captions), self.split.image_rows(images)])
+        captions = np.concatenate([captions, more])
+        ids, mask = self.vocabulary.encode(
+            [self.split.captions[c] for c in captions], self.max_words
+        )
+        pairs = len(captions) - len(more)
+        return Batch(self.split.regions(rows), ids, mask, torch.from_numpy(captions), pairs)
+
+    def epoch(self, epoch: int, start: int, pin: bool) -> Iterator[Batch]:
+        """The batches of an epoch from position `start` on, read by the workers."""
+        places = [(epoch, position) for position in range(start, len(self))]
+        return load(self, places, self.config.workers, pin)
+
+
+@dataclass(frozen=True)
+class ImageBlocks(Dataset):
+    """Features of consecutive distinct images: `self[first, stop]`, for evaluation."""
+
+    split: Split
+
+    def __getitem__(self, block: tuple[int, int]) -> Tensor:
+        return self.split.regions(self.split.image_rows(np.arange(*block)))
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, captions: int) -> np.ndarray:
+    return np.random.default_rng((ORDER, seed, epoch)).permutation(captions)
+
+
+def load(dataset: Dataset, places: Sequence[Any], workers: int, pin: bool = False) -> Iterator[Any]:
+    """`dataset[place]` for each place in order, read ahead by worker processes."""
+    loader = DataLoader(
+        _Messages(dataset),
+        batch_size=None,
+        sampler=places,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        # An iterator seeds its workers; the global generator is BERT's dropout's alone.
+        generator=torch.Generator(),
+    )
+    return _delivered(loader)
+
+
+def _delivered(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+@dataclass(frozen=True)
+class _Messages(Dataset):
+    """A dataset that hands an InputError over as an item: it leaves a worker as it is."""
+
+    dataset: Dataset
+
+    def __getitem__(self, place: Any) -> Any:
+        try:
+            return self.dataset[place]
+        except InputError as error:
+            return error

@@ -1,0 +1,299 @@
+"""model.py — the DIME model (SPEC §1-§3, §6, §7): encoders, routing space, score and losses.
+
+One code path for both directions: the modality whose tokens are refined is the query, the other
+the context; `DIME.score` swaps them in one place. Knows nothing of files or metrics. The axes are
+those of `router.py`.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cells import CELLS, AffinityNorm, CellName, CellSizes
+from options import Precision, require
+from router import MergeLayer, Modality, RoutingLayer
+
+log = logging.getLogger(__name__)
+
+Direction = Literal["i2t", "t2i"]
+
+LAYERS = 3  # PAPER: three layers of cells, the last of which merges
+WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
+PATH_SIZE = 128  # width of the embedding that path vectors are compared in
+WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is. Defaults are the published ones."""
+
+    direction: Annotated[
+        Direction, "modality that is refined: i2t = regions see words, t2i = words see regions"
+    ] = "i2t"
+    embed_size: Annotated[int, "joint size of regions and words"] = 256
+    img_dim: Annotated[int, "width of the region features in *_ims.npy"] = 2048
+    max_words: Annotated[int, "WordPieces of a caption, [CLS] and [SEP] included; cut or padded"] = 32
+    num_head_IMRC: Annotated[int, "attention heads of intra-modal reasoning"] = 16
+    hid_IMRC: Annotated[int, "inner width of intra-modal reasoning"] = 512
+    raw_feature_norm_CMRC: Annotated[
+        AffinityNorm, "normalisation of the affinities in cross-modal refinement"
+    ] = "clipped_l2norm"
+    lambda_softmax_CMRC: Annotated[
+        float, "inverse temperature of cross-modal attention", "--lambda_softmax"
+    ] = 4.0
+    hid_router: Annotated[int, "inner width of a router"] = 512
+    use_abs: Annotated[bool, "absolute value of the image embedding"] = False
+    no_imgnorm: Annotated[bool, "do not normalise the image embedding"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name} {value}: expected 1 or more")
+        require(self.max_words >= 2, f"--max_words {self.max_words}: [CLS] and [SEP] need 2")
+        require(
+            self.embed_size % self.num_head_IMRC == 0,
+            f"--embed_size {self.embed_size} is no multiple of "
+            f"--num_head_IMRC {self.num_head_IMRC}",
+        )
+
+
+class ImageEncoder(nn.Module):
+    """Precomputed region features as tokens, their mean as the whole image (§2)."""
+
+    def __init__(
+        self, img_dim: int, dim: int, batch_norm: bool, unit: bool = True, use_abs: bool = False
+    ) -> None:
+        super().__init__()
+        self.fc = nn.Linear(img_dim, dim)
+        bound = math.sqrt(6 / (img_dim + dim))
+        nn.init.uniform_(self.fc.weight, -bound, bound)
+        nn.init.zeros_(self.fc.bias)
+        self.norm = nn.BatchNorm1d(dim) if batch_norm else nn.Identity()
+        self.unit, self.use_abs = unit, use_abs
+
+    def forward(self, regions: Tensor) -> Modality:
+        """Features `[I, L, img_dim]` as tokens `[I, L, D]` and images `[I, D]`."""
+        tokens = self.fc(regions).float()
+        pooled = self.norm(tokens.mean(1))
+        if self.unit:
+            pooled = F.normalize(pooled, dim=-1)
+        if self.use_abs:
+            pooled = pooled.abs()
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Modality(F.normalize(tokens, dim=-1), pooled, mask)
+
+
+class TextEncoder(nn.Module):
+    """Frozen BERT, then convolutions over words and a shortcut around them (§1).
+
+    `bert` maps (ids, mask) to hidden states, as `transformers.BertModel` does.
+    """
+
+    def __init__(self, bert: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.bert = bert.requires_grad_(False)
+        hidden = bert.config.hidden_size
+        self.convs = nn.ModuleList(nn.Conv1d(hidden, dim, window) for window in WINDOWS)
+        self.mapping = nn.Linear(len(WINDOWS) * dim, dim)
+        self.fc = nn.Linear(hidden, dim)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """BERT's last hidden states `[T, M, hidden]`, its dropout on in training mode."""
+        # REFERENCE: BERT is frozen, yet its dropout stays on while the rest trains.
+        return self.bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Modality:
+        """States `[T, M, hidden]` as words `[T, M, D]` and sentences `[T, D]`."""
+        # REFERENCE: padded positions take part in the convolutions, the mean and the maxima.
+        grams = torch.cat([self._convolve(conv, hidden) for conv in self.convs], 1)  # [T, 3D, M]
+        short = self.fc(hidden)  # [T, M, D]
+        words = self.mapping(grams.mT).float() + short.float()
+        sentences = self.mapping(grams.amax(-1)).float() + short.mean(1, dtype=torch.float32)
+        return Modality(F.normalize(words, dim=-1), F.normalize(sentences, dim=-1), mask)
+
+    @staticmethod
+    def _convolve(conv: nn.Conv1d, hidden: Tensor) -> Tensor:
+        window = conv.kernel_size[0]
+        before = (window - 1) // 2  # windows 1, 2, 3 pad 0+0, 0+1 and 1+1 rows
+        return conv(F.pad(hidden.mT, (before, window - 1 - before))).relu()  # [T, D, M]
+
+
+class RoutingSpace(nn.Module):
+    """Layers of cells, densely connected, then one score a pair (§6)."""
+
+    def __init__(
+        self, sizes: CellSizes, layers: int = LAYERS, cells: Sequence[CellName] = CELLS
+    ) -> None:
+        super().__init__()
+        count = len(cells)
+        self.layers = nn.ModuleList(
+            RoutingLayer({name: sizes.cell(name, count) for name in cells})
+            for _ in range(layers - 1)
+        )
+        self.merge = MergeLayer({name: sizes.cell(name, 1) for name in cells})
+        self.norm = nn.BatchNorm1d(sizes.dim)
+        self.path_mapping = nn.Linear((layers - 1) * count * count + count, PATH_SIZE)
+
+    def forward(self, query: Modality, context: Modality) -> tuple[Tensor, Tensor]:
+        """Scores `[Q, C]` and path vectors `[Q, C, K]`, both float32."""
+        xs = (query.tokens.unsqueeze(1),) * len(self.merge.cells)  # N x [Q, 1, L, D]
+        gates = []
+        for layer in self.layers:
+            xs, layer_gates = layer(xs, context)
+            gates.append(layer_gates)
+        refined, layer_gates = self.merge(xs, context)  # [Q, C, L, D], [Q, C, 1, N]
+        gates.append(layer_gates)
+        shape = (len(query), len(context), -1)
+        paths = torch.cat([g.flatten(2).expand(shape) for g in gates], -1)  # [Q, C, K]
+        return self._compare(refined.expand(*shape[:2], -1, -1), context.pooled), paths
+
+    def _compare(self, refined: Tensor, pooled: Tensor) -> Tensor:
+        """Scores `[Q, C]` of refined tokens `[Q, C, L, D]` with contexts `[C, D]`."""
+        refined = refined.float()
+        # Statistics over every pair and position, extra negatives included.
+        normed = self.norm(refined.flatten(0, 2)).view_as(refined)
+        whole = F.normalize(normed.mean(-2) + normed.amax(-2), dim=-1)  # [Q, C, D]
+        return (whole * pooled).sum(-1)
+
+    def embed_paths(self, paths: Tensor) -> Tensor:
+        """Path embeddings `[Q, PATH_SIZE]` of path vectors `[Q, C, K]`, unit length."""
+        return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a training batch gives."""
+
+    scores: Tensor  # [I, T], the first pairs on the diagonal
+    paths: Tensor  # [pairs, PATH_SIZE] path embeddings, unit length
+    meanings: Tensor  # [pairs, hidden] sentence targets of the path regulariser, unit length
+
+
+class DIME(nn.Module):
+    """Two encoders and a routing space between them (SIGIR 2021), for one direction."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        bert: nn.Module,
+        layers: int = LAYERS,
+        cells: Sequence[CellName] = CELLS,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.image = ImageEncoder(
+            config.img_dim,
+            config.embed_size,
+            batch_norm=config.direction == "t2i",
+            unit=not config.no_imgnorm,
+            use_abs=config.use_abs,
+        )
+        self.text = TextEncoder(bert, config.embed_size)
+        sizes = CellSizes(
+            dim=config.embed_size,
+            heads=config.num_head_IMRC,
+            hidden=config.hid_IMRC,
+            router_hidden=config.hid_router,
+            affinity_norm=config.raw_feature_norm_CMRC,
+            smooth=config.lambda_softmax_CMRC,
+        )
+        self.space = RoutingSpace(sizes, layers, cells)
+        self.precision: Precision = "fp32"
+        self._route = self.space.forward
+
+    def compile(self) -> None:
+        """Compile the routing space at its first use; go on without where that fails."""
+        eager, compiled = self.space.forward, torch.compile(self.space.forward)
+
+        def route(query: Modality, context: Modality) -> tuple[Tensor, Tensor]:
+            try:
+                return compiled(query, context)
+            except Exception as error:  # no compiler, or one that cannot: many types, one remedy
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                log.warning("not compiled, going on without: %s", reason)
+                self._route = eager
+                return eager(query, context)
+
+        self._route = route
+
+    def encode_images(self, regions: Tensor) -> Modality:
+        """Region features `[I, L, img_dim]`, encoded."""
+        with self._autocast(regions):
+            return self.image(regions)
+
+    def encode_captions(self, ids: Tensor, mask: Tensor) -> Modality:
+        """Captions as ids and mask `[T, M]`, encoded."""
+        with self._autocast(ids):
+            return self.text(self.text.read(ids, mask), mask)
+
+    def score(self, images: Modality, captions: Modality) -> tuple[Tensor, Tensor]:
+        """Scores `[I, T]` and path vectors `[Q, C, K]` of all pairs."""
+        if self.config.direction == "i2t":
+            return self._pair(images, _trim(captions))
+        # REFERENCE: in t2i every word position counts, padding too, so nothing is trimmed.
+        scores, paths = self._pair(captions, images)
+        return scores.T, paths
+
+    def forward(self, regions: Tensor, ids: Tensor, mask: Tensor, pairs: int) -> Output:
+        """A training batch, whose first `pairs` images and captions match one to one.
+
+        Further captions (i2t) or images (t2i) are negatives only; the modality that is refined
+        has none, so there is one path embedding a pair.
+        """
+        with self._autocast(ids):
+            hidden = self.text.read(ids, mask)
+            captions = self.text(hidden, mask)
+        scores, paths = self.score(self.encode_images(regions), captions)
+        meanings = F.normalize(hidden[:pairs].mean(1), dim=-1)
+        return Output(scores, self.space.embed_paths(paths), meanings)
+
+    def _pair(self, query: Modality, context: Modality) -> tuple[Tensor, Tensor]:
+        with self._autocast(query.tokens):
+            if self.precision == "bf16":
+                query = Modality(query.tokens.bfloat16(), query.pooled, query.mask)
+            return self._route(query, context)
+
+    def _autocast(self, example: Tensor) -> torch.autocast:
+        return torch.autocast(
+            example.device.type, torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+
+def _trim(captions: Modality) -> Modality:
+    """Captions without the positions that none of them uses; masked positions never count."""
+    longest = int(captions.mask.sum(1).max())
+    width = min(captions.mask.shape[1], -(-longest // WORD_BUCKET) * WORD_BUCKET)
+    return Modality(captions.tokens[:, :width], captions.pooled, captions.mask[:, :width])
+
+
+def triplet_loss(scores: Tensor, pairs: int, margin: float, hardest: bool = True) -> Tensor:
+    """Hinge loss both ways (§7) on scores `[I, T]`, summed over the matching pairs.
+
+    Pair b is (b, b) for b < pairs; further rows or columns are negatives only. `hardest` takes
+    the largest violation of a row or column, else all of them are summed.
+    """
+    matching = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
+    own = scores.diagonal()[:pairs]
+    cost = (margin + scores).masked_fill(matching, -torch.inf)
+    captions = (cost[:pairs] - own[:, None]).relu()  # [pairs, T]
+    images = (cost[:, :pairs] - own).relu()  # [I, pairs]
+    if hardest:
+        return captions.amax(1).sum() + images.amax(0).sum()
+    return captions.sum() + images.sum()
+
+
+def path_loss(paths: Tensor, meanings: Tensor, batch_size: int) -> Tensor:
+    """Path regulariser (§7): what means the same should take the same path.
+
+    `paths` and `meanings` are `[pairs, …]` of unit length.
+    """
+    gap = paths @ paths.T - meanings @ meanings.T
+    # REFERENCE: divided by the option, also for a smaller last batch.
+    return gap.square().sum() / batch_size

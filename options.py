@@ -1,0 +1,138 @@
+"""options.py — what every program shares with its user, and nothing of the model.
+
+A frozen dataclass is the command line (`parse`), one error type ends a program with one line and
+exit status 2 (`InputError`, `run`), files appear whole or not at all (`whole_file`), and long work
+tells how far it is (`progress`).
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+Options = TypeVar("Options")
+Precision = Literal["fp32", "bf16"]
+
+BAD_INPUT = 2  # exit status of a program that was given something it cannot use
+QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
+
+
+class InputError(Exception):
+    """The one error of input: names the file or option, what was found and what was expected."""
+
+
+def require(fact: bool, message: str) -> None:
+    """Raise InputError(message) unless `fact` holds."""
+    if not fact:
+        raise InputError(message)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (see --help)")
+
+
+def parse(cls: type[Options], argv: Sequence[str] | None, description: str) -> Options:
+    """Read the options of dataclass `cls` from the command line; one option a field.
+
+    A field is `Annotated[type, help, *further spellings]`; one without a default is required.
+    Booleans get a `--no-` twin unless their name is negative already, literals become choices,
+    lists take one or more values. Raises InputError on a wrong or abbreviated option.
+    """
+    parser = _Parser(
+        allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hints = get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        kind, text, *spellings = get_args(hints[field.name])
+        parser.add_argument(f"--{field.name}", *spellings, **_argument(field, kind, text))
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
+    """The keywords of `add_argument` for one field."""
+    option: dict[str, Any] = {"dest": field.name, "help": text}
+    if field.default is dataclasses.MISSING:
+        option["required"] = True
+    else:
+        option["default"] = field.default
+        if field.default not in (None, ""):
+            option["help"] = f"{text} (default: {field.default})"
+    if get_origin(kind) in (Union, types.UnionType):  # X | None
+        kind = next(k for k in get_args(kind) if k is not type(None))
+    if kind is bool:
+        negative = field.name.startswith("no_")
+        return option | {"action": "store_true" if negative else argparse.BooleanOptionalAction}
+    if get_origin(kind) is list:
+        return option | {"nargs": "+", "type": get_args(kind)[0]}
+    if get_origin(kind) is Literal:
+        return option | {"choices": get_args(kind)}
+    return option | {"type": kind}
+
+
+def run(program: Callable[[], None]) -> None:
+    """Run a program to its exit status: 0, or 2 after one line on standard error for InputError.
+
+    A bug keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        program()
+    except InputError as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
+        sys.exit(BAD_INPUT)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write bytes to that takes its name only once it is whole and on the disk.
+
+    Raises InputError where the folder cannot be written to.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def progress(what: str, total: int, unit: str) -> tqdm:
+    """How far long work is: a bar on a terminal, elsewhere a log line every half minute."""
+    if sys.stderr.isatty():
+        return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False)
+    return _ProgressLines(
+        desc=what,
+        total=total,
+        unit=unit,
+        mininterval=QUIET_SECONDS,
+        bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
+    )
+
+
+class _ProgressLines(tqdm):
+    """tqdm that logs lines instead of drawing a bar."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if 0 < self.n < self.total:
+            log.info(str(self))
+
+    def close(self) -> None:
+        self.disable = True

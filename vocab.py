@@ -1,0 +1,87 @@
+"""vocab.py — WordPiece vocabulary, and captions as ids and masks (SPEC §1).
+
+Knows nothing of images, nor of what a model does with the ids.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from options import InputError, require
+
+# Captions are tokenised in the loader's workers; a thread pool of the parent does not survive
+# the fork, and one thread reads 25,000 captions in about a second.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+LONGEST_WORD = 100  # characters; a longer word is one [UNK]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The entries of a `vocab.txt`, line number = id."""
+
+    path: Path
+    entries: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Vocabulary":
+        """Read `folder/vocab.txt`.
+
+        Raises InputError where it is missing, not UTF-8, or lacks a special entry.
+        """
+        path = Path(folder) / "vocab.txt"
+        require(path.is_file(), f"{path}: not found; --bert_path must name a folder that holds it")
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
+        entries = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
+        for special in (PAD, UNK, CLS, SEP):
+            require(special in entries, f"{path}: no entry {special}; a BERT vocabulary has one")
+        require(entries[0] == PAD, f"{path}: first entry {entries[0]!r}, expected {PAD} (id 0)")
+        return cls(path, entries)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        ids = {entry: i for i, entry in enumerate(self.entries)}
+        tokenizer = Tokenizer(
+            models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=LONGEST_WORD)
+        )
+        tokenizer.normalizer = normalizers.Sequence(
+            [
+                # REFERENCE: a carriage return is a control character like any other and vanishes;
+                # the library alone would make it a space.
+                normalizers.Replace("\r", ""),
+                # REFERENCE: CJK characters stay inside their word.
+                normalizers.BertNormalizer(
+                    clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
+                ),
+            ]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        return tokenizer
+
+    def encode(self, captions: Sequence[str], max_words: int) -> tuple[Tensor, Tensor]:
+        """Captions as ids `[T, max_words]` int64 and mask `[T, max_words]` bool, True = real.
+
+        `[CLS] … [SEP]` around at most `max_words - 2` pieces, then padding with id 0.
+        """
+        # Python's lower-casing, as in 2018, knows the final sigma; the library's does not.
+        pieces = self._tokenizer.encode_batch(
+            [caption.lower() for caption in captions], add_special_tokens=False
+        )
+        cls, sep = self.entries.index(CLS), self.entries.index(SEP)
+        ids = torch.zeros(len(captions), max_words, dtype=torch.int64)
+        mask = torch.zeros(len(captions), max_words, dtype=torch.bool)
+        for row, piece in enumerate(pieces):
+            wrapped = [cls, *piece.ids[: max_words - 2], sep]
+            ids[row, : len(wrapped)] = torch.tensor(wrapped)
+            mask[row, : len(wrapped)] = True
+        return ids, mask
