@@ -48,6 +48,17 @@ class DataConfig:
             require(value >= 0, f"--{name} {value}: expected 0 or more")
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one. Raises InputError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: cannot be used here: {reason}") from error
+
+
 @dataclass(frozen=True)
 class Split:
     """Images and captions of one split; features stay on the disk until they are asked for."""

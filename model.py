@@ -38,7 +38,9 @@ class ModelConfig:
     ] = "i2t"
     embed_size: Annotated[int, "joint size of regions and words"] = 256
     img_dim: Annotated[int, "width of the region features in *_ims.npy"] = 2048
-    max_words: Annotated[int, "WordPieces of a caption, [CLS] and [SEP] included; cut or padded"] = 32
+    max_words: Annotated[
+        int, "WordPieces of a caption, [CLS] and [SEP] included; cut or padded"
+    ] = 32
     num_head_IMRC: Annotated[int, "attention heads of intra-modal reasoning"] = 16
     hid_IMRC: Annotated[int, "inner width of intra-modal reasoning"] = 512
     raw_feature_norm_CMRC: Annotated[
@@ -261,9 +263,7 @@ class DIME(nn.Module):
             return self._route(query, context)
 
     def _autocast(self, example: Tensor) -> torch.autocast:
-        return torch.autocast(
-            example.device.type, torch.bfloat16, enabled=self.precision == "bf16"
-        )
+        return torch.autocast(example.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 def _trim(captions: Modality) -> Modality:

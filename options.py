@@ -6,6 +6,7 @@ tells how far it is (`progress`).
 """
 
 import argparse
+import ctypes
 import dataclasses
 import logging
 import os
@@ -24,6 +25,7 @@ Options = TypeVar("Options")
 Precision = Literal["fp32", "bf16"]
 
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
 
 
@@ -82,11 +84,24 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
     return option | {"type": kind}
 
 
+def keep_memory() -> None:
+    """Tell glibc to keep freed memory: a training step on a CPU is three times as fast with it.
+
+    By default every step gives gigabytes back to the system and faults them in again. Other C
+    libraries lack `mallopt` and go without.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
+
+
 def run(program: Callable[[], None]) -> None:
     """Run a program to its exit status: 0, or 2 after one line on standard error for InputError.
 
     A bug keeps its traceback.
     """
+    keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         program()

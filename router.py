@@ -57,9 +57,7 @@ class RoutingLayer(nn.Module):
         super().__init__()
         self.cells = nn.ModuleDict(cells)
 
-    def forward(
-        self, xs: Sequence[Tensor], context: Modality
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    def forward(self, xs: Sequence[Tensor], context: Modality) -> tuple[tuple[Tensor, ...], Tensor]:
         """Out-paths, O tensors `[Q, C, L, D]`, and normalised gates `[Q, C, O, N]`."""
         ys, gates = _run(self.cells, xs, context)
         total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
@@ -91,7 +89,8 @@ def _run(
     cells: nn.ModuleDict, xs: Sequence[Tensor], context: Modality
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Each cell on its own input: N outputs `[Q, C, L, D]` and their gates `[Q, C, O, N]`."""
-    ys, gates = zip(*(cell(x, context) for cell, x in zip(cells.values(), xs, strict=True)))
+    done = [cell(x, context) for cell, x in zip(cells.values(), xs, strict=True)]
+    ys, gates = zip(*done, strict=True)
     return ys, torch.stack(gates, -1)
 
 

@@ -1,0 +1,406 @@
+"""train.py — train a DIME model for one direction (SPEC §8, §9).
+
+Wires the rooms together: options, optimiser, validation, checkpoints. The mathematics is in
+model.py, the logs in runlog.py.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import runlog
+from checkpoint import (
+    BERT_KEYS,
+    Bert,
+    Checkpoint,
+    check_positions,
+    load_bert,
+    load_strictly,
+    read_checkpoint,
+    write_checkpoint,
+)
+from data import CAPTIONS_PER_IMAGE, Batch, DataConfig, Split, TrainingBatches, pick_device
+from evaluation import Retrieval, owners, retrieval, score_split
+from model import DIME, ModelConfig, path_loss, triplet_loss
+from options import InputError, Precision, parse, require, run
+
+log = logging.getLogger(__name__)
+
+NEWEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+LR_DECAY = 0.1
+NO_EFFECT = "accepted for the published command lines; changes nothing with precomputed features"
+
+# What a resumed run may change: how far it goes, where things are, how often it tells and saves.
+FREE = {
+    *("num_epochs", "max_steps", "logger_name", "data_path", "bert_path", "workers", "device"),
+    *("log_step", "val_step", "resume", "overwrite", "compile"),
+    *("drop", "measure", "finetune", "use_restval", "reset_train"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig, ModelConfig):
+    """Every option of training. Defaults are the published ones."""
+
+    bert_path: Annotated[str, "folder with vocab.txt, configuration and weights of BERT"] = "./"
+    logger_name: Annotated[str, "checkpoints and logs go to its subfolder i2t or t2i"] = "runs/runX"
+    num_epochs: Annotated[int, "passes over the training captions"] = 30
+    max_steps: Annotated[int, "end at this step, counted over resumes; 0: after num_epochs"] = 0
+    learning_rate: Annotated[float, "Adam's learning rate"] = 0.0002
+    lr_update: Annotated[int, "epochs until the learning rate falls to a tenth"] = 15
+    grad_clip: Annotated[float, "longest gradient; 0: any length"] = 2.0
+    margin: Annotated[float, "margin of the triplet loss"] = 0.2
+    max_violation: Annotated[bool, "hardest negative only, else the sum over all"] = True
+    trade_off: Annotated[float, "weight of the path regulariser"] = 0.5
+    log_step: Annotated[int, "steps from one log line to the next"] = 10
+    val_step: Annotated[int, "steps from one validation to the next"] = 2000
+    val_captions: Annotated[int, "dev captions to validate on, whole images only"] = 5000
+    resume: Annotated[str, "go on with a run: auto (newest checkpoint of its folder) or a file"] = (
+        ""
+    )
+    overwrite: Annotated[bool, "start again in a folder that holds a run, which is lost"] = False
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    precision: Annotated[Precision, "bf16 computes products in bfloat16, weights stay float32"] = (
+        "fp32"
+    )
+    compile: Annotated[bool, "compile the routing space (takes minutes, needs a compiler)"] = False
+    drop: Annotated[float, NO_EFFECT] = 0.0
+    measure: Annotated[str, NO_EFFECT] = "cosine"
+    finetune: Annotated[bool, NO_EFFECT] = False
+    use_restval: Annotated[bool, NO_EFFECT] = False
+    reset_train: Annotated[bool, NO_EFFECT] = False
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        DataConfig.__post_init__(self)
+        for name in ("num_epochs", "lr_update", "log_step", "val_step"):
+            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: expected 1 or more")
+        for name in ("max_steps", "grad_clip", "learning_rate", "margin", "trade_off"):
+            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: expected 0 or more")
+        i2t = self.direction == "i2t"
+        require(not (i2t and self.extra_img), "--extra_img goes with --direction t2i alone")
+        require(i2t or not self.extra_stc, "--extra_stc goes with --direction i2t alone")
+        require(
+            not (self.skip_single and self.batch_size == 1),
+            "--batch_size 1 in t2i needs --extra_img: batch normalisation takes two images",
+        )
+        require(
+            self.val_captions >= CAPTIONS_PER_IMAGE,
+            f"--val_captions {self.val_captions}: expected the {CAPTIONS_PER_IMAGE} of an image",
+        )
+        require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
+
+    @property
+    def skip_single(self) -> bool:
+        """Whether batch normalisation would meet a single image in a batch of one item."""
+        return self.direction == "t2i" and self.extra_img == 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.logger_name) / self.direction
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: the next batch, and the best scores so far."""
+
+    epoch: int = 0
+    position: int = 0  # of the next batch in the epoch
+    step: int = 0  # batches done
+    best_rsum: float = -1.0  # REFERENCE: R@1 + R@5 of both ways, under its published name
+    best_r1: float = -1.0  # image-to-text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(TrainConfig, argv, DESCRIPTION)
+    device = pick_device(config.device)
+    found = to_resume(config)
+    bert = load_bert(config.bert_path)
+    check_positions(bert, config)
+    folder = Path(config.data_path) / config.data_name
+    train = Split.open(folder, "train", config.img_dim, training=True)
+    dev = Split.open(folder, "dev", config.img_dim)
+    batches = TrainingBatches(train, bert.vocabulary, config, config.max_words, config.skip_single)
+    torch.manual_seed(config.seed)
+    trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
+    if found is None:
+        for path in (config.folder / NEWEST, config.folder / BEST):
+            path.unlink(missing_ok=True)
+        runlog.clear(config.folder)
+    else:
+        trainer.restore(found)
+    trainer.train()
+
+
+def to_resume(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to start afresh.
+
+    Raises InputError where the folder holds a run that is neither gone on with nor given up.
+    """
+    folder, newest = config.folder, config.folder / NEWEST
+    held = newest.exists() or (folder / BEST).exists() or runlog.held_by_run(folder)
+    if config.resume == "auto":
+        return read_checkpoint(newest) if newest.exists() else None
+    if config.resume:
+        path = Path(config.resume)
+        require(
+            not held or path.resolve().parent == folder.resolve(),
+            f"{folder}: holds another run than {path}; give another --logger_name",
+        )
+        return read_checkpoint(path)
+    require(
+        not held or config.overwrite,
+        f"{folder}: holds a run; --resume auto goes on with it, --overwrite starts again",
+    )
+    return None
+
+
+class Trainer:
+    """A model on its way: steps, validation, checkpoints."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: DIME,
+        bert: Bert,
+        batches: TrainingBatches,
+        dev: Split,
+        device: torch.device,
+    ) -> None:
+        self.config, self.model, self.bert = config, model, bert
+        self.batches, self.dev, self.device = batches, dev, device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
+        self.place = Place()
+        model.precision = config.precision
+        if config.compile:
+            model.compile()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was written. Raises InputError where the run is another."""
+        path, state = checkpoint.path, checkpoint.state
+        require("optimizer" in state, f"{path}: holds no optimiser, so it cannot be gone on with")
+        for field in fields(self.config):
+            then, now = (checkpoint.options.get(field.name), getattr(self.config, field.name))
+            if field.name not in FREE:
+                require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
+        require(
+            checkpoint.bert_fingerprint == self.bert.fingerprint,
+            f"{path}: was trained with another BERT than the one in {self.config.bert_path}",
+        )
+        captions = len(self.batches.split.captions)
+        require(
+            state.get("train_captions") == captions,
+            f"{self.batches.split.path}: {captions} captions; {path} was trained on "
+            f"{state.get('train_captions')}",
+        )
+        load_strictly(self.model, checkpoint.weights, path, keep=BERT_KEYS)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"]["cpu"])
+            if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+            self.place = Place(**{field.name: state[field.name] for field in fields(Place)})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path}: cannot be gone on with: {error}") from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has made all its steps."""
+        enough = 0 < self.config.max_steps <= self.place.step
+        return enough or self.place.epoch >= self.config.num_epochs
+
+    @property
+    def last_step(self) -> int:
+        """The step that the run ends at."""
+        total = self.config.num_epochs * len(self.batches)
+        return min(total, self.config.max_steps or total)
+
+    def train(self) -> None:
+        """Train to the end."""
+        if self.finished:
+            log.info("%s: complete at step %d", self.config.folder, self.place.step)
+            return
+        self.log = runlog.RunLog(
+            self.config.folder, asdict(self.config), self.device, self.place.step
+        )
+        self._announce()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=self.last_step, initial=self.place.step, unit="step", disable=not terminal
+        )
+        while not self.finished:
+            self._epoch()
+        self.bar.close()
+        self.log.close()
+        log.info("done: the best model is %s", self.config.folder / BEST)
+
+    def _announce(self) -> None:
+        c, data = self.config, self.batches.split
+        weights = sum(p.numel() for p in self.parameters)
+        log.info("%s on %s, %s: %s", c.direction, self.device, c.precision, c.folder)
+        log.info("%s: %d images, %d captions", data.path, data.images, len(data.captions))
+        log.info("%.1f million weights to train, BERT's frozen beside", weights / 1e6)
+        rest = len(data.captions) % c.batch_size
+        if c.skip_single and rest == 1:
+            log.info("the last batch of an epoch holds one item and is skipped: t2i needs two")
+        start = f"from step {self.place.step} " if self.place.step else ""
+        log.info("%s%d steps, %d an epoch", start, self.last_step, len(self.batches))
+
+    def _epoch(self) -> None:
+        """From the run's place to the end of its epoch, or of the run."""
+        config, epoch = self.config, self.place.epoch
+        lr = config.learning_rate * LR_DECAY ** (epoch // config.lr_update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        pin = self.device.type == "cuda"
+        window = Window()
+        for batch in self.batches.epoch(epoch, self.place.position, pin):
+            window.loaded()
+            figures = self._step(batch.to(self.device))
+            window.stepped(figures)
+            self._advance()
+            if self.place.step % config.log_step == 0:
+                self._report(epoch, lr, window)
+                window = Window()
+            over = self.place.epoch > epoch or self.finished
+            if over or self.place.step % config.val_step == 0:
+                self._validate()
+                window.resumed()
+            if over:
+                return
+
+    def _advance(self) -> None:
+        epoch, position = divmod(self.place.position + 1, len(self.batches))
+        self.place = replace(
+            self.place, epoch=self.place.epoch + epoch, position=position, step=self.place.step + 1
+        )
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step; its losses, and the number of pairs scored."""
+        config = self.config
+        self.model.train()
+        output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs)
+        rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
+        path = path_loss(output.paths, output.meanings, config.batch_size)
+        loss = rank + config.trade_off * path
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or torch.inf)
+        self.optimizer.step()
+        pairs = torch.tensor(output.scores.numel())
+        losses = {"Rank": rank, "Path": path, "Le": loss, "grad_norm": norm}
+        return {name: value.detach() for name, value in losses.items()} | {"pairs": pairs}
+
+    def _report(self, epoch: int, lr: float, window: "Window") -> None:
+        figures = window.mean()
+        step, speed = self.place.step, figures.pop("pairs") / figures["batch_time"]
+        self.log.record(step, epoch=epoch, lr=lr, **figures, pairs_per_s=speed)
+        loss = f"loss {figures['Le']:.3f}"
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(f"{loss}, {speed:.0f} pairs/s")
+        if self.bar.disable:
+            seconds = (self.last_step - step) * figures["batch_time"]
+            left = timedelta(seconds=round(seconds))
+            progress = f"epoch {epoch} step {step}/{self.last_step}"
+            parts = f"rank {figures['Rank']:.3f}, path {figures['Path']:.3f}"
+            log.info("%s %s (%s), %.0f pairs/s, %s left", progress, loss, parts, speed, left)
+
+    def _validate(self) -> None:
+        """Score dev, keep the best model, write the checkpoint."""
+        config, place = self.config, self.place
+        images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
+        log.info("step %d: validating on %d dev images", place.step, images)
+        scores = score_split(
+            self.model,
+            self.dev,
+            self.bert.vocabulary,
+            config.max_words,
+            device=self.device,
+            images=images,
+            workers=config.workers,
+        )
+        result = retrieval(scores, owners(scores.shape[1]))
+        better = result.selection > place.best_rsum
+        self.place = replace(
+            place,
+            best_rsum=max(place.best_rsum, result.selection),
+            best_r1=max(place.best_r1, result.i2t.r1),
+        )
+        self.log.record(place.step, epoch=place.epoch, **tags(result))
+        log.info(
+            "step %d: rsum %.1f, R@1+R@5 %.1f (best %.1f)",
+            *(place.step, result.rsum, result.selection, self.place.best_rsum),
+        )
+        self._save(NEWEST)
+        if better:
+            self._save(BEST)
+        self.log.write_run()
+
+    def _save(self, name: str) -> None:
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state: dict[str, Any] = {
+            **asdict(self.place),
+            "optimizer": self.optimizer.state_dict(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "train_captions": len(self.batches.split.captions),
+        }
+        path = self.config.folder / name
+        write_checkpoint(path, self.model, asdict(self.config), self.bert, **state)
+
+
+class Window:
+    """Means over the steps since the last report: losses, and seconds a step and its loading."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor | float] = {"batch_time": 0.0, "data_time": 0.0}
+        self.since = time.monotonic()
+
+    def loaded(self) -> None:
+        self.loading = time.monotonic() - self.since
+
+    def stepped(self, figures: dict[str, Tensor]) -> None:
+        now = time.monotonic()
+        times = {"batch_time": now - self.since, "data_time": self.loading}
+        for name, value in (times | figures).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+        self.since = now
+
+    def resumed(self) -> None:
+        """Leave out what was done between two steps: validation, saving."""
+        self.since = time.monotonic()
+
+    def mean(self) -> dict[str, float]:
+        return {name: float(total) / self.steps for name, total in self.sums.items()}
+
+
+def tags(result: Retrieval) -> dict[str, float]:
+    """Figures under the published trainer's names: image-to-text plain, text-to-image with an i."""
+    both = asdict(result.i2t) | {f"{name}i": v for name, v in asdict(result.t2i).items()}
+    return both | {"rsum": result.rsum, "r1r5": result.selection}
+
+
+DESCRIPTION = """Train a DIME model for one direction on precomputed region features.
+
+  python train.py --data_path data --data_name f30k_precomp --bert_path bert/uncased \\
+      --logger_name runs/f30k --direction i2t --extra_stc 1 --lambda_softmax 4
+  python train.py ... --resume auto       # go on where it was cut off
+
+Writes checkpoint.pth.tar, model_best.pth.tar, metrics.jsonl, run.json, train.log and TensorBoard's
+events to LOGGER_NAME/DIRECTION. Evaluate the models with evaluate_models.py."""
+
+
+if __name__ == "__main__":
+    run(main)
