@@ -7,10 +7,10 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -206,12 +206,16 @@ class Checkpoint:
 
 def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
     """Dataclass `cls` from those `options` that it has; InputError where one has another type."""
-    known = {}
+    known, hints = {}, get_type_hints(cls)
     for field in fields(cls):
         value = options.get(field.name, field.default)
-        kind = type(field.default)
+        kind, choices = type(field.default), get_args(hints[field.name])  # of a Literal
         fits = type(value) is kind or (kind is float and type(value) is int)
-        require(fits, f"{source}: option {field.name} is {value!r}; expected {kind.__name__}")
+        expected = f"one of {', '.join(choices)}" if choices else kind.__name__
+        require(
+            fits and (not choices or value in choices),
+            f"{source}: option {field.name} is {value!r}; expected {expected}",
+        )
         known[field.name] = value
     return cls(**known)
 
@@ -304,7 +308,7 @@ def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
 
 
 def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> Weights:
-    """Published weights (or their gradients) under this project's names.
+    """Published weights under this project's names.
 
     Raises InputError that names a key which is missing or too many.
     """
@@ -318,11 +322,16 @@ def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> Weig
         tensors = [left.pop(key) for key in published]
         for key, tensor in zip(published, tensors, strict=True):
             require(isinstance(tensor, Tensor), f"{source}: {key} is no tensor")
-        weights[own] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        if own.startswith("text.convs.") and own.endswith("weight"):
-            weights[own] = weights[own].squeeze(1).mT  # [D, 1, window, h] -> [D, h, window]
+        weights[own] = joined(own, tensors)
     require(not left, f"{source}: {len(left)} weights too many, {sorted(left)[:1]} the first")
     return weights
+
+
+def joined(own: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The weight `own` from the published ones that it joins (or their gradients)."""
+    weight = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    convolution = own.startswith("text.convs.") and own.endswith("weight")
+    return weight.squeeze(1).mT if convolution else weight  # [D, 1, window, h] -> [D, h, window]
 
 
 def published_names(with_image_norm: bool) -> dict[str, tuple[str, ...]]:

@@ -106,12 +106,18 @@ def retrieval(scores: Tensor | np.ndarray, owner: Sequence[int]) -> Retrieval:
     return Retrieval(Recall.of(of_images), Recall.of(of_captions))
 
 
-def folds(
-    scores: np.ndarray, owner: np.ndarray, count: int = FOLDS
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Scores and owners of consecutive equal slices of the images, with their captions."""
-    size, rest = divmod(len(scores), count)
-    require(rest == 0 and size > 0, f"fold5: {len(scores)} images cannot be cut into {count} folds")
+def check_folds(images: int) -> None:
+    """Raise InputError where the images cannot be cut into equal folds."""
+    require(
+        images > 0 and images % FOLDS == 0,
+        f"--fold5: {images} images; expected a multiple of {FOLDS}",
+    )
+
+
+def folds(scores: np.ndarray, owner: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scores and owners of five consecutive equal slices of the images, with their captions."""
+    check_folds(len(scores))
+    size = len(scores) // FOLDS
     for first in range(0, len(scores), size):
         captions = np.flatnonzero((owner >= first) & (owner < first + size))
         yield scores[first : first + size][:, captions], owner[captions] - first
@@ -169,7 +175,7 @@ def score_pairs(
             some = captions[chosen]
             for top in range(0, len(images), rows):
                 part, _ = model.score(images[top : top + rows], some)
-                scores[top : top + rows, chosen.cpu()] = part.cpu().numpy()
+                scores[top : top + rows, chosen.cpu().numpy()] = part.cpu().numpy()
                 bar.update(part.numel())
     return scores
 

@@ -1,0 +1,149 @@
+"""Shared by the tests: the golden cases, tiny data and BERTs, programs run as a user runs them."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate_models
+import options
+import train
+from checkpoint import Bert, Checkpoint, bert_of, build_model, read_checkpoint
+from data import Split
+from model import DIME
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("i2t", "t2i", "i2t_no_extra", "i2t_variant", "t2i_variant", "thresholds")
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub for anything
+torch.set_num_threads(2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case: files as the published project wrote them, and what it computed."""
+
+    folder: Path
+
+    @property
+    def bert_path(self) -> Path:
+        return self.folder / "bert"
+
+    @property
+    def data_path(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / "checkpoint.pth.tar"
+
+    def expected(self, part: str) -> dict[str, np.ndarray]:
+        with np.load(self.folder / f"expected_{part}.npz") as arrays:
+            return dict(arrays)
+
+    def load(self) -> tuple[DIME, Bert, Checkpoint]:
+        checkpoint = read_checkpoint(self.model_path)
+        bert = bert_of(checkpoint, self.bert_path)
+        return build_model(checkpoint, bert), bert, checkpoint
+
+    def split(self, name: str = "test") -> Split:
+        img_dim = read_checkpoint(self.model_path).config.img_dim
+        return Split.open(self.data_path / "f30k_precomp", name, img_dim)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(GOLDEN / request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+WORDS = "a man woman dog cat boy girl two red blue black white shirt running on in the with ball"
+IMG_DIM, REGIONS = 13, 7
+
+
+def write_split(
+    folder: Path,
+    name: str,
+    images: int,
+    *,
+    repeat: bool = False,
+    dtype: type = np.float32,
+    longest: int = 9,
+    seed: int = 0,
+) -> None:
+    """Random features and captions in SCAN's layout; every caption has 1 to `longest` words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng((seed, len(name), images))
+    features = rng.random((images, REGIONS, IMG_DIM)).astype(dtype)
+    np.save(folder / f"{name}_ims.npy", np.repeat(features, 5, axis=0) if repeat else features)
+    captions = [
+        " ".join(rng.choice(WORDS.split(), size=rng.integers(1, longest + 1)))
+        for _ in range(5 * images)
+    ]
+    (folder / f"{name}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with data/tiny (train, dev, test in both row ratios) and a BERT with dropout."""
+    write_split(tmp_path / "data/tiny", "train", 11)
+    write_split(tmp_path / "data/tiny", "dev", 7, repeat=True)
+    write_split(tmp_path / "data/tiny", "test", 10, dtype=np.float16)
+    shutil.copytree(GOLDEN / "i2t/bert", tmp_path / "bert")
+    path = tmp_path / "bert/bert_config.json"
+    config = json.loads(path.read_text())
+    config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    path.write_text(json.dumps(config))
+    return tmp_path
+
+
+def tiny_train(folder: Path, *more: str, direction: str = "i2t") -> list[str]:
+    """Options of a training on `tiny` that takes a second."""
+    paths = {"data_path": "data", "bert_path": "bert", "logger_name": "runs"}
+    sizes = {"embed_size": 8, "img_dim": IMG_DIM, "max_words": 12, "num_head_IMRC": 2}
+    small = {"hid_IMRC": 6, "hid_router": 5, "batch_size": 6, "workers": 0, "log_step": 2}
+    where = [x for name, v in paths.items() for x in (f"--{name}", str(folder / v))]
+    rest = [x for name, v in (sizes | small).items() for x in (f"--{name}", str(v))]
+    return [*where, "--data_name", "tiny", *rest, "--direction", direction, *more]
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], argv: Sequence[str]) -> int:
+    """Run a program in this process as its command line does; the exit status."""
+    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
+    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    logging.getLogger().setLevel(logging.INFO)
+    try:
+        options.run(main)
+    except SystemExit as stop:
+        return int(stop.code)
+    return 0
+
+
+@pytest.fixture
+def run_train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return lambda *argv: run_here(monkeypatch, train.main, argv)
+
+
+@pytest.fixture
+def run_evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return lambda *argv: run_here(monkeypatch, evaluate_models.main, argv)
+
+
+def run_program(program: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, as a user does."""
+    command = [sys.executable, "-W", "error::DeprecationWarning:__main__", ROOT / program, *argv]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)

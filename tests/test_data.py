@@ -1,0 +1,215 @@
+"""data.py: SCAN's layout in all its forms, what is refused, and batches as a function."""
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
+
+from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches, load, read_captions
+from options import InputError
+from vocab import Vocabulary
+
+WIDTH = 12
+
+
+def batches(split: Split, skip_single: bool = False, **options: int) -> TrainingBatches:
+    config = DataConfig(**{"batch_size": 6, "workers": 0} | options)
+    return TrainingBatches(split, Vocabulary.load(GOLDEN / "i2t/bert"), config, WIDTH, skip_single)
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return a.pairs == b.pairs and all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("regions", "ids", "mask", "captions")
+    )
+
+
+def test_both_row_ratios_are_the_same_split(tmp_path: Path) -> None:
+    write_split(tmp_path / "once", "dev", 6)
+    write_split(tmp_path / "five", "dev", 6, repeat=True)
+    once, five = (Split.open(tmp_path / name, "dev", IMG_DIM) for name in ("once", "five"))
+    assert once.images == five.images == 6
+    images, captions = np.arange(6), np.arange(30)
+    assert torch.equal(once.regions(once.image_rows(images)), five.regions(five.image_rows(images)))
+    assert once.caption_rows(captions).tolist() == [c // 5 for c in range(30)]
+    assert five.caption_rows(captions).tolist() == list(range(30))
+    rows = once.regions(once.caption_rows(captions)), five.regions(five.caption_rows(captions))
+    assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4", "<f2"])
+def test_features_come_as_float32(tmp_path: Path, dtype: type) -> None:
+    write_split(tmp_path, "dev", 3, dtype=dtype)
+    regions = Split.open(tmp_path, "dev", IMG_DIM).regions(np.array([2, 0]))
+    assert regions.dtype == torch.float32 and regions.shape == (2, REGIONS, IMG_DIM)
+    stored = np.load(tmp_path / "dev_ims.npy")
+    np.testing.assert_array_equal(regions.numpy(), stored[[2, 0]].astype(np.float32))
+
+
+def test_only_a_line_feed_ends_a_caption(tmp_path: Path) -> None:
+    path = tmp_path / "caps.txt"
+    path.write_bytes("\ta b\x0cc \r\nd\u2028e\x85f\x1cg\n  \nh".encode())
+    assert read_captions(path) == ("a b\x0cc", "d\u2028e\x85f\x1cg", "", "h")
+
+
+def test_a_split_leaves_its_features_on_the_disk(tmp_path: Path) -> None:
+    write_split(tmp_path, "dev", 200)
+    split = Split.open(tmp_path, "dev", IMG_DIM)
+    split.regions(np.array([1]))
+    pickled = pickle.dumps(split)  # what a spawned worker is sent
+    assert len(pickled) < split.path.stat().st_size / 2
+    row = np.array([7])
+    assert torch.equal(pickle.loads(pickled).regions(row), split.regions(row))
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    np.save(path / "dev_ims.npy", array, allow_pickle=True)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path / "dev_ims.npy", (path / "dev_ims.npy").stat().st_size - 1)
+
+
+def spoil(value: float) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        features = np.load(path / "dev_ims.npy")
+        features[2, 3, 1] = value
+        save(path, features)
+
+    return change
+
+
+BAD = {
+    "missing": (lambda p: (p / "dev_ims.npy").unlink(), "not found"),
+    "no captions": (lambda p: (p / "dev_caps.txt").unlink(), "dev_caps.txt: not found"),
+    "truncated": (truncate, "no whole .npy"),
+    "header cut": (lambda p: os.truncate(p / "dev_ims.npy", 20), "no whole .npy"),
+    "empty": (lambda p: os.truncate(p / "dev_ims.npy", 0), "no whole .npy"),
+    "text": (lambda p: (p / "dev_ims.npy").write_text("hello"), "no whole .npy"),
+    "objects": (lambda p: save(p, np.array([[[{}]]], dtype=object)), "no whole .npy"),
+    "integers": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int64)), "int64"),
+    "doubles": (lambda p: save(p, np.zeros((4, 7, 13))), "float64"),
+    "flat": (lambda p: save(p, np.zeros((4, 13), dtype=np.float32)), "shape (4, 13)"),
+    "rows": (lambda p: save(p, np.zeros((9, 7, 13), np.float32)), "9 rows for 20 captions"),
+    "width": (lambda p: save(p, np.zeros((4, 7, 12), np.float32)), "--img_dim is 13"),
+    "nan": (spoil(np.nan), "row 2"),
+    "infinite": (spoil(-np.inf), "row 2"),
+    "latin": (lambda p: (p / "dev_caps.txt").write_bytes(b"a\n\xe9\n" * 10), "line 2"),
+    "void": (lambda p: (p / "dev_caps.txt").write_bytes(b""), "holds no captions"),
+    "caption": (
+        lambda p: (p / "dev_caps.txt").write_text("a\n" * 6 + " \n" + "a\n" * 13),
+        "line 7",
+    ),
+    "uneven": (lambda p: (p / "dev_caps.txt").write_text("a\n" * 19), "4 rows for 19 captions"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_files_are_named_with_what_was_found(tmp_path: Path, fault: str) -> None:
+    change, said = BAD[fault]
+    write_split(tmp_path, "dev", 4)
+    change(tmp_path)
+    with pytest.raises(InputError, match="dev_") as error:
+        Split.open(tmp_path, "dev", IMG_DIM, training=True)
+    assert said in str(error.value)
+
+
+def test_an_empty_caption_may_be_evaluated(tmp_path: Path) -> None:
+    write_split(tmp_path, "dev", 4)
+    (tmp_path / "dev_caps.txt").write_text("a\n" * 6 + "\n" + "a\n" * 13)
+    assert Split.open(tmp_path, "dev", IMG_DIM).captions[6] == ""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nan_in_a_large_file_is_found_at_the_batch(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.CHEAP_BYTES", 0)
+    write_split(tmp_path, "dev", 4)
+    spoil(np.nan)(tmp_path)
+    split = Split.open(tmp_path, "dev", IMG_DIM)
+    with pytest.raises(InputError, match=r"dev_ims\.npy: row 2 holds NaN"):
+        list(load(ImageBlocks(split), [(0, 2), (2, 4)], workers))
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    write_split(tmp_path, "train", 11)
+    return Split.open(tmp_path, "train", IMG_DIM, training=True)
+
+
+def test_an_epoch_is_every_caption_once_with_its_image(split: Split) -> None:
+    found = [batch for batch in batches(split).epoch(3, 0, pin=False)]
+    assert [batch.pairs for batch in found] == [6] * 9 + [1]
+    captions = torch.cat([batch.captions for batch in found]).numpy()
+    assert sorted(captions) == list(range(55)) and captions.tolist() != list(range(55))
+    regions = torch.cat([batch.regions for batch in found])
+    assert torch.equal(regions, split.regions(captions // 5))
+    ids, mask = Vocabulary.load(GOLDEN / "i2t/bert").encode(
+        [split.captions[c] for c in captions], WIDTH
+    )
+    assert torch.equal(torch.cat([batch.ids for batch in found]), ids)
+    assert torch.equal(torch.cat([batch.mask for batch in found]), mask)
+
+
+@pytest.mark.parametrize("extra", [{"extra_stc": 2}, {"extra_img": 3}])
+def test_a_batch_is_a_function_of_seed_epoch_and_position(
+    split: Split, extra: dict[str, int]
+) -> None:
+    some = batches(split, **extra)
+    whole = list(some.epoch(1, 0, pin=False))
+    for workers in (0, 1, 2):
+        again = replace(some, config=replace(some.config, workers=workers))
+        torch.manual_seed(workers)  # the global generator has no part in it
+        for start in (0, 4):
+            rest = list(again.epoch(1, start, pin=False))
+            assert all(equal(a, b) for a, b in zip(rest, whole[start:], strict=True))
+    assert not equal(some[0, 2], some[1, 2])
+    other = replace(some, config=replace(some.config, seed=1))
+    assert not equal(some[0, 2], other[0, 2])
+
+
+def test_reading_leaves_the_global_generator_alone(split: Split) -> None:
+    before = torch.get_rng_state()
+    list(batches(split, workers=1).epoch(0, 0, pin=False))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_extra_captions_are_columns_behind_the_pairs(split: Split) -> None:
+    batch = batches(split, extra_stc=2)[0, 0]
+    assert batch.pairs == 6 and len(batch.regions) == 6 and len(batch.ids) == len(batch.mask) == 18
+    assert torch.equal(batch.captions[:6], batches(split)[0, 0].captions)
+
+
+def test_extra_images_are_rows_behind_the_pairs(split: Split) -> None:
+    batch = batches(split, extra_img=2)[0, 0]
+    assert batch.pairs == 6 and len(batch.regions) == 18 and len(batch.ids) == 6
+    every = split.regions(np.arange(split.images))
+    for row in batch.regions[6:]:
+        assert any(torch.equal(row, image) for image in every)
+
+
+def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:
+    drawn = [batches(split, extra_stc=1)[epoch, 0].captions[6:] for epoch in range(300)]
+    counts = torch.bincount(torch.cat(drawn), minlength=55)
+    mean = 300 * 6 / 55
+    assert counts.min() > mean / 2 and counts.max() < mean * 2
+
+
+def test_the_last_batch_of_one_is_kept_or_skipped(split: Split) -> None:
+    assert len(batches(split)) == 10
+    assert len(batches(split, skip_single=True)) == 9
+    assert len(batches(split, skip_single=True, batch_size=7)) == 8  # 55 = 7 * 7 + 6
+    assert len(batches(split, skip_single=True, batch_size=100)) == 1
+
+
+@pytest.mark.parametrize("option", ["batch_size", "extra_stc", "extra_img", "workers", "seed"])
+def test_impossible_numbers_are_named(option: str) -> None:
+    with pytest.raises(InputError, match=f"--{option} -1"):
+        DataConfig(**{option: -1})

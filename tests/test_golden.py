@@ -1,0 +1,161 @@
+"""The published model's own figures: encoders, cells, layers, scores, losses, gradients, steps.
+
+Tolerances are those of golden/README.md.
+"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import Case
+from torch import Tensor, nn
+
+from checkpoint import joined, own_names, published_names
+from evaluation import score_split
+from model import DIME, path_loss, triplet_loss
+from router import Modality
+
+ENCODED = SCORES = CLIPPED = 1e-5
+LAYERS = 5e-5
+LOSS = 1e-5  # relative
+BUFFERS = 1e-6
+
+
+def encoded(case: Case, model: DIME, vocabulary) -> tuple[Modality, Modality]:
+    split = case.split()
+    ids, mask = vocabulary.encode(split.captions, model.config.max_words)
+    with torch.no_grad():
+        regions = split.regions(split.image_rows(np.arange(split.images)))
+        return model.encode_images(regions), model.encode_captions(ids, mask)
+
+
+def close(found: Tensor, expected: np.ndarray, tolerance: float) -> None:
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance)
+
+
+def test_encoders(case: Case) -> None:
+    model, bert, _ = case.load()
+    images, captions = encoded(case, model, bert.vocabulary)
+    expected = case.expected("eval")
+    close(images.tokens, expected["rgn"], ENCODED)
+    close(images.pooled, expected["img"], ENCODED)
+    close(captions.tokens, expected["wrd"], ENCODED)
+    close(captions.pooled, expected["stc"], ENCODED)
+    assert captions.mask.sum(1).tolist() == expected["lengths"].tolist()
+
+
+def test_scores_of_the_whole_split(case: Case) -> None:
+    model, bert, checkpoint = case.load()
+    words = checkpoint.config.max_words
+    scores = score_split(
+        model, case.split(), bert.vocabulary, words, device=torch.device("cpu"), workers=0
+    )
+    np.testing.assert_allclose(scores, case.expected("eval")["sims"], rtol=0, atol=SCORES)
+
+
+def test_every_cell_and_layer(case: Case) -> None:
+    model, bert, _ = case.load()
+    images, captions = encoded(case, model, bert.vocabulary)
+    t2i = model.config.direction == "t2i"
+    found = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        # [Q, C, ...] to the [I, S, ...] of the arrays, which lack the axis of what is broadcast
+        value = value.transpose(0, 1) if t2i else value
+        found[name] = value.squeeze(0 if t2i else 1) if 1 in value.shape[:2] else value
+
+    for number, layer in enumerate([*model.space.layers, model.space.merge]):
+        for name, cell in layer.cells.items():
+
+            def cell_hook(_, __, out, prefix=f"layer{number}.{name}"):
+                keep(f"{prefix}.out", out[0])
+                keep(f"{prefix}.path", out[1])
+
+            cell.register_forward_hook(cell_hook)
+
+        def layer_hook(_, __, out, prefix=f"layer{number}"):
+            mixed = out[0] if isinstance(out[0], tuple) else (out[0],)
+            for k, path in enumerate(mixed):
+                keep(f"{prefix}.mix{k}", path)
+            keep(f"{prefix}.paths", out[1])
+
+        layer.register_forward_hook(layer_hook)
+    with torch.no_grad():
+        found["scores"] = model.score(images[:6], captions[:9])[0]
+    expected = case.expected("layers")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=LAYERS, err_msg=name)
+
+
+def modules(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """Arrays named prefix/module/key, as the three state dicts of a published checkpoint."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in arrays.items():
+        if name.startswith(f"{prefix}/"):
+            _, module, key = name.split("/")
+            parts.setdefault(module, {})[key] = torch.tensor(value)
+    return parts
+
+
+def check_gradients(model: DIME, arrays: dict[str, np.ndarray]) -> None:
+    """Clipped gradients of the first step; the arrays hold what has a gradient and no more."""
+    prefix = "step0.clipped_grad/"
+    left = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    for own, published in published_names(model.config.direction == "t2i").items():
+        if own in dict(model.named_parameters()):
+            expected = joined(own, [torch.tensor(left.pop(name)) for name in published])
+            close(model.get_parameter(own).grad, expected.numpy(), CLIPPED)
+    assert not left
+
+
+def test_three_training_steps(case: Case) -> None:
+    model, _, checkpoint = case.load()
+    arrays, options = case.expected("train"), checkpoint.options
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=2e-4)
+    for k in range(3):
+        names = ("images", "input_ids", "attention_mask")
+        regions, ids, mask = (torch.tensor(arrays[f"step{k}.{name}"]) for name in names)
+        assert not arrays[f"step{k}.token_type_ids"].any()
+        pairs = min(len(regions), len(ids))
+        output = model(regions, ids, mask.bool(), pairs)
+        rank = triplet_loss(output.scores, pairs, options["margin"], options["max_violation"])
+        path = path_loss(output.paths, output.meanings, options["batch_size"])
+        loss = rank + options["trade_off"] * path
+        for name, value in (("rank_loss", rank), ("path_loss", path), ("loss", loss)):
+            assert value.item() == pytest.approx(arrays[f"step{k}.{name}"].item(), rel=LOSS), name
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 2.0)
+        if k == 0:
+            check_gradients(model, arrays)
+        optimizer.step()
+    check_final(model, arrays)
+
+
+def check_final(model: DIME, arrays: dict[str, np.ndarray]) -> None:
+    final = modules(arrays, "final")
+    if model.config.direction == "i2t":
+        final["img_enc"] = {k: v for k, v in final["img_enc"].items() if not k.startswith("bn.")}
+    state = model.state_dict()
+    gaps = {
+        name: (state[name].double() - expected.double()).abs()
+        for name, expected in own_names(final, "final").items()
+    }
+    for name in gaps:
+        if "running" in name or "tracked" in name:
+            # The mean of Linear_fc(x) moves with its bias, whose own gap Adam makes of rounding.
+            moved = gaps["image.fc.bias"].max() if name == "image.norm.running_mean" else 0
+            assert gaps[name].max() <= BUFFERS + moved, name
+    every = torch.cat([gap.flatten() for gap in gaps.values()])
+    assert (every <= 1e-5).double().mean() >= 0.99
+    assert every.max() <= 1.2e-3
+
+
+def test_every_weight_of_ours_comes_from_the_published_model(case: Case) -> None:
+    model, _, _ = case.load()
+    names = published_names(with_image_norm=model.config.direction == "t2i")
+    ours = {name for name in model.state_dict() if not name.startswith("text.bert.")}
+    assert names.keys() == ours

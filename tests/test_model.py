@@ -1,0 +1,235 @@
+"""model.py against loops over pairs written from SPEC §1, §2, §3, §6 and §7."""
+
+import logging
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import GOLDEN
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from cells import CELLS
+from model import DIME, ImageEncoder, ModelConfig, path_loss, triplet_loss
+from options import InputError
+
+SMALL = {"embed_size": 8, "img_dim": 9, "max_words": 10, "num_head_IMRC": 2}
+SMALL |= {"hid_IMRC": 6, "hid_router": 5}
+IMAGES, REGIONS, LENGTHS = 3, 7, [10, 2, 5, 4, 3]
+
+
+def tiny_bert(dropout: float = 0.1) -> BertModel:
+    sizes = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2, "intermediate_size": 15}
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(**sizes, **drop, num_attention_heads=3, max_position_embeddings=16)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def small_model(direction: str, layers: int = 3, cells=CELLS, **options) -> DIME:
+    """A small model whose gates are open for some inputs and closed for others."""
+    config = ModelConfig(direction=direction, **SMALL | options)
+    model = DIME(config, tiny_bert(), layers, cells)
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.mlp.0.weight"):
+            parameter.data *= 9
+        if name.endswith("router.mlp.2.bias"):
+            parameter.data = 0.3 * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(0.5 + torch.rand_like(buffer))
+    return model.eval()
+
+
+def small_batch(captions: int = len(LENGTHS), images: int = IMAGES) -> tuple[Tensor, ...]:
+    mask = torch.arange(10) < torch.tensor(LENGTHS[:captions])[:, None]
+    ids = torch.where(mask, torch.randint(1, 50, mask.shape), 0)
+    return torch.rand(images, REGIONS, 9), ids, mask
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize("training", [False, True])
+def test_scores_and_paths_equal_one_pair_at_a_time(direction: str, training: bool) -> None:
+    """Captions are ragged; batch statistics run over every pair and position."""
+    model = small_model(direction).train(training)
+    model.text.bert.eval()
+    regions, ids, mask = small_batch()
+    with torch.no_grad():
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        # the oracle first: a forward pass moves the running statistics
+        scores, paths = oracle.score(model, images, captions, LENGTHS)
+        found, found_paths = model.score(images, captions)
+    torch.testing.assert_close(found, scores, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found_paths, paths, atol=1e-6, rtol=1e-5)
+    assert found.shape == (IMAGES, len(LENGTHS)) and found_paths.shape[-1] == 36
+    gates = found_paths.flatten(0, 1)
+    assert (gates == 0).any() and (gates > 0).any(), "the test needs open and closed gates"
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("cells", [CELLS, ("glgc", "cmrc"), ("imrc",)])
+def test_any_number_of_layers_and_any_cells(direction: str, layers: int, cells: tuple) -> None:
+    model = small_model(direction, layers, cells)
+    regions, ids, mask = small_batch()
+    with torch.no_grad():
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        scores, paths = oracle.score(model, images, captions, LENGTHS)
+        found, found_paths = model.score(images, captions)
+    torch.testing.assert_close(found, scores, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found_paths, paths, atol=1e-6, rtol=1e-5)
+    assert paths.shape[-1] == len(cells) ** 2 * (layers - 1) + len(cells)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_abs": True, "no_imgnorm": True}])
+def test_image_encoder(options: dict[str, bool]) -> None:
+    encoder = small_model("t2i", **options).image
+    regions = torch.randn(IMAGES, REGIONS, 9)
+    encoded = encoder(regions)
+    for i in range(IMAGES):
+        v = oracle.linear(encoder.fc, regions[i])
+        pooled = oracle.normalised(encoder.norm, v.mean(0))
+        pooled = pooled.abs() if options else oracle.unit(pooled)
+        torch.testing.assert_close(encoded.pooled[i], pooled)
+        torch.testing.assert_close(encoded.tokens[i], torch.stack([oracle.unit(r) for r in v]))
+    assert encoded.mask.all()
+
+
+def test_image_weights_start_uniform_within_the_bound() -> None:
+    encoder = ImageEncoder(2048, 256, batch_norm=False)
+    bound = (6 / (2048 + 256)) ** 0.5
+    assert 0.99 * bound < encoder.fc.weight.abs().max() <= bound
+    assert not encoder.fc.bias.any()
+
+
+def test_text_encoder() -> None:
+    encoder = small_model("i2t").text
+    _, ids, mask = small_batch()
+    hidden = encoder.read(ids, mask)
+    encoded = encoder(hidden, mask)
+    for t in range(len(LENGTHS)):
+        words, sentence = oracle.text(encoder, hidden[t])
+        torch.testing.assert_close(encoded.tokens[t], words)
+        torch.testing.assert_close(encoded.pooled[t], sentence)
+    assert torch.equal(encoded.mask, mask)
+
+
+def test_bert_is_frozen_with_its_dropout_on() -> None:
+    model = small_model("i2t").train()
+    _, ids, mask = small_batch()
+    assert not torch.equal(model.text.read(ids, mask), model.text.read(ids, mask))
+    regions, ids, mask = small_batch()
+    output = model(regions, ids, mask, 3)
+    (output.scores.sum() + output.paths.sum()).backward()
+    assert all(p.grad is None for p in model.text.bert.parameters())
+    assert not output.meanings.requires_grad
+
+
+def test_a_training_batch_with_extra_negatives() -> None:
+    regions, ids, mask = small_batch()
+    output = small_model("i2t").train()(regions, ids, mask, IMAGES)
+    assert output.scores.shape == (3, 5)
+    assert output.paths.shape == (3, 128) and output.meanings.shape == (3, 12)
+    regions, ids, mask = small_batch(captions=2)
+    output = small_model("t2i").train()(regions, ids, mask, 2)
+    assert output.scores.shape == (3, 2)
+    assert output.paths.shape == (2, 128) and output.meanings.shape == (2, 12)
+    for unit in (output.paths, output.meanings):
+        torch.testing.assert_close(unit.norm(dim=1), torch.ones(2))
+
+
+def test_a_closed_cell_gets_a_zero_gradient_and_not_none() -> None:
+    model = small_model("i2t").train()
+    nn.init.constant_(model.space.merge.cells["imrc"].router.mlp[2].bias, -99)
+    regions, ids, mask = small_batch()
+    output = model(regions, ids, mask, IMAGES)
+    (output.scores.sum() + output.paths.sum()).backward()
+    for parameter in model.space.merge.cells["imrc"].parameters():
+        assert parameter.grad is not None and not parameter.grad.any()
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert trained == []
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_bfloat16_keeps_gates_and_scores_in_float32(direction: str) -> None:
+    model = small_model(direction)
+    regions, ids, mask = small_batch()
+    with torch.no_grad():
+        exact, _ = model.score(model.encode_images(regions), model.encode_captions(ids, mask))
+        model.precision = "bf16"
+        seen = {}
+        for name, cell in model.space.merge.cells.items():
+            cell.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        scores, paths = model.score(images, captions)
+    assert {out.dtype for out, _ in seen.values()} == {torch.bfloat16}
+    assert {gates.dtype for _, gates in seen.values()} == {torch.float32}
+    floats = (scores, paths, images.tokens, images.pooled, captions.tokens, captions.pooled)
+    assert {tensor.dtype for tensor in floats} == {torch.float32}
+    torch.testing.assert_close(scores, exact, atol=0.05, rtol=0)
+    assert not torch.equal(scores, exact)
+
+
+def test_without_a_compiler_a_warning_and_the_same_scores(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(function, **options):
+        def call(*args):
+            raise RuntimeError("no working compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    model = small_model("i2t")
+    regions, ids, mask = small_batch()
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        eager, _ = model.score(images, captions)
+        model.compile()
+        for _ in range(2):
+            assert torch.equal(model.score(images, captions)[0], eager)
+    assert [record.getMessage() for record in caplog.records] == [
+        "not compiled, going on without: no working compiler"
+    ]
+
+
+SHAPES = ("square", "extra_stc", "extra_stc2", "extra_img", "extra_img2")
+
+
+@pytest.mark.parametrize("kind", ["max", "sum"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triplet_loss_equals_the_golden_one(shape: str, kind: str) -> None:
+    arrays = np.load(GOLDEN / "loss.npz")
+    scores = torch.tensor(arrays[f"{shape}.{kind}.scores"], requires_grad=True)
+    pairs = min(scores.shape)
+    loss = triplet_loss(scores, pairs, 0.2, hardest=kind == "max")
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), arrays[f"{shape}.{kind}.loss"], rtol=1e-5)
+    np.testing.assert_allclose(scores.grad, arrays[f"{shape}.{kind}.grad"], atol=1e-6)
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 7), (9, 4), (1, 1), (1, 3)])
+def test_triplet_loss_equals_an_oracle(shape: tuple[int, int], hardest: bool) -> None:
+    scores, pairs = torch.randn(*shape), min(shape)
+    expected = oracle.triplet(scores, pairs, 0.3, hardest)
+    assert triplet_loss(scores, pairs, 0.3, hardest).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_path_loss_divides_by_the_option() -> None:
+    paths, meanings = torch.randn(3, 4), torch.randn(3, 5)
+    gaps = [
+        (p @ q - a @ b) ** 2
+        for p, a in zip(paths, meanings, strict=True)
+        for q, b in zip(paths, meanings, strict=True)
+    ]
+    torch.testing.assert_close(path_loss(paths, meanings, 8), sum(gaps) / 8)
+
+
+@pytest.mark.parametrize(
+    "options", [{"embed_size": 10}, {"max_words": 1}, {"hid_router": 0}, {"img_dim": -1}]
+)
+def test_impossible_sizes_are_named(options: dict[str, int]) -> None:
+    name = next(iter(options))
+    with pytest.raises(InputError, match=f"--{name}"):
+        ModelConfig(**options)

@@ -1,0 +1,93 @@
+"""options.py: a dataclass as command line, whole files, the one error."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+
+from options import InputError, parse, run, whole_file
+
+
+@dataclass(frozen=True)
+class Options:
+    names: Annotated[list[str], "required, one or more"]
+    size: Annotated[int, "a size", "--breadth"] = 3
+    rate: Annotated[float, "a rate"] = 0.5
+    kind: Annotated[Literal["x", "y"], "a choice"] = "x"
+    where: Annotated[str | None, "a path"] = None
+    loud: Annotated[bool, "a switch"] = True
+    no_norm: Annotated[bool, "negative already"] = False
+
+
+def test_every_kind_of_option() -> None:
+    argv = ["--names", "a", "b", "--breadth=4", "--rate", "1e-3", "--kind", "y", "--where", "w"]
+    assert parse(Options, [*argv, "--no-loud", "--no_norm"], "") == Options(
+        ["a", "b"], 4, 0.001, "y", "w", False, True
+    )
+
+
+def test_defaults() -> None:
+    assert parse(Options, ["--names", "a"], "") == Options(["a"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "--names"),
+        (["--names", "a", "--siz", "4"], "--siz"),  # no abbreviations
+        (["--names", "a", "--size", "four"], "'four'"),
+        (["--names", "a", "--kind", "z"], "'z'"),
+        (["--names", "a", "--no-no_norm"], "--no-no_norm"),
+    ],
+)
+def test_wrong_options_are_named(argv: list[str], said: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(Options, argv, "")
+    assert said in str(error.value)
+
+
+def test_help_tells_defaults(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(Options, ["--help"], "What it is.")
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "What it is." in said and "a size (default: 3)" in said and "--breadth" in said
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(RuntimeError), whole_file(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"before"
+    with whole_file(path) as file:
+        file.write(b"after")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"after"
+
+
+def test_a_folder_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"), whole_file(tmp_path / "no/file"):
+        pass
+
+
+def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:
+    def program() -> None:
+        raise InputError("file: found this,\nexpected that")
+
+    with pytest.raises(SystemExit) as stop:
+        run(program)
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].endswith("error: file: found this, expected that")
+    )
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def program() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run(program)

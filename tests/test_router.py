@@ -1,0 +1,101 @@
+"""router.py: gates, dense layers and the merging layer against SPEC §4 and §6."""
+
+import oracle
+import pytest
+import torch
+from torch import Tensor, nn
+
+from router import CLOSED, MergeLayer, Modality, Router, RoutingLayer
+
+CONTEXT = Modality(torch.zeros(3, 4, 5), torch.zeros(3, 5), torch.ones(3, 4, dtype=torch.bool))
+
+
+class FixedCell(nn.Module):
+    """A cell that adds a number to its input and has the gates that a test gives it."""
+
+    def __init__(self, number: float, gates: Tensor) -> None:
+        super().__init__()
+        self.number, self.gates = number, gates
+
+    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
+        return x + self.number, self.gates
+
+
+def test_gates_equal_the_equation_and_some_are_closed() -> None:
+    router = Router(5, 7, 3)
+    nn.init.zeros_(router.mlp[2].bias)
+    x = 3 * torch.randn(2, 4, 6, 5)
+    gates = router(x)
+    for q in range(2):
+        for c in range(4):
+            torch.testing.assert_close(gates[q, c], oracle.router(router, x[q, c]))
+    assert (gates == 0).any() and (gates > 0).any()
+
+
+def test_every_path_starts_open() -> None:
+    assert Router(5, 7, 3)(torch.zeros(1, 1, 6, 5)).min() > 0.8
+
+
+def test_gates_stay_in_float32_under_autocast() -> None:
+    router, x = Router(5, 7, 3), torch.randn(2, 4, 6, 5).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = router(x)
+    assert gates.dtype == torch.float32
+    torch.testing.assert_close(gates, router(x.float()))
+
+
+def routed(layer: RoutingLayer | MergeLayer, xs: list[Tensor]) -> tuple:
+    return layer(xs, CONTEXT)
+
+
+@pytest.mark.parametrize("total", [0.0, 0.9 * CLOSED, 1.1 * CLOSED, 1.7])
+def test_a_dense_layer_mixes_and_a_dead_path_carries_the_rectified_input(total: float) -> None:
+    share = torch.tensor([0.7, 0.3])
+    gates = [total * s * torch.ones(2, 3, 2) for s in share]
+    gates[0][..., 1], gates[1][..., 1] = 0.25, 0.75  # out-path 1 is open in any case
+    layer = RoutingLayer({"a": FixedCell(1, gates[0]), "b": FixedCell(2, gates[1])})
+    xs = [torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 5)]
+    (first, second), shares = routed(layer, xs)
+    dead = total < CLOSED
+    weights = total * share / (total + 1e-8)
+    expected = weights[0] * (xs[0] + 1) + weights[1] * (xs[1] + 2) + dead * xs[0].relu()
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, 0.25 * (xs[0] + 1) + 0.75 * (xs[1] + 2))
+    torch.testing.assert_close(shares[..., 0, :], weights.expand(2, 3, 2))
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.9 * CLOSED / 2, 1.1 * CLOSED / 2, 0.8])
+def test_the_last_layer_averages_and_a_dead_cell_passes_its_input_on(gate: float) -> None:
+    gates = [torch.full((2, 3, 1), gate), torch.full((2, 3, 1), 0.4)]
+    layer = MergeLayer({"a": FixedCell(1, gates[0]), "b": FixedCell(2, gates[1])})
+    xs = [torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 5)]
+    merged, raw = routed(layer, xs)
+    dead = float(gate < CLOSED / 2)
+    above = gate * (xs[0] + 1) + dead * xs[0] + 0.4 * (xs[1] + 2)
+    torch.testing.assert_close(merged, above / (gate + dead + 0.4))
+    torch.testing.assert_close(raw[..., 0, :], torch.tensor([gate, 0.4]).expand(2, 3, 2))
+
+
+def test_all_cells_of_the_last_layer_dead() -> None:
+    closed = torch.zeros(2, 3, 1)
+    layer = MergeLayer({"a": FixedCell(1, closed), "b": FixedCell(2, closed)})
+    xs = [torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 5)]
+    merged, _ = routed(layer, xs)
+    torch.testing.assert_close(merged, (xs[0] + xs[1]) / 2)
+
+
+def test_dead_flags_are_constants_and_gates_get_gradients() -> None:
+    gates = torch.rand(2, 3, 2, 2, requires_grad=True)
+    layer = RoutingLayer({"a": FixedCell(1, gates[..., 0]), "b": FixedCell(2, gates[..., 1])})
+    mixed, _ = routed(layer, [torch.randn(2, 3, 6, 5)] * 2)
+    mixed[0].sum().backward()
+    assert gates.grad[:, :, 0].abs().min() > 0  # out-path 0 was asked for
+    assert gates.grad[:, :, 1].abs().max() == 0
+
+
+def test_some_items_of_a_modality() -> None:
+    modality = Modality(torch.randn(4, 3, 2), torch.randn(4, 2), torch.rand(4, 3) > 0.5)
+    chosen = modality[torch.tensor([2, 0])]
+    assert len(chosen) == 2
+    assert torch.equal(chosen.tokens, modality.tokens[[2, 0]])
+    assert torch.equal(chosen.mask, modality.mask[[2, 0]])
