@@ -1,0 +1,201 @@
+"""evaluate_models.py as a user runs it: single models, ensembles, fold5, and what is refused."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CASES, GOLDEN, Case, run_program, tiny_train, write_split
+
+from evaluate_models import evaluate
+from evaluation import owners, retrieval
+
+NAMES = ("r1", "r5", "r10", "medr", "meanr")
+
+
+def golden_args(case: Case) -> list[object]:
+    paths = {
+        "model_path": case.model_path,
+        "data_path": case.data_path,
+        "bert_path": case.bert_path,
+    }
+    return [x for name, value in paths.items() for x in (f"--{name}", value)]
+
+
+def test_golden_checkpoints_give_the_published_metrics(case: Case, tmp_path: Path) -> None:
+    """The published project's files and its figures, through the program."""
+    outputs = ["--save_scores", tmp_path / "scores.npy", "--json", tmp_path / "result.json"]
+    done = run_program("evaluate_models.py", *golden_args(case), *outputs)
+    assert done.returncode == 0, done.stderr
+    expected, result = case.expected("eval"), json.loads((tmp_path / "result.json").read_text())
+    scores = np.load(tmp_path / "scores.npy")
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected["sims"], rtol=0, atol=1e-5)
+    for side in ("i2t", "t2i"):
+        found = [result["metrics"][side][name] for name in NAMES]
+        np.testing.assert_allclose(found, expected[side], rtol=0, atol=1e-9)
+    assert result.keys() == {
+        *("models", "data_name", "split", "images", "captions", "metrics", "folds")
+    }
+    assert result["data_name"] == "f30k_precomp" and result["split"] == "test"
+    assert (result["images"], result["captions"]) == scores.shape and result["folds"] == []
+    recalls = [expected[side][k] for side in ("i2t", "t2i") for k in range(3)]
+    assert result["metrics"]["rsum"] == pytest.approx(sum(recalls))
+    assert done.stdout == family_lines(expected["i2t"], expected["t2i"])
+
+
+def family_lines(i2t: np.ndarray, t2i: np.ndarray) -> str:
+    def figures(values: np.ndarray) -> str:
+        return " ".join(f"{value:.1f}" for value in values)
+
+    return (
+        f"rsum: {i2t[:3].sum() + t2i[:3].sum():.1f}\n"
+        f"Average i2t Recall: {i2t[:3].mean():.1f}\nImage to text: {figures(i2t)}\n"
+        f"Average t2i Recall: {t2i[:3].mean():.1f}\nText to image: {figures(t2i)}\n"
+    )
+
+
+def test_train_evaluate_and_ensemble_with_folds(tiny: Path, tmp_path: Path) -> None:
+    """Own checkpoints of both directions; what is not given comes from them."""
+    models = []
+    for direction, extra in (("i2t", "--extra_stc"), ("t2i", "--extra_img")):
+        argv = tiny_train(tiny, extra, "1", "--max_steps", "2", direction=direction)
+        assert run_program("train.py", *argv).returncode == 0
+        models.append(tiny / "runs" / direction / "model_best.pth.tar")
+    singles = []
+    for number, model in enumerate(models):
+        path = tmp_path / f"{number}.npy"
+        done = run_program("evaluate_models.py", "--model_path", model, "--save_scores", path)
+        assert done.returncode == 0, done.stderr
+        singles.append(np.load(path))
+    outputs = ["--save_scores", tmp_path / "both.npy", "--json", tmp_path / "both.json"]
+    argv = ["--model_path", *models, "--fold5", "--workers", "1", *outputs]
+    done = run_program("evaluate_models.py", *argv)
+    assert done.returncode == 0, done.stderr
+    both = np.load(tmp_path / "both.npy")
+    np.testing.assert_allclose(both, (singles[0] + singles[1]) / 2, rtol=0, atol=1e-6)
+    result = json.loads((tmp_path / "both.json").read_text())
+    assert result["models"] == [str(model) for model in models] and len(result["folds"]) == 5
+    for number, fold in enumerate(result["folds"]):
+        block = both[2 * number : 2 * number + 2, 10 * number : 10 * number + 10]
+        assert fold == retrieval(block, owners(10)).as_dict()
+    for side in ("i2t", "t2i"):
+        for name in NAMES:
+            mean = np.mean([fold[side][name] for fold in result["folds"]])
+            assert result["metrics"][side][name] == pytest.approx(mean)
+    titles = [line for line in done.stdout.splitlines() if ":" not in line]
+    assert titles == [*(f"Fold {number}" for number in range(1, 6)), "Mean of 5 folds"]
+    assert done.stdout.count("rsum: ") == 6
+
+
+@pytest.mark.parametrize("case", ["i2t_no_extra"], indirect=True)
+def test_the_function_is_the_program(case: Case) -> None:
+    whole = evaluate(str(case.model_path), case.data_path, bert_path=case.bert_path)
+    folded = evaluate([case.model_path], case.data_path, bert_path=case.bert_path, fold5=True)
+    assert whole["folds"] == [] and len(folded["folds"]) == 5
+    assert whole["images"] == folded["images"] == 10
+    twice = [case.model_path, case.model_path]
+    ensemble = evaluate(twice, case.data_path, bert_path=case.bert_path, split="dev")
+    single = evaluate(twice[:1], case.data_path, bert_path=case.bert_path, split="dev")
+    assert ensemble["metrics"] == single["metrics"] and single["split"] == "dev"
+
+
+@pytest.mark.parametrize("case", ["t2i"], indirect=True)
+def test_bfloat16_scores_are_close(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "scores.npy"
+    options = {"bert_path": case.bert_path, "precision": "bf16", "save_scores": path}
+    evaluate(case.model_path, case.data_path, **options)
+    scores, exact = np.load(path), case.expected("eval")["sims"]
+    assert 0 < abs(scores - exact).mean() < 0.02
+
+
+def test_fold5_takes_testall_where_there_is_one(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    model = tiny / "runs/i2t/model_best.pth.tar"
+    assert evaluate(model, fold5=True)["split"] == "test"
+    write_split(tiny / "data/tiny", "testall", 15, repeat=True)
+    assert evaluate(model, fold5=True)["images"] == 15
+    assert evaluate(model)["split"] == "test"
+    assert evaluate(model, split="test", fold5=True)["images"] == 10
+
+
+def test_short_captions_are_evaluated(tiny: Path, run_train: Callable[..., int]) -> None:
+    """The published code crashed where the longest caption has fewer than max_words tokens."""
+    write_split(tiny / "data/tiny", "test", 3, longest=1)
+    for direction in ("i2t", "t2i"):
+        assert run_train(*tiny_train(tiny, "--max_steps", "1", direction=direction)) == 0
+        assert evaluate(tiny / f"runs/{direction}/model_best.pth.tar")["captions"] == 15
+
+
+def no_model(tmp_path: Path) -> list[str]:
+    return ["--model_path", str(tmp_path / "none.pth.tar")]
+
+
+def truncated(tmp_path: Path) -> list[str]:
+    path = tmp_path / "cut.pth.tar"
+    path.write_bytes((GOLDEN / "i2t/checkpoint.pth.tar").read_bytes()[:9000])
+    return ["--model_path", str(path)]
+
+
+def published() -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(GOLDEN / "i2t/checkpoint.pth.tar", weights_only=True)
+
+
+def two_data_sets(tmp_path: Path) -> list[str]:
+    content = published()
+    content["opt"].data_name = "coco_precomp"
+    torch.save(content, tmp_path / "coco.pth.tar")
+    first = str(GOLDEN / "i2t/checkpoint.pth.tar")
+    return ["--model_path", first, str(tmp_path / "coco.pth.tar")]
+
+
+def nan_scores(tmp_path: Path) -> list[str]:
+    content = published()
+    content["model"][2]["bn.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "nan.pth.tar")
+    return ["--model_path", str(tmp_path / "nan.pth.tar")]
+
+
+REFUSED = {
+    "no model": (no_model, "none.pth.tar: not found"),
+    "truncated": (truncated, "cut.pth.tar: truncated"),
+    "two data sets": (two_data_sets, "--data_name is needed"),
+    "NaN scores": (nan_scores, "NaN"),
+    "no fold": (lambda t: ["--fold5"], "--fold5: 12 images"),
+    "no split": (lambda t: ["--split", "testall"], "testall_caps.txt: not found"),
+    "other split": (lambda t: ["--split", "train2"], "train2"),
+    "no data": (lambda t: ["--data_path", str(t)], "test_caps.txt: not found"),
+    "no folder": (lambda t: ["--save_scores", str(t / "no/a.npy")], "--save_scores"),
+    "no report": (lambda t: ["--json", str(t / "no/a.json")], "--json"),
+    "other BERT": (lambda t: ["--bert_path", str(GOLDEN / "i2t/data")], "vocab.txt: not found"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
+def test_bad_input_is_one_line(
+    case: Case,
+    tmp_path: Path,
+    run_evaluate: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+    fault: str,
+) -> None:
+    change, said = REFUSED[fault]
+    assert run_evaluate(*golden_args(case), *change(tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err and "usage:" not in captured.err
+    assert captured.out == ""
+
+
+def test_a_model_is_required(
+    run_evaluate: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    assert run_evaluate() == 2
+    assert "--model_path" in capsys.readouterr().err.splitlines()[-1]

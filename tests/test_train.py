@@ -1,0 +1,379 @@
+"""train.py end to end on tiny data: runs, resumes, what is refused, what is left behind."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, run_program, tiny_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from options import parse
+from train import BEST, FREE, NEWEST, TrainConfig
+
+TAGS = {
+    *("epoch", "step", "batch_time", "data_time", "lr", "Rank", "Path", "Le"),
+    *("r1", "r5", "r10", "medr", "meanr", "r1i", "r5i", "r10i", "medri", "meanri", "rsum"),
+}
+
+
+def state(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_both_directions_resume_and_refuse_to_write_over(tiny: Path) -> None:
+    """The story of a user, each command in a process of its own."""
+    i2t = tiny_train(tiny, "--extra_stc", "1", "--lambda_softmax=4", "--workers", "2")
+    t2i = tiny_train(tiny, "--extra_img", "1", "--lambda_softmax=9", direction="t2i")
+    for argv in ([*i2t, "--max_steps", "3"], [*t2i, "--num_epochs", "1"]):
+        done = run_program("train.py", *argv)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"step 2/\d+ loss .* pairs/s, 0:00:\d\d left", done.stderr)
+    again = run_program("train.py", *i2t)
+    assert again.returncode == 2 and "holds a run" in again.stderr.splitlines()[-1]
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == 3
+    assert state(tiny / "runs/t2i" / NEWEST)["step"] == 10
+    resumed = run_program("train.py", *i2t, "--resume", "auto", "--max_steps", "5")
+    assert resumed.returncode == 0 and "from step 3" in resumed.stderr
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == 5
+    for direction in ("i2t", "t2i"):
+        names = {path.name for path in (tiny / "runs" / direction).iterdir()}
+        assert {NEWEST, BEST, "metrics.jsonl", "run.json", "train.log"} < names
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(
+    tiny: Path, run_train: Callable[..., int], direction: str
+) -> None:
+    """In the middle of the second epoch, BERT's dropout and extra negatives included."""
+    extra = ("--extra_stc", "1") if direction == "i2t" else ("--extra_img", "1")
+    argv = tiny_train(tiny, *extra, "--val_step", "7", direction=direction)
+    assert run_train(*argv, "--max_steps", "16") == 0
+    whole = tiny / "runs" / direction
+    whole = whole.rename(tiny / "whole")
+    assert run_train(*argv, "--max_steps", "13") == 0
+    torch.manual_seed(1234)
+    assert run_train(*argv, "--max_steps", "16", "--resume", "auto", "--workers", "1") == 0
+    cut, uncut = state(tiny / "runs" / direction / NEWEST), state(whole / NEWEST)
+    assert cut["step"] == 16 and cut["epoch"] == 1 and cut["position"] == 6
+    for key in ("weights", "optimizer", "random", "epoch", "position", "best_rsum", "best_r1"):
+        assert same(cut[key], uncut[key]), key
+    run = json.loads((tiny / "runs" / direction / "run.json").read_text())
+    assert run["resumed_at"] == [13]
+
+
+def test_resuming_an_older_checkpoint_cuts_the_log(
+    tiny: Path, run_train: Callable[..., int]
+) -> None:
+    argv, folder = tiny_train(tiny, "--val_step", "4"), tiny / "runs/i2t"
+    assert run_train(*argv, "--max_steps", "4") == 0
+    shutil.copy(folder / NEWEST, tiny / "runs/i2t/early.pth.tar")
+    assert run_train(*argv, "--max_steps", "8", "--resume", "auto") == 0
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "torn')
+    before = events_without_times(folder, 8)
+    early = folder / "early.pth.tar"
+    assert run_train(*argv, "--max_steps", "8", "--resume", early) == 0
+    assert events_without_times(folder, 8) == before
+
+
+def events_without_times(folder: Path, last: int) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    assert all(event["step"] <= last for event in found)
+    times = ("batch_time", "data_time", "pairs_per_s")
+    return [{key: v for key, v in event.items() if key not in times} for event in found]
+
+
+def test_a_complete_run_is_left_as_it_is(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny, "--num_epochs", "1")
+    assert run_train(*argv) == 0
+    before = (tiny / "runs/i2t" / NEWEST).read_bytes()
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert (tiny / "runs/i2t" / NEWEST).read_bytes() == before
+
+
+def test_resume_auto_starts_afresh_where_there_is_nothing(
+    tiny: Path, run_train: Callable[..., int]
+) -> None:
+    assert run_train(*tiny_train(tiny, "--resume", "auto", "--max_steps", "1")) == 0
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == 1
+
+
+def test_overwrite_starts_again(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny, "--val_step", "2")
+    assert run_train(*argv, "--max_steps", "6") == 0
+    assert run_train(*argv, "--max_steps", "2", "--overwrite") == 0
+    folder = tiny / "runs/i2t"
+    assert state(folder / NEWEST)["step"] == state(folder / BEST)["step"] == 2
+    assert {event["step"] for event in events(folder)} == {2}
+    assert len(list(folder.glob("events.*"))) == 1
+
+
+def test_logs_have_the_published_tags(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny, "--val_step", "5", "--max_steps", "7", "--val_captions", "17")
+    assert run_train(*argv) == 0
+    folder = tiny / "runs/i2t"
+    found = events(folder)
+    assert [event["step"] for event in found] == [2, 4, 5, 6, 7]
+    assert all(type(event["step"]) is int for event in found)
+    validations = [event for event in found if "rsum" in event]
+    assert [event["step"] for event in validations] == [5, 7]
+    # 17 captions are three whole images: recalls are thirds and fifteenths
+    assert validations[0]["r1"] * 3 == pytest.approx(round(validations[0]["r1"] * 3 / 100) * 100)
+    assert validations[0]["r10i"] == 100
+    board = EventAccumulator(str(folder)).Reload()
+    assert set(board.Tags()["scalars"]) >= TAGS
+    for name in ("Rank", "rsum"):
+        logged = [(event["step"], event[name]) for event in found if name in event]
+        scalars = [(scalar.step, scalar.value) for scalar in board.Scalars(name)]
+        assert [step for step, _ in scalars] == [step for step, _ in logged]
+        np.testing.assert_allclose(*([value for _, value in part] for part in (scalars, logged)))
+
+
+def test_run_json_says_how_it_came_about(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny, "--max_steps", "2")
+    assert run_train(*argv) == 0
+    run = json.loads((tiny / "runs/i2t/run.json").read_text())
+    assert run["command"].startswith("python ") and "--max_steps 2" in run["command"]
+    assert run["options"]["embed_size"] == 8 and run["options"]["seed"] == 0
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert run["seconds"] > 0 and run["peak_memory_bytes"] > 10**7
+    assert run["device"] and run["resumed_at"] == []
+    assert run["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", run["commit"])
+
+
+def test_the_learning_rate_falls_to_a_tenth(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny, "--lr_update", "2", "--num_epochs", "5", "--log_step", "10")
+    assert run_train(*argv) == 0
+    rates = [event["lr"] for event in events(tiny / "runs/i2t") if "lr" in event]
+    np.testing.assert_allclose(rates, [2e-4, 2e-4, 2e-5, 2e-5, 2e-6])
+
+
+def test_the_best_model_has_most_of_four_recalls(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R@1 + R@5 both ways decide, not the rsum."""
+    from evaluation import Recall, Retrieval
+
+    def result(r1: float, r5: float, r10: float) -> Retrieval:
+        return Retrieval(Recall(r1, r5, r10, 1.0, 1.0), Recall(r1, r5, r10, 1.0, 1.0))
+
+    results = iter([result(10, 20, 30), result(11, 21, 22), result(5, 20, 99), result(12, 19, 30)])
+    monkeypatch.setattr(train, "retrieval", lambda *_: next(results))
+    assert run_train(*tiny_train(tiny, "--val_step", "1", "--max_steps", "4")) == 0
+    folder = tiny / "runs/i2t"
+    best = state(folder / BEST)
+    assert best["step"] == 2 and best["best_rsum"] == 64 and best["best_r1"] == 11
+    assert state(folder / NEWEST)["best_rsum"] == 64 and state(folder / NEWEST)["best_r1"] == 12
+
+
+def test_a_last_batch_of_one_is_skipped_in_t2i_alone(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """55 captions in batches of 6: the tenth holds one."""
+    caplog.set_level("INFO")
+    for direction, steps in (("t2i", 9), ("i2t", 10)):
+        caplog.clear()
+        assert run_train(*tiny_train(tiny, "--num_epochs", "1", direction=direction)) == 0
+        assert state(tiny / "runs" / direction / NEWEST)["step"] == steps
+        assert ("skipped" in caplog.text) == (direction == "t2i")
+
+
+def test_a_batch_of_one_trains_with_extras(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny, "--extra_img", "1", "--num_epochs", "1", direction="t2i")
+    assert run_train(*argv) == 0
+    assert state(tiny / "runs/t2i" / NEWEST)["step"] == 10
+
+
+def test_gradients_are_not_clipped_at_zero(tiny: Path, run_train: Callable[..., int]) -> None:
+    weights = []
+    for clip in ("0", "1e9", "1e-3"):
+        argv = tiny_train(tiny, "--grad_clip", clip, "--max_steps", "3", "--overwrite")
+        assert run_train(*argv) == 0
+        weights.append(state(tiny / "runs/i2t" / NEWEST)["weights"])
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
+def test_bfloat16_trains(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny, "--precision", "bf16", "--max_steps", "2")
+    assert run_train(*argv) == 0
+    weights = state(tiny / "runs/i2t" / NEWEST)["weights"]
+    assert {v.dtype for v in weights.values()} == {torch.float32, torch.int64}
+
+
+def last_line(capsys: pytest.CaptureFixture) -> str:
+    text = capsys.readouterr().err
+    assert "Traceback" not in text and "usage:" not in text
+    return text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--margin", "0.3"], "--margin"),
+        (["--lambda_softmax", "5"], "--lambda_softmax_CMRC"),
+        (["--batch_size", "5"], "--batch_size"),
+        (["--seed", "1"], "--seed"),
+        (["--precision", "bf16"], "--precision"),
+        (["--hid_IMRC", "8"], "--hid_IMRC"),
+    ],
+)
+def test_a_resumed_run_keeps_its_mathematics(
+    tiny: Path,
+    run_train: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+    changed: list[str],
+    said: str,
+) -> None:
+    argv = tiny_train(tiny, "--max_steps", "1")
+    assert run_train(*argv) == 0
+    before = (tiny / "runs/i2t" / NEWEST).read_bytes()
+    assert run_train(*argv, "--resume", "auto", *changed) == 2
+    assert said in last_line(capsys)
+    assert (tiny / "runs/i2t" / NEWEST).read_bytes() == before
+
+
+def test_what_a_resumed_run_may_change(tiny: Path, run_train: Callable[..., int]) -> None:
+    argv = tiny_train(tiny)
+    assert run_train(*argv, "--max_steps", "1") == 0
+    (tiny / "data").rename(tiny / "elsewhere")
+    moved = ["--data_path", str(tiny / "elsewhere"), "--workers", "1", "--device", "cpu"]
+    more = ["--num_epochs", "40", "--log_step", "3", "--val_step", "9", "--drop", "0.5"]
+    assert run_train(*argv, "--max_steps", "2", "--resume", "auto", *moved, *more) == 0
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == 2
+
+
+def published(tiny: Path) -> list[str]:
+    return ["--resume", str(GOLDEN / "i2t/checkpoint.pth.tar")]
+
+
+def another_run(tiny: Path) -> list[str]:
+    (tiny / "runs/i2t").mkdir(parents=True)
+    (tiny / "runs/i2t/metrics.jsonl").write_text("")
+    return ["--resume", str(GOLDEN / "i2t/checkpoint.pth.tar")]
+
+
+def spoil_features(tiny: Path) -> list[str]:
+    path = tiny / "data/tiny/train_ims.npy"
+    features = np.load(path)
+    features[3] = np.nan
+    np.save(path, features)
+    return []
+
+
+def empty_caption(tiny: Path) -> list[str]:
+    path = tiny / "data/tiny/train_caps.txt"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:6], "  ", *lines[7:]]))
+    return []
+
+
+REFUSED = {
+    "extra_img in i2t": (lambda t: ["--extra_img", "1"], "--extra_img"),
+    "extra_stc in t2i": (lambda t: ["--direction", "t2i", "--extra_stc", "1"], "--extra_stc"),
+    "abbreviated": (lambda t: ["--max_step", "1"], "--max_step"),
+    "no number": (lambda t: ["--margin", "wide"], "wide"),
+    "negative": (lambda t: ["--margin", "-1"], "--margin"),
+    "both": (lambda t: ["--resume", "auto", "--overwrite"], "--overwrite"),
+    "no width": (lambda t: ["--img_dim", "14"], "--img_dim is 14"),
+    "heads": (lambda t: ["--num_head_IMRC", "3"], "--num_head_IMRC 3"),
+    "words": (lambda t: ["--max_words", "65"], "--max_words 65"),
+    "few captions": (lambda t: ["--val_captions", "4"], "--val_captions 4"),
+    "one image": (lambda t: ["--direction", "t2i", "--batch_size", "1"], "--batch_size 1"),
+    "no device": (lambda t: ["--device", "abacus"], "--device abacus"),
+    "no data": (lambda t: ["--data_name", "nowhere"], "nowhere/train_caps.txt: not found"),
+    "no BERT": (lambda t: ["--bert_path", str(t / "data")], "vocab.txt: not found"),
+    "no checkpoint": (lambda t: ["--resume", str(t / "no")], "no: not found"),
+    "published": (published, "holds no optimiser"),
+    "another run": (another_run, "holds another run"),
+    "NaN": (spoil_features, "train_ims.npy: row 3"),
+    "empty caption": (empty_caption, "train_caps.txt: line 7"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_bad_input_is_one_line_and_leaves_no_checkpoint(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture, fault: str
+) -> None:
+    change, said = REFUSED[fault]
+    argv = [*tiny_train(tiny, "--max_steps", "1"), *change(tiny)]
+    assert run_train(*argv) == 2
+    assert said in last_line(capsys)
+    assert not list(tiny.glob("runs/**/*.pth.tar*"))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_nan_met_in_a_batch_ends_the_program_with_its_line(
+    tiny: Path,
+    run_train: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: str,
+) -> None:
+    monkeypatch.setattr("data.CHEAP_BYTES", 0)
+    spoil_features(tiny)
+    assert run_train(*tiny_train(tiny, "--num_epochs", "1", "--workers", workers)) == 2
+    assert "train_ims.npy: row 3 holds NaN" in last_line(capsys)
+    assert not list(tiny.glob("runs/**/*.pth.tar*"))
+
+
+def test_the_published_commands_parse_with_the_published_defaults() -> None:
+    defaults = {
+        **{"logger_name": "runs/runX", "data_path": "/data", "data_name": "precomp"},
+        **{"bert_path": "./", "max_words": 32, "extra_stc": 0, "extra_img": 0, "num_epochs": 30},
+        **{"batch_size": 32, "learning_rate": 0.0002, "lr_update": 15, "grad_clip": 2.0},
+        **{"drop": 0.0, "margin": 0.2, "max_violation": True, "trade_off": 0.5, "img_dim": 2048},
+        **{"embed_size": 256, "direction": "i2t", "workers": 2, "log_step": 10, "val_step": 2000},
+        **{"resume": "", "finetune": False, "use_restval": False, "measure": "cosine"},
+        **{"use_abs": False, "no_imgnorm": False, "reset_train": False, "num_head_IMRC": 16},
+        **{"hid_IMRC": 512, "raw_feature_norm_CMRC": "clipped_l2norm"},
+        **{"lambda_softmax_CMRC": 4.0, "hid_router": 512},
+    }
+    config = vars(TrainConfig())
+    assert {name: config[name] for name in defaults} == defaults
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python train\.py (--data_path \$DATA_PATH .*)", readme)
+    assert len(commands) == 4
+    for command in commands:
+        config = parse(TrainConfig, command.split(), "")
+        i2t = config.direction == "i2t"
+        assert config.lambda_softmax_CMRC == (4.0 if i2t else 9.0)
+        assert (config.extra_stc, config.extra_img) == ((1, 0) if i2t else (0, 1))
+
+
+def test_options_without_effect_say_so(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"], "")
+    said = " ".join(capsys.readouterr().out.split())
+    for name in ("drop", "measure", "finetune", "use_restval", "reset_train"):
+        assert re.search(rf"--{name}\b[^-]*(--no-{name} )?accepted for", said), name
+
+
+def test_every_free_option_is_an_option() -> None:
+    assert vars(TrainConfig()).keys() >= FREE
+
+
+def test_compiled_training_goes_on_with_or_without_a_compiler(tiny: Path) -> None:
+    """One whole command; where no compiler is found it warns and trains all the same."""
+    done = run_program("train.py", *tiny_train(tiny, "--compile", "--max_steps", "2"))
+    assert done.returncode == 0, done.stderr
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == 2
