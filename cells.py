@@ -115,6 +115,7 @@ def _unit_over_tokens(x: Tensor) -> Tensor:
     return x * squares.clamp_min(NO_LENGTH**2).rsqrt().to(x.dtype)
 
 
+# DEVIATION: l1norm and clipped_l1norm work (they crashed in the published code).
 def _over_sum(x: Tensor) -> Tensor:
     return x / (x.abs().sum(-2, keepdim=True) + NO_SUM)
 

@@ -109,6 +109,7 @@ def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = 
 
     Keys of the model that start with `keep` stay as they are.
     """
+    # DEVIATION: a missing or surplus weight is an error (the published code skipped it in silence).
     wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
     missing, surplus = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
     require(not missing, f"{source}: lacks {len(missing)} weights, {missing[:1]} the first")
@@ -169,6 +170,7 @@ def _read_plain(path: Path) -> Any:
     """A torch file's plain data on the CPU, executing nothing; Python 2's strings are read too."""
     require(path.is_file(), f"{path}: not found")
     try:
+        # DEVIATION: nothing that a file holds is executed (the published code unpickled anything).
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail in any way; none of them is ours
@@ -241,6 +243,7 @@ def write_checkpoint(
     path: Path, model: DIME, options: dict[str, Any], bert: Bert, **state: Any
 ) -> None:
     """Write plain data: it loads with `weights_only=True`, and BERT's weights are not in it."""
+    # DEVIATION: BERT's weights are known by a fingerprint (the published code stored them).
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(BERT_KEYS)}
     content = {"format": FORMAT, "options": options, "weights": weights, "bert": bert.fingerprint}
     with whole_file(path) as file:

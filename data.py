@@ -194,10 +194,14 @@ class TrainingBatches(Dataset):
     def __len__(self) -> int:
         """Batches of an epoch."""
         full, rest = divmod(len(self.split.captions), self.config.batch_size)
+        # DEVIATION: a last batch of one item is skipped in t2i without extra images (the published
+        # code crashed in batch normalisation).
         return full + (rest > (1 if self.skip_single else 0))
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         epoch, position = place
+        # DEVIATION: order and extra negatives are functions of seed, epoch and position (the
+        # published ones came from global generators).
         order = _order(self.config.seed, epoch, len(self.split.captions))
         size = self.config.batch_size
         captions = order[position * size : (position + 1) * size]

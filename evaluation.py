@@ -92,7 +92,9 @@ def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> tuple[np.ndarray
     of_captions = np.zeros(len(owner), dtype=np.int64)
     for first in range(0, len(scores), ROW_BLOCK):
         block = np.array(scores[first : first + ROW_BLOCK])
+        # DEVIATION: scores that are no numbers are an error (the published code ranked NaN).
         require(bool(np.isfinite(block).all()), "the scores hold NaN or inf; expected numbers")
+        # DEVIATION: equal scores count against the model (their published order is arbitrary).
         relevant = owner == np.arange(first, first + len(block))[:, None]  # [rows, T]
         best = np.where(relevant, block, -np.inf).max(1, keepdims=True)  # [rows, 1]
         of_images[first : first + len(block)] = (~relevant & (block >= best)).sum(1)
@@ -117,6 +119,8 @@ def check_folds(images: int) -> None:
 def folds(scores: np.ndarray, owner: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Scores and owners of five consecutive equal slices of the images, with their captions."""
     check_folds(len(scores))
+    # DEVIATION: folds are slices of one score matrix, ensembles too (the published ensemble used
+    # the caption lengths of the first fold for every fold).
     size = len(scores) // FOLDS
     for first in range(0, len(scores), size):
         captions = np.flatnonzero((owner >= first) & (owner < first + size))

@@ -7,7 +7,7 @@ those of `router.py`.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -208,11 +208,11 @@ class DIME(nn.Module):
         )
         self.space = RoutingSpace(sizes, layers, cells)
         self.precision: Precision = "fp32"
-        self._route = self.space.forward
+        self._compiled: Callable[[Modality, Modality], tuple[Tensor, Tensor]] | None = None
 
-    def compile(self) -> None:
+    def compile_routing(self) -> None:
         """Compile the routing space at its first use; go on without where that fails."""
-        eager, compiled = self.space.forward, torch.compile(self.space.forward)
+        compiled = torch.compile(self.space.forward)
 
         def route(query: Modality, context: Modality) -> tuple[Tensor, Tensor]:
             try:
@@ -220,10 +220,10 @@ class DIME(nn.Module):
             except Exception as error:  # no compiler, or one that cannot: many types, one remedy
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 log.warning("not compiled, going on without: %s", reason)
-                self._route = eager
-                return eager(query, context)
+                self._compiled = None
+                return self.space(query, context)
 
-        self._route = route
+        self._compiled = route
 
     def encode_images(self, regions: Tensor) -> Modality:
         """Region features `[I, L, img_dim]`, encoded."""
@@ -260,7 +260,7 @@ class DIME(nn.Module):
         with self._autocast(query.tokens):
             if self.precision == "bf16":
                 query = Modality(query.tokens.bfloat16(), query.pooled, query.mask)
-            return self._route(query, context)
+            return (self._compiled or self.space)(query, context)
 
     def _autocast(self, example: Tensor) -> torch.autocast:
         return torch.autocast(example.device.type, torch.bfloat16, enabled=self.precision == "bf16")

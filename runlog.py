@@ -12,14 +12,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from options import require, whole_file
+from evaluation import Retrieval
+from options import InputError, require, whole_file
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
@@ -35,7 +38,10 @@ class RunLog:
     ) -> None:
         self.folder, self.device = folder, device
         self.began = time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be made: {error.strerror}") from error
         before = _read_run(folder / RUN) if step else {}
         self.run = {
             "command": shlex.join(["python", *sys.argv]),
@@ -77,6 +83,39 @@ class RunLog:
         self.board.close()
         logging.getLogger().removeHandler(self.handler)
         self.handler.close()
+
+
+class Window:
+    """Means over the steps since the last report: losses, and seconds a step and its loading."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor | float] = {"batch_time": 0.0, "data_time": 0.0}
+        self.since = time.monotonic()
+
+    def loaded(self) -> None:
+        self.loading = time.monotonic() - self.since
+
+    def stepped(self, figures: dict[str, Tensor]) -> None:
+        now = time.monotonic()
+        times = {"batch_time": now - self.since, "data_time": self.loading}
+        for name, value in (times | figures).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.steps += 1
+        self.since = now
+
+    def resumed(self) -> None:
+        """Leave out what was done between two steps: validation, saving."""
+        self.since = time.monotonic()
+
+    def mean(self) -> dict[str, float]:
+        return {name: float(total) / self.steps for name, total in self.sums.items()}
+
+
+def tags(result: Retrieval) -> dict[str, float]:
+    """Figures under the published trainer's names: image-to-text plain, text-to-image with an i."""
+    both = asdict(result.i2t) | {f"{name}i": v for name, v in asdict(result.t2i).items()}
+    return both | {"rsum": result.rsum, "r1r5": result.selection}
 
 
 def clear(folder: Path) -> None:

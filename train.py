@@ -6,8 +6,8 @@ model.py, the logs in runlog.py.
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runlog
 from checkpoint import (
@@ -29,7 +30,7 @@ from checkpoint import (
     write_checkpoint,
 )
 from data import CAPTIONS_PER_IMAGE, Batch, DataConfig, Split, TrainingBatches, pick_device
-from evaluation import Retrieval, owners, retrieval, score_split
+from evaluation import owners, retrieval, score_split
 from model import DIME, ModelConfig, path_loss, triplet_loss
 from options import InputError, Precision, parse, require, run
 
@@ -158,6 +159,7 @@ def to_resume(config: TrainConfig) -> Checkpoint | None:
             f"{folder}: holds another run than {path}; give another --logger_name",
         )
         return read_checkpoint(path)
+    # DEVIATION: a folder that holds a run is not written over (the published one was).
     require(
         not held or config.overwrite,
         f"{folder}: holds a run; --resume auto goes on with it, --overwrite starts again",
@@ -184,7 +186,7 @@ class Trainer:
         self.place = Place()
         model.precision = config.precision
         if config.compile:
-            model.compile()
+            model.compile_routing()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written. Raises InputError where the run is another."""
@@ -205,6 +207,8 @@ class Trainer:
             f"{state.get('train_captions')}",
         )
         load_strictly(self.model, checkpoint.weights, path, keep=BERT_KEYS)
+        # DEVIATION: a resumed run goes on exactly where it was (the published one started again at
+        # epoch 0, its optimiser and best scores forgotten).
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["random"]["cpu"])
@@ -239,9 +243,9 @@ class Trainer:
         self.bar = tqdm(
             total=self.last_step, initial=self.place.step, unit="step", disable=not terminal
         )
-        while not self.finished:
-            self._epoch()
-        self.bar.close()
+        with self.bar, logging_redirect_tqdm() if terminal else nullcontext():
+            while not self.finished:
+                self._epoch()
         self.log.close()
         log.info("done: the best model is %s", self.config.folder / BEST)
 
@@ -264,15 +268,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         pin = self.device.type == "cuda"
-        window = Window()
+        window = runlog.Window()
         for batch in self.batches.epoch(epoch, self.place.position, pin):
             window.loaded()
             figures = self._step(batch.to(self.device))
             window.stepped(figures)
             self._advance()
+            self.bar.update()
             if self.place.step % config.log_step == 0:
                 self._report(epoch, lr, window)
-                window = Window()
+                window = runlog.Window()
             over = self.place.epoch > epoch or self.finished
             if over or self.place.step % config.val_step == 0:
                 self._validate()
@@ -302,12 +307,11 @@ class Trainer:
         losses = {"Rank": rank, "Path": path, "Le": loss, "grad_norm": norm}
         return {name: value.detach() for name, value in losses.items()} | {"pairs": pairs}
 
-    def _report(self, epoch: int, lr: float, window: "Window") -> None:
+    def _report(self, epoch: int, lr: float, window: runlog.Window) -> None:
         figures = window.mean()
         step, speed = self.place.step, figures.pop("pairs") / figures["batch_time"]
         self.log.record(step, epoch=epoch, lr=lr, **figures, pairs_per_s=speed)
         loss = f"loss {figures['Le']:.3f}"
-        self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f"{loss}, {speed:.0f} pairs/s")
         if self.bar.disable:
             seconds = (self.last_step - step) * figures["batch_time"]
@@ -337,7 +341,7 @@ class Trainer:
             best_rsum=max(place.best_rsum, result.selection),
             best_r1=max(place.best_r1, result.i2t.r1),
         )
-        self.log.record(place.step, epoch=place.epoch, **tags(result))
+        self.log.record(place.step, epoch=place.epoch, **runlog.tags(result))
         log.info(
             "step %d: rsum %.1f, R@1+R@5 %.1f (best %.1f)",
             *(place.step, result.rsum, result.selection, self.place.best_rsum),
@@ -357,39 +361,6 @@ class Trainer:
         }
         path = self.config.folder / name
         write_checkpoint(path, self.model, asdict(self.config), self.bert, **state)
-
-
-class Window:
-    """Means over the steps since the last report: losses, and seconds a step and its loading."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.sums: dict[str, Tensor | float] = {"batch_time": 0.0, "data_time": 0.0}
-        self.since = time.monotonic()
-
-    def loaded(self) -> None:
-        self.loading = time.monotonic() - self.since
-
-    def stepped(self, figures: dict[str, Tensor]) -> None:
-        now = time.monotonic()
-        times = {"batch_time": now - self.since, "data_time": self.loading}
-        for name, value in (times | figures).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
-        self.since = now
-
-    def resumed(self) -> None:
-        """Leave out what was done between two steps: validation, saving."""
-        self.since = time.monotonic()
-
-    def mean(self) -> dict[str, float]:
-        return {name: float(total) / self.steps for name, total in self.sums.items()}
-
-
-def tags(result: Retrieval) -> dict[str, float]:
-    """Figures under the published trainer's names: image-to-text plain, text-to-image with an i."""
-    both = asdict(result.i2t) | {f"{name}i": v for name, v in asdict(result.t2i).items()}
-    return both | {"rsum": result.rsum, "r1r5": result.selection}
 
 
 DESCRIPTION = """Train a DIME model for one direction on precomputed region features.

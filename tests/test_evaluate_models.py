@@ -103,6 +103,26 @@ def test_the_function_is_the_program(case: Case) -> None:
     assert ensemble["metrics"] == single["metrics"] and single["split"] == "dev"
 
 
+@pytest.mark.parametrize("case", ["i2t_no_extra"], indirect=True)
+def test_a_fold_is_the_data_set_of_its_images(case: Case, tmp_path: Path) -> None:
+    """Scored by themselves, a fold's images and captions get the diagonal block's scores."""
+    options = {"bert_path": case.bert_path, "save_scores": tmp_path / "scores.npy"}
+    whole = evaluate(case.model_path, case.data_path, fold5=True, **options)
+    scores = np.load(tmp_path / "scores.npy")
+    source = case.data_path / "f30k_precomp"
+    features = np.load(source / "test_ims.npy")
+    captions = (source / "test_caps.txt").read_text().splitlines(keepends=True)
+    for number, expected in enumerate(whole["folds"]):
+        folder = tmp_path / f"fold{number}"
+        folder.mkdir()
+        np.save(folder / "test_ims.npy", features[2 * number : 2 * number + 2])
+        (folder / "test_caps.txt").write_text("".join(captions[10 * number : 10 * number + 10]))
+        fold = evaluate(case.model_path, tmp_path, data_name=folder.name, **options)
+        assert fold["metrics"] == expected
+        block = scores[2 * number : 2 * number + 2, 10 * number : 10 * number + 10]
+        np.testing.assert_allclose(np.load(options["save_scores"]), block, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ["t2i"], indirect=True)
 def test_bfloat16_scores_are_close(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "scores.npy"

@@ -287,7 +287,13 @@ def empty_caption(tiny: Path) -> list[str]:
     return []
 
 
+def file_in_the_way(tiny: Path) -> list[str]:
+    (tiny / "file").write_text("")
+    return ["--logger_name", str(tiny / "file/runs")]
+
+
 REFUSED = {
+    "no folder": (file_in_the_way, "file/runs/i2t: cannot be made"),
     "extra_img in i2t": (lambda t: ["--extra_img", "1"], "--extra_img"),
     "extra_stc in t2i": (lambda t: ["--direction", "t2i", "--extra_stc", "1"], "--extra_stc"),
     "abbreviated": (lambda t: ["--max_step", "1"], "--max_step"),
@@ -372,6 +378,7 @@ def test_every_free_option_is_an_option() -> None:
     assert vars(TrainConfig()).keys() >= FREE
 
 
+@pytest.mark.slow
 def test_compiled_training_goes_on_with_or_without_a_compiler(tiny: Path) -> None:
     """One whole command; where no compiler is found it warns and trains all the same."""
     done = run_program("train.py", *tiny_train(tiny, "--compile", "--max_steps", "2"))
