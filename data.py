@@ -50,6 +50,8 @@ class DataConfig:
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` is a GPU where there is one. Raises InputError."""
+    # On a GPU torch would let convolutions round their factors to 10 bits (TF32).
+    torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -38,10 +38,7 @@ class RunLog:
     ) -> None:
         self.folder, self.device = folder, device
         self.began = time.monotonic()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be made: {error.strerror}") from error
+        make_folder(folder)
         before = _read_run(folder / RUN) if step else {}
         self.run = {
             "command": shlex.join(["python", *sys.argv]),
@@ -83,6 +80,14 @@ class RunLog:
         self.board.close()
         logging.getLogger().removeHandler(self.handler)
         self.handler.close()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run's folder. Raises InputError where that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror}") from error
 
 
 class Window:

@@ -32,7 +32,7 @@ from checkpoint import (
 from data import CAPTIONS_PER_IMAGE, Batch, DataConfig, Split, TrainingBatches, pick_device
 from evaluation import owners, retrieval, score_split
 from model import DIME, ModelConfig, path_loss, triplet_loss
-from options import InputError, Precision, parse, require, run
+from options import InputError, Precision, parse, require, run, whole_file
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runlog.clear(config.folder)
     else:
         trainer.restore(found)
+        _bring_best(found.path.parent / BEST, config.folder / BEST)
     trainer.train()
 
 
@@ -148,10 +149,11 @@ def to_resume(config: TrainConfig) -> Checkpoint | None:
 
     Raises InputError where the folder holds a run that is neither gone on with nor given up.
     """
-    folder, newest = config.folder, config.folder / NEWEST
-    held = newest.exists() or (folder / BEST).exists() or runlog.held_by_run(folder)
+    folder = config.folder
+    written = [path for path in (folder / NEWEST, folder / BEST) if path.exists()]
+    held = bool(written) or runlog.held_by_run(folder)
     if config.resume == "auto":
-        return read_checkpoint(newest) if newest.exists() else None
+        return read_checkpoint(written[0]) if written else None
     if config.resume:
         path = Path(config.resume)
         require(
@@ -165,6 +167,14 @@ def to_resume(config: TrainConfig) -> Checkpoint | None:
         f"{folder}: holds a run; --resume auto goes on with it, --overwrite starts again",
     )
     return None
+
+
+def _bring_best(before: Path, here: Path) -> None:
+    """Where a run goes on in another folder, its best model so far comes along."""
+    if before.exists() and not here.exists():
+        runlog.make_folder(here.parent)
+        with whole_file(here) as file:
+            file.write(before.read_bytes())
 
 
 class Trainer:

@@ -13,6 +13,7 @@ from conftest import GOLDEN, ROOT, run_program, tiny_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from evaluation import owners, retrieval
 from options import parse
 from train import BEST, FREE, NEWEST, TrainConfig
 
@@ -116,6 +117,23 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(
 ) -> None:
     assert run_train(*tiny_train(tiny, "--resume", "auto", "--max_steps", "1")) == 0
     assert state(tiny / "runs/i2t" / NEWEST)["step"] == 1
+
+
+def test_a_run_goes_on_in_another_folder_with_its_best_model(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = tiny_train(tiny)
+    assert run_train(*argv, "--max_steps", "1") == 0
+    best = (tiny / "runs/i2t" / BEST).read_bytes()
+    worse = retrieval(torch.zeros(7, 35), owners(35))
+    monkeypatch.setattr(train, "retrieval", lambda *_: worse)
+    elsewhere = ["--resume", tiny / "runs/i2t" / NEWEST, "--logger_name", tiny / "more"]
+    assert run_train(*argv, "--max_steps", "2", *elsewhere) == 0
+    assert (tiny / "more/i2t" / BEST).read_bytes() == best
+    (tiny / "more/i2t" / NEWEST).unlink()  # auto takes what is left
+    again = ["--resume", "auto", "--logger_name", tiny / "more"]
+    assert run_train(*argv, "--max_steps", "3", *again) == 0
+    assert state(tiny / "more/i2t" / NEWEST)["step"] == 3
 
 
 def test_overwrite_starts_again(tiny: Path, run_train: Callable[..., int]) -> None:
