@@ -47,37 +47,36 @@ def small_batch(captions: int = len(LENGTHS), images: int = IMAGES) -> tuple[Ten
     return torch.rand(images, REGIONS, 9), ids, mask
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
-@pytest.mark.parametrize("training", [False, True])
-def test_scores_and_paths_equal_one_pair_at_a_time(direction: str, training: bool) -> None:
-    """Captions are ragged; batch statistics run over every pair and position."""
-    model = small_model(direction).train(training)
-    model.text.bert.eval()
+def equals_the_oracle(model: DIME) -> Tensor:
+    """Hold scores and path vectors to one pair at a time; the path vectors. Captions are ragged."""
     regions, ids, mask = small_batch()
     with torch.no_grad():
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
-        # the oracle first: a forward pass moves the running statistics
+        # the oracle first: in training a forward pass moves the running statistics
         scores, paths = oracle.score(model, images, captions, LENGTHS)
         found, found_paths = model.score(images, captions)
+    assert found.shape == (IMAGES, len(LENGTHS))
     torch.testing.assert_close(found, scores, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found_paths, paths, atol=1e-6, rtol=1e-5)
-    assert found.shape == (IMAGES, len(LENGTHS)) and found_paths.shape[-1] == 36
-    gates = found_paths.flatten(0, 1)
-    assert (gates == 0).any() and (gates > 0).any(), "the test needs open and closed gates"
+    return found_paths
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize("training", [False, True])
+def test_scores_and_paths_equal_one_pair_at_a_time(direction: str, training: bool) -> None:
+    """In training, batch statistics run over every pair and position."""
+    model = small_model(direction).train(training)
+    model.text.bert.eval()
+    paths = equals_the_oracle(model)
+    assert paths.shape[-1] == 36
+    assert (paths == 0).any() and (paths > 0).any(), "the test needs open and closed gates"
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
 @pytest.mark.parametrize("layers", [1, 2, 4])
 @pytest.mark.parametrize("cells", [CELLS, ("glgc", "cmrc"), ("imrc",)])
 def test_any_number_of_layers_and_any_cells(direction: str, layers: int, cells: tuple) -> None:
-    model = small_model(direction, layers, cells)
-    regions, ids, mask = small_batch()
-    with torch.no_grad():
-        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
-        scores, paths = oracle.score(model, images, captions, LENGTHS)
-        found, found_paths = model.score(images, captions)
-    torch.testing.assert_close(found, scores, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found_paths, paths, atol=1e-6, rtol=1e-5)
+    paths = equals_the_oracle(small_model(direction, layers, cells))
     assert paths.shape[-1] == len(cells) ** 2 * (layers - 1) + len(cells)
 
 

@@ -1,0 +1,71 @@
+"""runlog.py: names, means and what is left of a torn log."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import runlog
+from evaluation import Recall, Retrieval
+from options import InputError
+
+
+def test_every_figure_has_its_published_name() -> None:
+    result = Retrieval(Recall(1.0, 2.0, 3.0, 4.0, 5.0), Recall(6.0, 7.0, 8.0, 9.0, 10.0))
+    assert runlog.tags(result) == {
+        **{"r1": 1, "r5": 2, "r10": 3, "medr": 4, "meanr": 5},
+        **{"r1i": 6, "r5i": 7, "r10i": 8, "medri": 9, "meanri": 10},
+        **{"rsum": 1 + 2 + 3 + 6 + 7 + 8, "r1r5": 1 + 2 + 6 + 7},
+    }
+
+
+def test_a_window_means_losses_and_leaves_pauses_out() -> None:
+    window = runlog.Window()
+    for loss in (1.0, 4.0):
+        window.loaded()
+        window.stepped({"Le": torch.tensor(loss)})
+        time.sleep(0.3)
+        window.resumed()
+    mean = window.mean()
+    assert mean["Le"] == 2.5
+    assert 0 <= mean["data_time"] <= mean["batch_time"] < 0.3
+
+
+def test_a_log_goes_on_behind_its_step_without_torn_lines(tmp_path: Path) -> None:
+    log = runlog.RunLog(tmp_path, {}, torch.device("cpu"))
+    for step in range(1, 6):
+        log.record(step, Le=step / 2)
+    log.close()
+    path = tmp_path / runlog.METRICS
+    path.write_text(path.read_text() + '{"step": 3, "Le')
+    runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=3).close()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found == [{"step": step, "Le": step / 2} for step in (1, 2, 3)]
+    run = json.loads((tmp_path / runlog.RUN).read_text())
+    assert run["resumed_at"] == [3]
+
+
+def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
+    for step in (0, 1, 2):
+        log = runlog.RunLog(tmp_path, {}, torch.device("cpu"), step)
+        log.began -= 100
+        log.close()
+    run = json.loads((tmp_path / runlog.RUN).read_text())
+    assert 300 <= run["seconds"] < 320 and run["resumed_at"] == [1, 2]
+
+
+def test_a_spoilt_run_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / runlog.RUN).write_text("[")
+    with pytest.raises(InputError, match=r"run\.json"):
+        runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=1)
+
+
+def test_figures_may_be_tensors_or_numbers() -> None:
+    window = runlog.Window()
+    window.loaded()
+    figures: dict[str, Tensor] = {"Rank": torch.tensor(3.0)}
+    window.stepped(figures)
+    assert type(window.mean()["Rank"]) is float
