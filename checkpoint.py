@@ -51,26 +51,27 @@ class Bert:
     fingerprint: str  # SHA-256 of weights and vocabulary, whatever the files were
 
 
-def load_bert(folder: str | Path, weights: Weights | None = None) -> Bert:
-    """BERT from a local folder, or with `weights` that a published checkpoint brings.
+def load_bert(folder: str | Path) -> Bert:
+    """BERT from a local folder; nothing is downloaded.
 
     Raises InputError that names the file, and the key that is missing or too many.
     """
     folder = Path(folder)
     require(folder.is_dir(), f"{folder}: no such folder; --bert_path must name a BERT folder")
+    source = _one_of(folder, "model.safetensors", "pytorch_model.bin")
+    return _assembled(folder, _read_weights(source), source)
+
+
+def _assembled(folder: Path, weights: Weights, source: Path) -> Bert:
+    """BERT of a folder's vocabulary and configuration with the weights of a file `source`."""
     vocabulary = Vocabulary.load(folder)
     sizes = _bert_sizes(_one_of(folder, "bert_config.json", "config.json"))
-    if weights is None:
-        source = _one_of(folder, "model.safetensors", "pytorch_model.bin")
-        weights = _read_weights(source)
-    else:
-        source = folder
     weights = normalised_bert(weights, source)
     entries = len(vocabulary.entries)
-    words = weights.get("embeddings.word_embeddings.weight", torch.empty(0))
+    words = list(weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape)
     require(
-        entries == len(words) == sizes["vocab_size"],
-        f"{vocabulary.path}: {entries} entries, but {len(words)} word embeddings in {source} "
+        [entries] == words[:1] == [sizes["vocab_size"]],
+        f"{vocabulary.path}: {entries} entries, but word embeddings {words} in {source} "
         f"and vocab_size {sizes['vocab_size']} in its configuration; expected one number",
     )
     model = BertModel(BertConfig(**sizes, hidden_act="gelu"), add_pooling_layer=False)
@@ -112,12 +113,18 @@ def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = 
     # DEVIATION: a missing or surplus weight is an error (the published code skipped it in silence).
     wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
     missing, surplus = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    require(not missing, f"{source}: lacks {len(missing)} weights, {missing[:1]} the first")
-    require(not surplus, f"{source}: {len(surplus)} weights too many, {surplus[:1]} the first")
+    require(not missing, f"{source}: lacks {_some(missing)}")
+    require(not surplus, f"{source}: holds {_some(surplus)} too many")
     for name, value in wanted.items():
         found, expected = list(weights[name].shape), list(value.shape)
         require(found == expected, f"{source}: {name} is {found}, expected {expected}")
     model.load_state_dict(weights, strict=False)
+
+
+def _some(keys: Sequence[str]) -> str:
+    """A few keys by name, and how many more there are."""
+    more = f" and {len(keys) - 3} more weights" if len(keys) > 3 else ""
+    return ", ".join(keys[:3]) + more
 
 
 def _one_of(folder: Path, *names: str) -> Path:
@@ -256,8 +263,11 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
     Of a published checkpoint the folder gives vocabulary and configuration, no more. Another BERT
     than the checkpoint's is an InputError.
     """
-    folder = bert_path or checkpoint.options.get("bert_path") or "."
-    bert = load_bert(folder, checkpoint.bert_weights)
+    folder = Path(bert_path or checkpoint.options.get("bert_path") or ".")
+    if checkpoint.bert_weights is None:
+        bert = load_bert(folder)
+    else:
+        bert = _assembled(folder, checkpoint.bert_weights, checkpoint.path)
     expected = checkpoint.bert_fingerprint
     require(
         expected in (None, bert.fingerprint),
@@ -321,12 +331,12 @@ def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> Weig
     weights = {}
     for own, published in published_names(with_image_norm="img_enc/bn.weight" in left).items():
         absent = [key for key in published if key not in left]
-        require(not absent, f"{source}: lacks {absent[:1]}")
+        require(not absent, f"{source}: lacks {_some(absent)}")
         tensors = [left.pop(key) for key in published]
         for key, tensor in zip(published, tensors, strict=True):
             require(isinstance(tensor, Tensor), f"{source}: {key} is no tensor")
         weights[own] = joined(own, tensors)
-    require(not left, f"{source}: {len(left)} weights too many, {sorted(left)[:1]} the first")
+    require(not left, f"{source}: holds {_some(sorted(left))} too many")
     return weights
 
 

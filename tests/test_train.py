@@ -325,7 +325,7 @@ REFUSED = {
     "one image": (lambda t: ["--direction", "t2i", "--batch_size", "1"], "--batch_size 1"),
     "no device": (lambda t: ["--device", "abacus"], "--device abacus"),
     "no data": (lambda t: ["--data_name", "nowhere"], "nowhere/train_caps.txt: not found"),
-    "no BERT": (lambda t: ["--bert_path", str(t / "data")], "vocab.txt: not found"),
+    "no BERT": (lambda t: ["--bert_path", str(t / "data")], "data: holds no model.safetensors"),
     "no checkpoint": (lambda t: ["--resume", str(t / "no")], "no: not found"),
     "published": (published, "holds no optimiser"),
     "another run": (another_run, "holds another run"),
