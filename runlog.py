@@ -31,14 +31,13 @@ KILOBYTE = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
 
 
 class RunLog:
-    """The logs in a run's folder, going on behind `step` where a run is resumed."""
+    """The logs in a run's folder, which is there, going on behind `step` where a run is resumed."""
 
     def __init__(
         self, folder: Path, options: Mapping[str, Any], device: torch.device, step: int = 0
     ) -> None:
         self.folder, self.device = folder, device
         self.began = time.monotonic()
-        make_folder(folder)
         before = _read_run(folder / RUN) if step else {}
         self.run = {
             "command": shlex.join(["python", *sys.argv]),

@@ -134,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = TrainingBatches(train, bert.vocabulary, config, config.max_words, config.skip_single)
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
+    runlog.make_folder(config.folder)
     if found is None:
         for path in (config.folder / NEWEST, config.folder / BEST):
             path.unlink(missing_ok=True)
@@ -172,7 +173,6 @@ def to_resume(config: TrainConfig) -> Checkpoint | None:
 def _bring_best(before: Path, here: Path) -> None:
     """Where a run goes on in another folder, its best model so far comes along."""
     if before.exists() and not here.exists():
-        runlog.make_folder(here.parent)
         with whole_file(here) as file:
             file.write(before.read_bytes())
 
