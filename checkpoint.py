@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel
 
 from cells import CELLS
 from model import DIME, LAYERS, ModelConfig
-from options import InputError, require, whole_file
+from options import InputError, naming, read_text, require, whole_file
 from vocab import Vocabulary
 
 FORMAT = "dime-1"  # of own checkpoints; another number would mean other names or meanings
@@ -136,7 +136,7 @@ def _one_of(folder: Path, *names: str) -> Path:
 
 def _bert_sizes(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_text(path, "the configuration of BERT"))
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     require(isinstance(config, dict), f"{path}: expected a JSON object")
@@ -166,34 +166,38 @@ def _read_weights(path: Path) -> Weights:
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: no whole safetensors file: {error}") from error
     weights = _read_plain(path)
-    fits = isinstance(weights, dict) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()
-    )
-    require(fits, f"{path}: expected a dictionary of named weights")
+    _check_named(weights, path)
     return weights
+
+
+def _check_named(weights: Any, path: Path) -> None:
+    """Raise InputError unless these are weights by their names."""
+    require(isinstance(weights, dict), f"{path}: expected a dictionary of named weights")
+    for name, value in weights.items():
+        fits = isinstance(name, str) and isinstance(value, Tensor)
+        require(fits, f"{path}: {name!r} is {type(value).__name__}; expected a weight")
 
 
 def _read_plain(path: Path) -> Any:
     """A torch file's plain data on the CPU, executing nothing; Python 2's strings are read too."""
-    require(path.is_file(), f"{path}: not found")
-    try:
-        # DEVIATION: nothing that a file holds is executed (the published code unpickled anything).
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way; none of them is ours
-        reason = str(error)
-        if "Unsupported global" in reason or "Unsupported class" in reason:
-            raise InputError(
-                f"{path}: asks for code that a checkpoint has no need of, refused: "
-                f"{_asked_for(reason)}"
-            ) from error
-        first = (reason or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: truncated or no checkpoint: {first}") from error
+    with naming(path, "a file that torch wrote"):
+        file = path.open("rb")
+    # DEVIATION: nothing that a file holds is executed (the published code unpickled anything).
+    with file, torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail in any way; none of them is ours
+            raise InputError(f"{path}: {_refusal(str(error) or type(error).__name__)}") from error
 
 
-def _asked_for(reason: str) -> str:
-    names = re.findall(r"(?:GLOBAL|class) (\S+)", reason)
-    return names[0] if names else reason.splitlines()[0]
+def _refusal(reason: str) -> str:
+    """Torch's reason without its advice, which is to execute the file."""
+    code = re.search(r"GLOBAL (\S+)", reason)
+    if code:
+        return f"asks for code, {code[1]}, which is not executed; expected plain data"
+    detail = reason.split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+    advice = "weights_only" in detail
+    return "truncated or no checkpoint" + ("" if advice else f": {detail}")
 
 
 @dataclass(frozen=True)
@@ -226,7 +230,10 @@ def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
             f"{source}: option {field.name} is {value!r}; expected {expected}",
         )
         known[field.name] = value
-    return cls(**known)
+    try:
+        return cls(**known)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -241,7 +248,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         f"{path}: neither a checkpoint of this project ({FORMAT}) nor a published one",
     )
     absent = {"options", "weights", "bert"} - content.keys()
-    require(not absent, f"{path}: lacks {sorted(absent)}")
+    require(not absent, f"{path}: lacks {_some(sorted(absent))}")
+    require(isinstance(content["options"], dict), f"{path}: its options are no dictionary")
+    _check_named(content["weights"], path)
     state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}
     return Checkpoint(path, content["options"], content["weights"], None, content["bert"], state)
 
@@ -280,18 +289,18 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
 def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device = "cpu") -> DIME:
     """The checkpoint's model in evaluation mode."""
     config = checkpoint.config
-    check_positions(bert, config)
+    check_positions(bert, config, f"{checkpoint.path}: ")
     model = DIME(config, bert.model)
     load_strictly(model, checkpoint.weights, checkpoint.path, keep=BERT_KEYS)
     return model.eval().to(device)
 
 
-def check_positions(bert: Bert, config: ModelConfig) -> None:
+def check_positions(bert: Bert, config: ModelConfig, where: str = "") -> None:
     """Raise InputError where captions would be longer than BERT can read."""
     positions = bert.model.config.max_position_embeddings
     require(
         config.max_words <= positions,
-        f"--max_words {config.max_words}: this BERT reads {positions} at most",
+        f"{where}--max_words {config.max_words}: this BERT reads {positions} at most",
     )
 
 
@@ -307,10 +316,9 @@ def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
     options = vars(content["opt"])
     parts = content.get("model")
     fits = isinstance(parts, list | tuple) and len(parts) == 3
-    require(
-        fits and all(isinstance(part, dict) for part in parts),
-        f"{path}: 'model' is no list of three state dicts (image, text, interaction)",
-    )
+    require(fits, f"{path}: 'model' is no list of three state dicts (image, text, interaction)")
+    for part in parts:
+        _check_named(part, path)
     image, text, space = (dict(part) for part in parts)
     bert = {k: text.pop(k) for k in list(text) if k.startswith("bert.")}
     if options.get("direction", "i2t") == "i2t":
@@ -333,9 +341,12 @@ def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> Weig
         absent = [key for key in published if key not in left]
         require(not absent, f"{source}: lacks {_some(absent)}")
         tensors = [left.pop(key) for key in published]
-        for key, tensor in zip(published, tensors, strict=True):
-            require(isinstance(tensor, Tensor), f"{source}: {key} is no tensor")
-        weights[own] = joined(own, tensors)
+        try:
+            weights[own] = joined(own, tensors)
+        except (RuntimeError, IndexError) as error:
+            shapes = [list(tensor.shape) for tensor in tensors]
+            message = f"{source}: {_some(published)}: shapes {shapes} do not fit"
+            raise InputError(message) from error
     require(not left, f"{source}: holds {_some(sorted(left))} too many")
     return weights
 

@@ -16,11 +16,12 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from options import InputError, require
+from options import InputError, naming, read_text, require
 from vocab import Vocabulary
 
 SplitName = Literal["train", "dev", "test", "testall"]
 
+DEVICES = ("cpu", "cuda", "mps")  # kinds that torch has autocast for
 CAPTIONS_PER_IMAGE = 5
 CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
 CHECKED_ROWS = 500  # read through at a time
@@ -45,7 +46,7 @@ class DataConfig:
         require(self.batch_size >= 1, f"--batch_size {self.batch_size}: expected 1 or more")
         for name in ("extra_stc", "extra_img", "workers", "seed"):
             value = getattr(self, name)
-            require(value >= 0, f"--{name} {value}: expected 0 or more")
+            require(0 <= value < 2**63, f"--{name} {value}: expected 0 or more, below 2**63")
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,7 +56,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(0, device=name).device
+        device = torch.zeros(0, device=name).device
+        require(device.type in DEVICES, f"--device {name}: expected one of {', '.join(DEVICES)}")
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: cannot be used here: {reason}") from error
@@ -101,6 +104,11 @@ class Split:
         """Number of distinct images."""
         return len(self.captions) // CAPTIONS_PER_IMAGE
 
+    @property
+    def regions_per_image(self) -> int:
+        """Regions of an image, L."""
+        return self._features.shape[1]
+
     @cached_property
     def _features(self) -> np.memmap:
         return _map_features(self.path)
@@ -129,25 +137,19 @@ class Split:
 
 def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     """Captions of a UTF-8 file, one a line, stripped. Only a line feed ends a line (§10)."""
-    require(path.is_file(), f"{path}: not found")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line} is not UTF-8") from error
+    text = read_text(path, "captions, one a line")
     captions = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
-    require(len(text) > 0, f"{path}: holds no captions")
+    require(len(text) > 0, f"{path}: is empty; expected captions, one a line")
     if not allow_empty and "" in captions:
         raise InputError(f"{path}: line {captions.index('') + 1} is empty; expected a caption")
     return captions
 
 
 def _map_features(path: Path) -> np.memmap:
-    require(path.is_file(), f"{path}: not found")
     try:
-        features = open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, OverflowError, SyntaxError, TypeError) as error:
+        with naming(path, "region features, a .npy file"):
+            features = open_memmap(path, mode="r")
+    except (ValueError, EOFError, OverflowError, SyntaxError, TypeError) as error:
         raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
     require(
         features.ndim == 3 and features.size > 0,
@@ -191,14 +193,16 @@ class TrainingBatches(Dataset):
     vocabulary: Vocabulary
     config: DataConfig
     max_words: int
-    skip_single: bool  # leave out a last batch of one item, which batch normalisation can't take
+    skip_single: bool  # leave out a batch of one item, which batch normalisation cannot take
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         full, rest = divmod(len(self.split.captions), self.config.batch_size)
-        # DEVIATION: a last batch of one item is skipped in t2i without extra images (the published
-        # code crashed in batch normalisation).
-        return full + (rest > (1 if self.skip_single else 0))
+        # DEVIATION: a last batch that batch normalisation cannot take is skipped: of one item in
+        # t2i without extra images, or of one region in i2t without extra sentences (the published
+        # code crashed).
+        smallest = 2 if self.skip_single else 1
+        return full * (self.config.batch_size >= smallest) + (rest >= smallest)
 
     def __getitem__(self, place: tuple[int, int]) -> Batch:
         epoch, position = place

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Every option of evaluation. What is not given comes from the (first) checkpoint."""
+    """Every option of evaluation. What is not given comes from the checkpoints."""
 
     model_path: Annotated[list[str], "checkpoints, own or published; two or more are an ensemble"]
     data_path: Annotated[str | None, "folder that holds the data sets' folders"] = None
     data_name: Annotated[str | None, "data set's folder: f30k_precomp, coco_precomp, ..."] = None
     bert_path: Annotated[str | None, "folder of the BERT that the models were trained with"] = None
     split: Annotated[
-        SplitName | None, "default: test, or with --fold5 testall where there is one"
+        Literal["dev", "test", "testall"] | None,
+        "default: test, or with --fold5 testall where there is one",
     ] = None
     fold5: Annotated[bool, "average over five slices of the images (MSCOCO 1K)"] = False
     precision: Annotated[Precision | None, "bf16 computes products in bfloat16"] = None
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(EvaluateConfig, argv, DESCRIPTION)
     options = dict(vars(config))
     report = options.pop("json")
-    require(not report or Path(report).parent.is_dir(), f"--json {report}: no such folder")
+    _check_output("--json", report)
     result = evaluate(options.pop("model_path"), **options)
     for number, fold in enumerate(result["folds"], 1):
         sys.stdout.write(f"Fold {number}\n{_lines(fold)}")
@@ -79,10 +80,8 @@ def evaluate(
     """
     paths = [model_paths] if isinstance(model_paths, str | Path) else list(model_paths)
     require(len(paths) > 0, "no model given")
-    require(
-        not save_scores or Path(save_scores).parent.is_dir(),
-        f"--save_scores {save_scores}: no such folder",
-    )
+    require(workers >= 0, f"--workers {workers}: expected 0 or more")
+    _check_output("--save_scores", save_scores)
     where = pick_device(device)
     checkpoints = [read_checkpoint(path) for path in paths]
     data_name = data_name or _common(checkpoints, "data_name")
@@ -104,6 +103,13 @@ def evaluate(
         "images": scores.shape[0],
         "captions": scores.shape[1],
     } | _measure(scores, fold5)
+
+
+def _check_output(option: str, path: str | Path | None) -> None:
+    """Raise InputError before the long work where its result could not be written."""
+    if path:
+        fits = Path(path).parent.is_dir() and not Path(path).is_dir()
+        require(fits, f"{option} {path}: expected a file in a folder that is there")
 
 
 def _measure(scores: np.ndarray, fold5: bool) -> dict[str, Any]:
@@ -141,7 +147,9 @@ def _score(
         *(split.images, len(split.captions), split.path),
     )
     words = checkpoint.config.max_words
-    return score_split(model, split, bert.vocabulary, words, device=device, workers=workers)
+    scores = score_split(model, split, bert.vocabulary, words, device=device, workers=workers)
+    require(bool(np.isfinite(scores).all()), f"{checkpoint.path}: gives scores of NaN or inf")
+    return scores
 
 
 def _common(checkpoints: Sequence[Checkpoint], option: str) -> str:

@@ -86,7 +86,9 @@ def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> tuple[np.ndarray
     `scores` is `[I, T]`; caption t describes image `owner[t]`. Equal scores count against the
     model, so one that has collapsed scores 0. Raises InputError on NaN or infinite scores.
     """
-    scores, owner = np.asarray(scores), np.asarray(owner)
+    if isinstance(scores, Tensor):
+        scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
+    owner = np.asarray(owner)
     own = scores[owner, np.arange(len(owner))]  # [T]
     of_images = np.empty(len(scores), dtype=np.int64)
     of_captions = np.zeros(len(owner), dtype=np.int64)

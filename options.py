@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import dataclasses
 import logging
+import math
 import os
 import sys
 import types
@@ -26,6 +27,7 @@ Precision = Literal["fp32", "bf16"]
 
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
 
 
@@ -37,6 +39,28 @@ def require(fact: bool, message: str) -> None:
     """Raise InputError(message) unless `fact` holds."""
     if not fact:
         raise InputError(message)
+
+
+@contextmanager
+def naming(path: Path, wanted: str = "a file") -> Iterator[None]:
+    """Turn what the system says of a file into an InputError that names it and what was wanted."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: not found; expected {wanted}") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; expected {wanted}") from error
+
+
+def read_text(path: Path, wanted: str) -> str:
+    """A UTF-8 file. Raises InputError that names the file, and the line that is not UTF-8."""
+    with naming(path, wanted):
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}: line {line} is not UTF-8") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,14 +105,24 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
         return option | {"nargs": "+", "type": get_args(kind)[0]}
     if get_origin(kind) is Literal:
         return option | {"choices": get_args(kind)}
-    return option | {"type": kind}
+    return option | {"type": _finite if kind is float else kind}
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+_finite.__name__ = "finite number"  # as argparse calls it
 
 
 def keep_memory() -> None:
     """Tell glibc to keep freed memory: a training step on a CPU is three times as fast with it.
 
-    By default every step gives gigabytes back to the system and faults them in again. Other C
-    libraries lack `mallopt` and go without.
+    By default every step gives gigabytes back to the system and faults them in again (20 s against
+    7 s on two cores). Other C libraries lack `mallopt` and go without.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -117,16 +151,15 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Raises InputError where the folder cannot be written to.
     """
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming(path, "a file to write"):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:
@@ -138,6 +171,7 @@ def progress(what: str, total: int, unit: str) -> tqdm:
         total=total,
         unit=unit,
         mininterval=QUIET_SECONDS,
+        miniters=1,
         bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
     )
 

@@ -63,7 +63,7 @@ class RoutingLayer(nn.Module):
         total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
         dead = total < CLOSED
         gates = gates / (total + EPSILON)
-        # A dead out-path carries the rectified input of the first cell, which is RIC's output.
+        # A dead out-path carries the first cell's input, rectified: RIC's output where RIC leads.
         parts, weights = [*ys, xs[0].relu()], torch.cat([gates, dead], -1)  # [Q, C, O, N+1]
         return tuple(_blend(parts, path) for path in weights.unbind(2)), gates
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import Retrieval
-from options import InputError, require, whole_file
+from options import InputError, naming, read_text, whole_file
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
@@ -38,7 +38,6 @@ class RunLog:
     ) -> None:
         self.folder, self.device = folder, device
         self.began = time.monotonic()
-        before = _read_run(folder / RUN) if step else {}
         self.run = {
             "command": shlex.join(["python", *sys.argv]),
             "options": dict(options),
@@ -46,28 +45,37 @@ class RunLog:
             | {package: version(package) for package in PACKAGES},
             "commit": _commit(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-            "resumed_at": [*before.get("resumed_at", []), *([step] if step else [])],
+            "resumed_at": [],
             "seconds": 0.0,
             "peak_memory_bytes": 0,
         }
-        self.seconds_before = before.get("seconds", 0.0)
+        self.seconds_before = 0.0
+        if step:
+            steps, self.seconds_before = _earlier_sessions(folder / RUN)
+            self.run["resumed_at"] = [*steps, step]
         _cut(folder / METRICS, step)
+        with naming(folder, "a folder to write to"):
+            self._open(step)
+        self.write_run()
+
+    def _open(self, step: int) -> None:
+        folder = self.folder
         self.handler = logging.FileHandler(folder / LOG, encoding="utf-8")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logging.getLogger().addHandler(self.handler)
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
-        self.write_run()
 
     def record(self, step: int, **figures: float) -> None:
         """One event at a global step: a line of metrics.jsonl, and a scalar for each figure."""
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+        path = self.folder / METRICS
+        with naming(path, "a log to write"), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         for tag, value in {"step": step, **figures}.items():
             self.board.add_scalar(tag, value, step)
         self.board.flush()
 
     def write_run(self) -> None:
-        """Write run.json as of now: seconds of all sessions, peak memory of this one."""
+        """Write run.json as of now: the seconds of all sessions, all else of this one."""
         self.run["seconds"] = round(self.seconds_before + time.monotonic() - self.began, 1)
         self.run["peak_memory_bytes"] = peak_memory(self.device)
         with whole_file(self.folder / RUN) as file:
@@ -83,10 +91,8 @@ class RunLog:
 
 def make_folder(folder: Path) -> None:
     """Make a run's folder. Raises InputError where that cannot be done."""
-    try:
+    with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made: {error.strerror}") from error
 
 
 class Window:
@@ -125,6 +131,12 @@ def tags(result: Retrieval) -> dict[str, float]:
 def clear(folder: Path) -> None:
     """Delete the logs of an earlier run."""
     for path in [folder / METRICS, folder / RUN, folder / LOG, *folder.glob(EVENTS)]:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file of an earlier run, where there is one."""
+    with naming(path, "a file of an earlier run"):
         path.unlink(missing_ok=True)
 
 
@@ -140,15 +152,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
 
 
-def _read_run(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def _earlier_sessions(path: Path) -> tuple[list[int], float]:
+    """The steps that a run was resumed at, and its seconds so far."""
+    if not path.exists():
+        return [], 0.0
     try:
-        run = json.loads(path.read_bytes())
-    except ValueError:
-        run = None
-    require(isinstance(run, dict), f"{path}: no JSON object; delete it to go on without it")
-    return run
+        run = json.loads(read_text(path, "what an earlier session of the run wrote"))
+        return [int(step) for step in run["resumed_at"]], float(run["seconds"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
 
 
 def _cut(path: Path, step: int) -> None:
@@ -156,7 +168,9 @@ def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    with naming(path, "the log of an earlier session"):
+        lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
         try:
             event = json.loads(line)
         except ValueError:

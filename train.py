@@ -32,7 +32,7 @@ from checkpoint import (
 from data import CAPTIONS_PER_IMAGE, Batch, DataConfig, Split, TrainingBatches, pick_device
 from evaluation import owners, retrieval, score_split
 from model import DIME, ModelConfig, path_loss, triplet_loss
-from options import InputError, Precision, parse, require, run, whole_file
+from options import InputError, Precision, parse, require, run
 
 log = logging.getLogger(__name__)
 
@@ -91,19 +91,19 @@ class TrainConfig(DataConfig, ModelConfig):
         require(not (i2t and self.extra_img), "--extra_img goes with --direction t2i alone")
         require(i2t or not self.extra_stc, "--extra_stc goes with --direction i2t alone")
         require(
-            not (self.skip_single and self.batch_size == 1),
-            "--batch_size 1 in t2i needs --extra_img: batch normalisation takes two images",
-        )
-        require(
             self.val_captions >= CAPTIONS_PER_IMAGE,
             f"--val_captions {self.val_captions}: expected the {CAPTIONS_PER_IMAGE} of an image",
         )
         require(not (self.resume and self.overwrite), "--resume and --overwrite exclude each other")
 
-    @property
-    def skip_single(self) -> bool:
-        """Whether batch normalisation would meet a single image in a batch of one item."""
-        return self.direction == "t2i" and self.extra_img == 0
+    def skips_single(self, regions: int) -> bool:
+        """Whether a batch of one item is a single value to some batch normalisation.
+
+        In t2i it is a single image, in i2t with one region an image a single token.
+        """
+        if self.direction == "t2i":
+            return self.extra_img == 0
+        return self.extra_stc == 0 and regions == 1
 
     @property
     def folder(self) -> Path:
@@ -131,17 +131,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(config.data_path) / config.data_name
     train = Split.open(folder, "train", config.img_dim, training=True)
     dev = Split.open(folder, "dev", config.img_dim)
-    batches = TrainingBatches(train, bert.vocabulary, config, config.max_words, config.skip_single)
+    skips = config.skips_single(train.regions_per_image)
+    batches = TrainingBatches(train, bert.vocabulary, config, config.max_words, skips)
+    require(
+        len(batches) > 0,
+        f"--batch_size {config.batch_size} without extra negatives: batch normalisation needs "
+        "two items of a batch",
+    )
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
     runlog.make_folder(config.folder)
     if found is None:
-        for path in (config.folder / NEWEST, config.folder / BEST):
-            path.unlink(missing_ok=True)
+        runlog.remove(config.folder / NEWEST)
+        runlog.remove(config.folder / BEST)
         runlog.clear(config.folder)
     else:
         trainer.restore(found)
-        _bring_best(found.path.parent / BEST, config.folder / BEST)
     trainer.train()
 
 
@@ -168,13 +173,6 @@ def to_resume(config: TrainConfig) -> Checkpoint | None:
         f"{folder}: holds a run; --resume auto goes on with it, --overwrite starts again",
     )
     return None
-
-
-def _bring_best(before: Path, here: Path) -> None:
-    """Where a run goes on in another folder, its best model so far comes along."""
-    if before.exists() and not here.exists():
-        with whole_file(here) as file:
-            file.write(before.read_bytes())
 
 
 class Trainer:
@@ -225,6 +223,9 @@ class Trainer:
             if self.device.type == "cuda" and state["random"]["cuda"] is not None:
                 torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
             self.place = Place(**{field.name: state[field.name] for field in fields(Place)})
+            if not (self.config.folder / BEST).exists():
+                log.info("%s: no best model here, the next one is", self.config.folder)
+                self.place = replace(self.place, best_rsum=-1.0, best_r1=-1.0)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path}: cannot be gone on with: {error}") from error
 
@@ -265,9 +266,8 @@ class Trainer:
         log.info("%s on %s, %s: %s", c.direction, self.device, c.precision, c.folder)
         log.info("%s: %d images, %d captions", data.path, data.images, len(data.captions))
         log.info("%.1f million weights to train, BERT's frozen beside", weights / 1e6)
-        rest = len(data.captions) % c.batch_size
-        if c.skip_single and rest == 1:
-            log.info("the last batch of an epoch holds one item and is skipped: t2i needs two")
+        if self.batches.skip_single and len(data.captions) % c.batch_size == 1:
+            log.info("the last batch of an epoch holds one item and is skipped: it needs two")
         start = f"from step {self.place.step} " if self.place.step else ""
         log.info("%s%d steps, %d an epoch", start, self.last_step, len(self.batches))
 
@@ -290,7 +290,7 @@ class Trainer:
                 window = runlog.Window()
             over = self.place.epoch > epoch or self.finished
             if over or self.place.step % config.val_step == 0:
-                self._validate()
+                self._validate(epoch)
                 window.resumed()
             if over:
                 return
@@ -309,6 +309,11 @@ class Trainer:
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
         path = path_loss(output.paths, output.meanings, config.batch_size)
         loss = rank + config.trade_off * path
+        require(
+            bool(loss.isfinite()),
+            f"step {self.place.step + 1}: the loss is {loss.item()}; the newest checkpoint of "
+            f"{config.folder} is from before it",
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or torch.inf)
@@ -330,7 +335,7 @@ class Trainer:
             parts = f"rank {figures['Rank']:.3f}, path {figures['Path']:.3f}"
             log.info("%s %s (%s), %.0f pairs/s, %s left", progress, loss, parts, speed, left)
 
-    def _validate(self) -> None:
+    def _validate(self, epoch: int) -> None:
         """Score dev, keep the best model, write the checkpoint."""
         config, place = self.config, self.place
         images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
@@ -351,14 +356,14 @@ class Trainer:
             best_rsum=max(place.best_rsum, result.selection),
             best_r1=max(place.best_r1, result.i2t.r1),
         )
-        self.log.record(place.step, epoch=place.epoch, **runlog.tags(result))
+        self.log.record(place.step, epoch=epoch, **runlog.tags(result))
         log.info(
             "step %d: rsum %.1f, R@1+R@5 %.1f (best %.1f)",
             *(place.step, result.rsum, result.selection, self.place.best_rsum),
         )
-        self._save(NEWEST)
-        if better:
+        if better:  # first: were it last, a run cut off in between would not have it
             self._save(BEST)
+        self._save(NEWEST)
         self.log.write_run()
 
     def _save(self, name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from options import InputError, require
+from options import read_text, require
 
 # Captions are tokenised in the loader's workers; a thread pool of the parent does not survive
 # the fork, and one thread reads 25,000 captions in about a second.
@@ -37,11 +37,7 @@ class Vocabulary:
         Raises InputError where it is missing, not UTF-8, or lacks a special entry.
         """
         path = Path(folder) / "vocab.txt"
-        require(path.is_file(), f"{path}: not found; --bert_path must name a folder that holds it")
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 at byte {error.start}") from error
+        text = read_text(path, "the vocabulary of BERT, in the folder of --bert_path")
         entries = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
         for special in (PAD, UNK, CLS, SEP):
             require(special in entries, f"{path}: no entry {special}; a BERT vocabulary has one")
@@ -60,6 +56,8 @@ class Vocabulary:
                 # the library alone would make it a space.
                 normalizers.Replace("\r", ""),
                 # REFERENCE: CJK characters stay inside their word.
+                # DEVIATION: characters younger than Unicode 8 are classed as the tokenizers
+                # library does (the published code asked Python).
                 normalizers.BertNormalizer(
                     clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
                 ),

@@ -223,7 +223,14 @@ def test_options_that_are_not_there_have_their_defaults(tmp_path: Path) -> None:
 
 
 class Evil:
+    """What unpickles by making a folder, or by evaluating an expression that makes one."""
+
+    def __init__(self, expression: bool = False) -> None:
+        self.expression = expression
+
     def __reduce__(self) -> tuple:
+        if self.expression:
+            return eval, ("__import__('os').mkdir('executed')",)
         return os.mkdir, ("executed",)
 
 
@@ -243,10 +250,12 @@ def option(name: str, value: object) -> Callable[[dict], dict]:
     return changed
 
 
+CONV, QUERY_2 = "convs1.1.weight", "dynamic_itr_l1.imrc.sa.att_layer.linears.1.weight"
 GUIDE = "dynamic_itr_l1.glgc.fc_1.weight"
 BAD_CHECKPOINTS = {
-    "code": (lambda c: c | {"epoch": Evil()}, "code"),
-    "code in opt": (option("x", Evil()), "code"),
+    "code": (lambda c: c | {"epoch": Evil()}, "asks for code, posix.mkdir"),
+    "an expression": (lambda c: c | {"epoch": Evil(True)}, "asks for code, eval"),
+    "code in opt": (option("x", Evil()), "asks for code, posix.mkdir"),
     "missing": (part(2, lambda p: p.pop(GUIDE)), GUIDE),
     "surplus": (part(0, lambda p: p.update(more=torch.zeros(2))), "img_enc/more"),
     "no tensor": (part(2, lambda p: p.update({GUIDE: 3})), GUIDE),
@@ -255,6 +264,10 @@ BAD_CHECKPOINTS = {
     "wrong type": (option("embed_size", "16"), "embed_size is '16'"),
     "wrong choice": (option("raw_feature_norm_CMRC", "l3norm"), "l3norm"),
     "wrong direction": (option("direction", "both"), "both"),
+    "no size": (option("embed_size", 0), "model.pth.tar: --embed_size 0"),
+    "flat convolution": (part(1, lambda p: p.update({CONV: torch.zeros(3)})), CONV),
+    "other widths": (part(2, lambda p: p.update({QUERY_2: torch.zeros(3, 4)})), QUERY_2),
+    "BERT no tensor": (part(1, lambda p: p.update({"bert.x": "y"})), "'bert.x' is str"),
     "two parts": (lambda c: c | {"model": c["model"][:2]}, "three state dicts"),
     "no options": (lambda c: {k: v for k, v in c.items() if k != "opt"}, "neither"),
     "a list": (lambda c: [c], "list"),
@@ -287,10 +300,24 @@ def test_a_truncated_checkpoint(tmp_path: Path, length: int) -> None:
 def test_a_plain_pickle_that_asks_for_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.pth.tar"
-    path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(InputError, match=r"model\.pth\.tar"):
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(InputError, match=r"model\.pth\.tar: asks for code, posix\.mkdir, which is"):
         load_model(path, BERT)
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_no_advice_to_execute_a_file_is_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth.tar"
+    for data in (b"", b"text", pickle.dumps([1, {2, 3}], protocol=2), PUBLISHED.read_bytes()[:999]):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"model\.pth\.tar: ") as error:
+            load_model(path, BERT)
+        assert "weights_only" not in str(error.value)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Is a directory; expected a file that torch wrote"):
+        load_model(tmp_path, BERT)
 
 
 # Own checkpoints
@@ -324,9 +351,28 @@ def test_evaluation_with_another_bert_is_refused(own: Path, bert_folder: Path) -
 
 
 @pytest.mark.parametrize("case", CASES[:1], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"options": [1]}, "options are no dictionary"),
+        ({"weights": {"image.fc.weight": "x"}}, "'image.fc.weight' is str"),
+        ({"weights": {}}, "lacks image.fc.bias, image.fc.weight, "),
+        ({"format": "dime-9"}, "neither a checkpoint of this project (dime-1)"),
+    ],
+)
+def test_own_checkpoints_of_another_kind(own: Path, change: dict, said: str) -> None:
+    torch.save(torch.load(own, weights_only=True) | change, own)
+    with pytest.raises(InputError, match=r"own\.pth\.tar: ") as error:
+        load_model(own)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
 def test_more_words_than_bert_can_read(own: Path) -> None:
     content = torch.load(own, weights_only=True)
     content["options"]["max_words"] = 65
     torch.save(content, own)
-    with pytest.raises(InputError, match="64 at most"):
+    with pytest.raises(
+        InputError, match=r"own\.pth\.tar: --max_words 65: this BERT reads 64 at most"
+    ):
         load_model(own)

@@ -68,6 +68,11 @@ def test_a_split_leaves_its_features_on_the_disk(tmp_path: Path) -> None:
     assert torch.equal(pickle.loads(pickled).regions(row), split.regions(row))
 
 
+def folder_instead(path: Path) -> None:
+    (path / "dev_ims.npy").unlink()
+    (path / "dev_ims.npy").mkdir()
+
+
 def save(path: Path, array: np.ndarray) -> None:
     np.save(path / "dev_ims.npy", array, allow_pickle=True)
 
@@ -88,6 +93,7 @@ def spoil(value: float) -> Callable[[Path], None]:
 BAD = {
     "missing": (lambda p: (p / "dev_ims.npy").unlink(), "not found"),
     "no captions": (lambda p: (p / "dev_caps.txt").unlink(), "dev_caps.txt: not found"),
+    "a folder": (folder_instead, "Is a directory; expected region features"),
     "truncated": (truncate, "no whole .npy"),
     "header cut": (lambda p: os.truncate(p / "dev_ims.npy", 20), "no whole .npy"),
     "empty": (lambda p: os.truncate(p / "dev_ims.npy", 0), "no whole .npy"),
@@ -101,7 +107,7 @@ BAD = {
     "nan": (spoil(np.nan), "row 2"),
     "infinite": (spoil(-np.inf), "row 2"),
     "latin": (lambda p: (p / "dev_caps.txt").write_bytes(b"a\n\xe9\n" * 10), "line 2"),
-    "void": (lambda p: (p / "dev_caps.txt").write_bytes(b""), "holds no captions"),
+    "void": (lambda p: (p / "dev_caps.txt").write_bytes(b""), "is empty"),
     "caption": (
         lambda p: (p / "dev_caps.txt").write_text("a\n" * 6 + " \n" + "a\n" * 13),
         "line 7",
@@ -196,10 +202,23 @@ def test_extra_images_are_rows_behind_the_pairs(split: Split) -> None:
 
 
 def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:
-    drawn = [batches(split, extra_stc=1)[epoch, 0].captions[6:] for epoch in range(300)]
-    counts = torch.bincount(torch.cat(drawn), minlength=55)
-    mean = 300 * 6 / 55
-    assert counts.min() > mean / 2 and counts.max() < mean * 2
+    captions, images = torch.zeros(55), torch.zeros(11)
+    every = split.regions(np.arange(split.images))
+    for epoch in range(300):
+        captions += torch.bincount(batches(split, extra_stc=1)[epoch, 0].captions[6:], minlength=55)
+        for row in batches(split, extra_img=1)[epoch, 0].regions[6:]:
+            images += (row == every).all(2).all(1)
+    for counts in (captions, images):
+        mean = 300 * 6 / len(counts)
+        assert counts.sum() == 300 * 6
+        assert counts.min() > mean / 2 and counts.max() < mean * 2
+
+
+def test_extras_depend_on_the_seed(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data._order", lambda seed, epoch, captions: np.arange(captions))
+    first, second = (batches(split, extra_stc=3, seed=seed)[0, 0] for seed in (0, 1))
+    assert torch.equal(first.captions[:6], second.captions[:6])
+    assert not torch.equal(first.captions[6:], second.captions[6:])
 
 
 def test_the_last_batch_of_one_is_kept_or_skipped(split: Split) -> None:
@@ -207,6 +226,8 @@ def test_the_last_batch_of_one_is_kept_or_skipped(split: Split) -> None:
     assert len(batches(split, skip_single=True)) == 9
     assert len(batches(split, skip_single=True, batch_size=7)) == 8  # 55 = 7 * 7 + 6
     assert len(batches(split, skip_single=True, batch_size=100)) == 1
+    assert len(batches(split, skip_single=True, batch_size=1)) == 0
+    assert len(batches(split, batch_size=1)) == 55
 
 
 @pytest.mark.parametrize("option", ["batch_size", "extra_stc", "extra_img", "workers", "seed"])

@@ -133,6 +133,11 @@ def test_a_training_batch_with_extra_negatives() -> None:
     output = small_model("t2i").train()(regions, ids, mask, 2)
     assert output.scores.shape == (3, 2)
     assert output.paths.shape == (2, 128) and output.meanings.shape == (2, 12)
+    model = small_model("i2t").eval()
+    regions, ids, mask = small_batch()
+    states = model.text.read(ids, mask)
+    expected = torch.stack([oracle.unit(sum(states[t]) / 10) for t in range(IMAGES)])
+    torch.testing.assert_close(model(regions, ids, mask, IMAGES).meanings, expected)
     for unit in (output.paths, output.meanings):
         torch.testing.assert_close(unit.norm(dim=1), torch.ones(2))
 
@@ -157,12 +162,15 @@ def test_bfloat16_keeps_gates_and_scores_in_float32(direction: str) -> None:
         exact, _ = model.score(model.encode_images(regions), model.encode_captions(ids, mask))
         model.precision = "bf16"
         seen = {}
+        normed = []
+        model.space.norm.register_forward_hook(lambda _, given, __: normed.append(given[0].dtype))
         for name, cell in model.space.merge.cells.items():
             cell.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
         scores, paths = model.score(images, captions)
     assert {out.dtype for out, _ in seen.values()} == {torch.bfloat16}
     assert {gates.dtype for _, gates in seen.values()} == {torch.float32}
+    assert normed == [torch.float32]
     floats = (scores, paths, images.tokens, images.pooled, captions.tokens, captions.pooled)
     assert {tensor.dtype for tensor in floats} == {torch.float32}
     torch.testing.assert_close(scores, exact, atol=0.05, rtol=0)

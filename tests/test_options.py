@@ -69,7 +69,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be written"), whole_file(tmp_path / "no/file"):
+    with (
+        pytest.raises(InputError, match="file: not found; expected a file to write"),
+        whole_file(tmp_path / "no/file"),
+    ):
         pass
 
 

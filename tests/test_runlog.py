@@ -58,9 +58,15 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
 
 
 def test_a_spoilt_run_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / runlog.RUN).write_text("[")
-    with pytest.raises(InputError, match=r"run\.json"):
-        runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=1)
+    for content in (
+        "[",
+        "{}",
+        '{"resumed_at": 3, "seconds": 1}',
+        '{"resumed_at": [], "seconds": "x"}',
+    ):
+        (tmp_path / runlog.RUN).write_text(content)
+        with pytest.raises(InputError, match=r"run\.json"):
+            runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=1)
 
 
 def test_figures_may_be_tensors_or_numbers() -> None:

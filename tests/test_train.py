@@ -119,21 +119,40 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(
     assert state(tiny / "runs/i2t" / NEWEST)["step"] == 1
 
 
-def test_a_run_goes_on_in_another_folder_with_its_best_model(
+def test_a_run_goes_on_in_another_folder_with_a_best_model_of_its_own(
     tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = tiny_train(tiny)
     assert run_train(*argv, "--max_steps", "1") == 0
-    best = (tiny / "runs/i2t" / BEST).read_bytes()
     worse = retrieval(torch.zeros(7, 35), owners(35))
     monkeypatch.setattr(train, "retrieval", lambda *_: worse)
     elsewhere = ["--resume", tiny / "runs/i2t" / NEWEST, "--logger_name", tiny / "more"]
     assert run_train(*argv, "--max_steps", "2", *elsewhere) == 0
-    assert (tiny / "more/i2t" / BEST).read_bytes() == best
+    best = state(tiny / "more/i2t" / BEST)
+    assert best["step"] == 2 and best["best_rsum"] == 0
     (tiny / "more/i2t" / NEWEST).unlink()  # auto takes what is left
     again = ["--resume", "auto", "--logger_name", tiny / "more"]
     assert run_train(*argv, "--max_steps", "3", *again) == 0
     assert state(tiny / "more/i2t" / NEWEST)["step"] == 3
+
+
+def test_one_region_an_image(tiny: Path, run_train: Callable[..., int]) -> None:
+    """A last batch of one item is then a single token, unless there are extra captions."""
+    for name in ("train", "dev"):
+        path = tiny / f"data/tiny/{name}_ims.npy"
+        np.save(path, np.load(path)[:, :1])
+    for extra, steps in (("0", 9), ("1", 10)):
+        argv = tiny_train(tiny, "--num_epochs", "1", "--extra_stc", extra, "--overwrite")
+        assert run_train(*argv) == 0
+        assert state(tiny / "runs/i2t" / NEWEST)["step"] == steps
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    argv = tiny_train(tiny, "--learning_rate", "1e30", "--num_epochs", "1")
+    assert run_train(*argv) == 2
+    assert "step 2: the loss is" in last_line(capsys)
 
 
 def test_overwrite_starts_again(tiny: Path, run_train: Callable[..., int]) -> None:
@@ -195,9 +214,10 @@ def test_the_best_model_has_most_of_four_recalls(
     def result(r1: float, r5: float, r10: float) -> Retrieval:
         return Retrieval(Recall(r1, r5, r10, 1.0, 1.0), Recall(r1, r5, r10, 1.0, 1.0))
 
-    results = iter([result(10, 20, 30), result(11, 21, 22), result(5, 20, 99), result(12, 19, 30)])
+    recalls = [(10, 20, 30), (11, 21, 22), (5, 20, 99), (12, 19, 30), (11, 21, 99)]
+    results = iter(result(*three) for three in recalls)  # the last is no better than the second
     monkeypatch.setattr(train, "retrieval", lambda *_: next(results))
-    assert run_train(*tiny_train(tiny, "--val_step", "1", "--max_steps", "4")) == 0
+    assert run_train(*tiny_train(tiny, "--val_step", "1", "--max_steps", "5")) == 0
     folder = tiny / "runs/i2t"
     best = state(folder / BEST)
     assert best["step"] == 2 and best["best_rsum"] == 64 and best["best_r1"] == 11
@@ -311,12 +331,15 @@ def file_in_the_way(tiny: Path) -> list[str]:
 
 
 REFUSED = {
-    "no folder": (file_in_the_way, "file/runs/i2t: cannot be made"),
+    "no folder": (file_in_the_way, "file/runs/i2t: Not a directory"),
     "extra_img in i2t": (lambda t: ["--extra_img", "1"], "--extra_img"),
     "extra_stc in t2i": (lambda t: ["--direction", "t2i", "--extra_stc", "1"], "--extra_stc"),
     "abbreviated": (lambda t: ["--max_step", "1"], "--max_step"),
     "no number": (lambda t: ["--margin", "wide"], "wide"),
     "negative": (lambda t: ["--margin", "-1"], "--margin"),
+    "infinite": (lambda t: ["--margin", "inf"], "invalid finite number value: 'inf'"),
+    "seed": (lambda t: ["--seed", "9" * 20], "--seed 9999"),
+    "meta": (lambda t: ["--device", "meta"], "--device meta: expected one of"),
     "both": (lambda t: ["--resume", "auto", "--overwrite"], "--overwrite"),
     "no width": (lambda t: ["--img_dim", "14"], "--img_dim is 14"),
     "heads": (lambda t: ["--num_head_IMRC", "3"], "--num_head_IMRC 3"),

@@ -108,7 +108,7 @@ def test_no_captions_give_no_rows() -> None:
     ("content", "said"),
     [
         (None, "not found"),
-        (b"[PAD]\n\xff\n", "not UTF-8"),
+        (b"[PAD]\n\xff\n", "line 2 is not UTF-8"),
         (b"[PAD]\n[UNK]\n[CLS]\na\n", "no entry [SEP]"),
         (b"a\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n", "first entry 'a'"),
     ],
