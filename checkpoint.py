@@ -7,7 +7,7 @@ import argparse
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from cells import CELLS
-from model import DIME, LAYERS, ModelConfig
-from options import InputError, naming, read_text, require, whole_file
+from model import DIME, ModelConfig
+from options import InputError, naming, read_text, require, some, whole_file
+from published import own_names
 from vocab import Vocabulary
 
 FORMAT = "dime-1"  # of own checkpoints; another number would mean other names or meanings
@@ -113,18 +113,12 @@ def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = 
     # DEVIATION: a missing or surplus weight is an error (the published code skipped it in silence).
     wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
     missing, surplus = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    require(not missing, f"{source}: lacks {_some(missing)}")
-    require(not surplus, f"{source}: holds {_some(surplus)} too many")
+    require(not missing, f"{source}: lacks {some(missing)}")
+    require(not surplus, f"{source}: holds {some(surplus)} too many")
     for name, value in wanted.items():
         found, expected = list(weights[name].shape), list(value.shape)
         require(found == expected, f"{source}: {name} is {found}, expected {expected}")
     model.load_state_dict(weights, strict=False)
-
-
-def _some(keys: Sequence[str]) -> str:
-    """A few keys by name, and how many more there are."""
-    more = f" and {len(keys) - 3} more weights" if len(keys) > 3 else ""
-    return ", ".join(keys[:3]) + more
 
 
 def _one_of(folder: Path, *names: str) -> Path:
@@ -248,7 +242,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         f"{path}: neither a checkpoint of this project ({FORMAT}) nor a published one",
     )
     absent = {"options", "weights", "bert"} - content.keys()
-    require(not absent, f"{path}: lacks {_some(sorted(absent))}")
+    require(not absent, f"{path}: lacks {some(sorted(absent))}")
     require(isinstance(content["options"], dict), f"{path}: its options are no dictionary")
     _check_named(content["weights"], path)
     state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}
@@ -326,71 +320,3 @@ def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
     weights = own_names({"img_enc": image, "txt_enc": text, "itr_module": space}, path)
     state = {"epoch": content.get("epoch"), "step": content.get("Eiters")}
     return Checkpoint(path, options, weights, bert, None, state)
-
-
-def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> Weights:
-    """Published weights under this project's names.
-
-    Raises InputError that names a key which is missing or too many.
-    """
-    left = {f"{module}/{k}": v for module, part in modules.items() for k, v in part.items()}
-    for key in [key for key in left if re.search(r"\.glgc\.fc_2\.(weight|bias)$", key)]:
-        del left[key]  # never used
-    weights = {}
-    for own, published in published_names(with_image_norm="img_enc/bn.weight" in left).items():
-        absent = [key for key in published if key not in left]
-        require(not absent, f"{source}: lacks {_some(absent)}")
-        tensors = [left.pop(key) for key in published]
-        try:
-            weights[own] = joined(own, tensors)
-        except (RuntimeError, IndexError) as error:
-            shapes = [list(tensor.shape) for tensor in tensors]
-            message = f"{source}: {_some(published)}: shapes {shapes} do not fit"
-            raise InputError(message) from error
-    require(not left, f"{source}: holds {_some(sorted(left))} too many")
-    return weights
-
-
-def joined(own: str, tensors: Sequence[Tensor]) -> Tensor:
-    """The weight `own` from the published ones that it joins (or their gradients)."""
-    weight = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-    convolution = own.startswith("text.convs.") and own.endswith("weight")
-    return weight.squeeze(1).mT if convolution else weight  # [D, 1, window, h] -> [D, h, window]
-
-
-def published_names(with_image_norm: bool) -> dict[str, tuple[str, ...]]:
-    """Own name of every weight -> the published ones that it joins along the first axis."""
-    parts = ("weight", "bias")
-    norm = (*parts, "running_mean", "running_var", "num_batches_tracked")
-    names: dict[str, tuple[str, ...]] = {}
-
-    def add(own: str, *published: str, suffixes: tuple[str, ...] = parts) -> None:
-        for suffix in suffixes:
-            names[f"{own}.{suffix}"] = tuple(f"{name}.{suffix}" for name in published)
-
-    add("image.fc", "img_enc/fc")
-    if with_image_norm:
-        add("image.norm", "img_enc/bn", suffixes=norm)
-    for layer in ("fc", "mapping"):
-        add(f"text.{layer}", f"txt_enc/{layer}")
-    for window in range(3):
-        add(f"text.convs.{window}", f"txt_enc/convs1.{window}")
-    for layer in range(LAYERS):
-        last = layer == LAYERS - 1
-        own = "space.merge.cells" if last else f"space.layers.{layer}.cells"
-        published = f"itr_module/dynamic_itr_l{layer}"
-        for cell in CELLS:
-            for linear in (0, 2):
-                router = f"router.mlp.{linear}"
-                add(f"{own}.{cell}.{router}", f"{published}.{cell}.{router}")
-        add(f"{own}.glgc.fc", f"{published}.glgc.fc_1")
-        attention = f"{published}.imrc.sa"
-        add(f"{own}.imrc.qkv", *(f"{attention}.att_layer.linears.{i}" for i in range(3)))
-        refine = f"{published}.cmrc.refine"
-        add(f"{own}.cmrc.scale_shift", f"{refine}.fc_scale", f"{refine}.fc_shift")
-        for i in (1, 2):
-            add(f"{own}.imrc.fc{i}", f"{attention}.feed_forward_layer.fc{i}")
-            add(f"{own}.cmrc.fc{i}", f"{refine}.fc_{i}")
-    add("space.norm", "itr_module/bn", suffixes=norm)
-    add("space.path_mapping", "itr_module/path_mapping")
-    return names

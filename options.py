@@ -41,6 +41,12 @@ def require(fact: bool, message: str) -> None:
         raise InputError(message)
 
 
+def some(names: Sequence[str]) -> str:
+    """A few of many names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 @contextmanager
 def naming(path: Path, wanted: str = "a file") -> Iterator[None]:
     """Turn what the system says of a file into an InputError that names it and what was wanted."""

@@ -281,7 +281,7 @@ class Trainer:
         window = runlog.Window()
         for batch in self.batches.epoch(epoch, self.place.position, pin):
             window.loaded()
-            figures = self._step(batch.to(self.device))
+            figures = self.step(batch.to(self.device))
             window.stepped(figures)
             self._advance()
             self.bar.update()
@@ -301,7 +301,7 @@ class Trainer:
             self.place, epoch=self.place.epoch + epoch, position=position, step=self.place.step + 1
         )
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step; its losses, and the number of pairs scored."""
         config = self.config
         self.model.train()

@@ -132,6 +132,20 @@ def test_bfloat16_scores_are_close(case: Case, tmp_path: Path) -> None:
     assert 0 < abs(scores - exact).mean() < 0.02
 
 
+def test_precision_comes_from_the_checkpoint(tiny: Path, run_train: Callable[..., int]) -> None:
+    assert run_train(*tiny_train(tiny, "--max_steps", "1", "--precision", "bf16")) == 0
+    matrices = []
+    for precision in (None, "bf16", "fp32"):
+        evaluate(
+            tiny / "runs/i2t/model_best.pth.tar",
+            precision=precision,
+            save_scores=tiny / "scores.npy",
+        )
+        matrices.append(np.load(tiny / "scores.npy"))
+    assert np.array_equal(matrices[0], matrices[1])
+    assert not np.array_equal(matrices[0], matrices[2])
+
+
 def test_fold5_takes_testall_where_there_is_one(
     tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import Case
-from torch import Tensor, nn
+from torch import Tensor
 
-from checkpoint import joined, own_names, published_names
+from checkpoint import configured
+from data import Batch
 from evaluation import score_split
-from model import DIME, path_loss, triplet_loss
+from model import DIME
+from published import joined, own_names, published_names
 from router import Modality
+from train import TrainConfig, Trainer
 
 ENCODED = SCORES = CLIPPED = 1e-5
 LAYERS = 5e-5
@@ -110,28 +113,22 @@ def check_gradients(model: DIME, arrays: dict[str, np.ndarray]) -> None:
 
 
 def test_three_training_steps(case: Case) -> None:
-    model, _, checkpoint = case.load()
-    arrays, options = case.expected("train"), checkpoint.options
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=2e-4)
+    """The trainer's own step, from the options of the published checkpoint."""
+    model, bert, checkpoint = case.load()
+    arrays, device = case.expected("train"), torch.device("cpu")
+    config = configured(TrainConfig, checkpoint.options, checkpoint.path)
+    trainer = Trainer(config, model, bert, batches=None, dev=None, device=device)
     for k in range(3):
         names = ("images", "input_ids", "attention_mask")
         regions, ids, mask = (torch.tensor(arrays[f"step{k}.{name}"]) for name in names)
         assert not arrays[f"step{k}.token_type_ids"].any()
         pairs = min(len(regions), len(ids))
-        output = model(regions, ids, mask.bool(), pairs)
-        rank = triplet_loss(output.scores, pairs, options["margin"], options["max_violation"])
-        path = path_loss(output.paths, output.meanings, options["batch_size"])
-        loss = rank + options["trade_off"] * path
-        for name, value in (("rank_loss", rank), ("path_loss", path), ("loss", loss)):
-            assert value.item() == pytest.approx(arrays[f"step{k}.{name}"].item(), rel=LOSS), name
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 2.0)
+        figures = trainer.step(Batch(regions, ids, mask.bool(), torch.arange(len(ids)), pairs))
+        for name, tag in (("rank_loss", "Rank"), ("path_loss", "Path"), ("loss", "Le")):
+            expected = arrays[f"step{k}.{name}"].item()
+            assert figures[tag].item() == pytest.approx(expected, rel=LOSS), name
         if k == 0:
             check_gradients(model, arrays)
-        optimizer.step()
     check_final(model, arrays)
 
 

@@ -242,6 +242,39 @@ def test_a_batch_of_one_trains_with_extras(tiny: Path, run_train: Callable[..., 
     assert state(tiny / "runs/t2i" / NEWEST)["step"] == 10
 
 
+@pytest.fixture
+def weights_after(tiny: Path, run_train: Callable[..., int]) -> Callable[..., dict]:
+    """Weights after three steps in t2i with further options."""
+
+    def weights(*options: str) -> dict:
+        argv = tiny_train(tiny, "--extra_img", "1", "--overwrite", direction="t2i")
+        assert run_train(*argv, "--max_steps", "3", *options) == 0
+        return state(tiny / "runs/t2i" / NEWEST)["weights"]
+
+    return weights
+
+
+def test_every_option_of_the_mathematics_reaches_it(weights_after: Callable[..., dict]) -> None:
+    usual = weights_after()
+    for options in (
+        *("--margin 0.4", "--trade_off 0", "--no-max_violation", "--learning_rate 1e-3"),
+        *("--grad_clip 1e-3", "--lambda_softmax 9", "--raw_feature_norm_CMRC softmax"),
+        *("--use_abs", "--no_imgnorm", "--seed 1", "--precision bf16", "--max_words 9"),
+        *("--batch_size 5", "--extra_img 2"),
+    ):
+        assert not same(weights_after(*options.split()), usual), options
+
+
+def test_every_other_option_does_not(weights_after: Callable[..., dict]) -> None:
+    usual = weights_after()
+    for options in (
+        *("--drop 0.5", "--measure order", "--finetune", "--use_restval", "--reset_train"),
+        *("--workers 1", "--log_step 1", "--val_step 1", "--val_captions 10", "--num_epochs 7"),
+        "--lr_update 1",  # within the first epoch
+    ):
+        assert same(weights_after(*options.split()), usual), options
+
+
 def test_gradients_are_not_clipped_at_zero(tiny: Path, run_train: Callable[..., int]) -> None:
     weights = []
     for clip in ("0", "1e9", "1e-3"):

@@ -1,0 +1,88 @@
+"""published.py — the published model's weights under this project's names (SPEC §10).
+
+Kept apart from checkpoint.py, which reads files, because it is a table: what was one product in
+several layers there is one layer here, and a convolution has torch's own shape.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cells import CELLS
+from model import LAYERS, WINDOWS
+from options import InputError, require, some
+
+LINEAR = ("weight", "bias")
+NORM = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> dict[str, Tensor]:
+    """Published weights under this project's names.
+
+    Raises InputError that names a key which is missing or too many.
+    """
+    left = {f"{module}/{k}": v for module, part in modules.items() for k, v in part.items()}
+    for key in [key for key in left if re.search(r"\.glgc\.fc_2\.(weight|bias)$", key)]:
+        del left[key]  # never used
+    weights = {}
+    for own, published in published_names(with_image_norm="img_enc/bn.weight" in left).items():
+        absent = [key for key in published if key not in left]
+        require(not absent, f"{source}: lacks {some(absent)}")
+        tensors = [left.pop(key) for key in published]
+        try:
+            weights[own] = joined(own, tensors)
+        except (RuntimeError, IndexError) as error:
+            shapes = [list(tensor.shape) for tensor in tensors]
+            message = f"{source}: {some(published)}: shapes {shapes} do not fit"
+            raise InputError(message) from error
+    require(not left, f"{source}: holds {some(sorted(left))} too many")
+    return weights
+
+
+def joined(own: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The weight `own` from the published ones that it joins (or their gradients)."""
+    weight = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+    convolution = own.startswith("text.convs.") and own.endswith("weight")
+    return weight.squeeze(1).mT if convolution else weight  # [D, 1, window, h] -> [D, h, window]
+
+
+def published_names(with_image_norm: bool) -> dict[str, tuple[str, ...]]:
+    """Own name of every weight -> the published ones that it joins along the first axis."""
+    return {
+        f"{own}.{suffix}": tuple(f"{name}.{suffix}" for name in published)
+        for own, *published in _modules(with_image_norm)
+        for suffix in (LINEAR + NORM if own.endswith(".norm") else LINEAR)
+    }
+
+
+def _modules(with_image_norm: bool) -> Iterator[tuple[str, ...]]:
+    """Own name of every module, and the published ones that it joins."""
+    yield "image.fc", "img_enc/fc"
+    if with_image_norm:
+        yield "image.norm", "img_enc/bn"
+    yield "text.fc", "txt_enc/fc"
+    yield "text.mapping", "txt_enc/mapping"
+    for i in range(len(WINDOWS)):
+        yield f"text.convs.{i}", f"txt_enc/convs1.{i}"
+    for layer in range(LAYERS - 1):
+        yield from _cells(f"space.layers.{layer}.cells", f"itr_module/dynamic_itr_l{layer}")
+    yield from _cells("space.merge.cells", f"itr_module/dynamic_itr_l{LAYERS - 1}")
+    yield "space.norm", "itr_module/bn"
+    yield "space.path_mapping", "itr_module/path_mapping"
+
+
+def _cells(own: str, published: str) -> Iterator[tuple[str, ...]]:
+    """The modules of one layer."""
+    for cell in CELLS:
+        for i in (0, 2):  # the linear layers of a router
+            yield f"{own}.{cell}.router.mlp.{i}", f"{published}.{cell}.router.mlp.{i}"
+    yield f"{own}.glgc.fc", f"{published}.glgc.fc_1"
+    attention, refine = f"{published}.imrc.sa", f"{published}.cmrc.refine"
+    yield f"{own}.imrc.qkv", *(f"{attention}.att_layer.linears.{i}" for i in range(3))
+    yield f"{own}.cmrc.scale_shift", f"{refine}.fc_scale", f"{refine}.fc_shift"
+    for i in (1, 2):
+        yield f"{own}.imrc.fc{i}", f"{attention}.feed_forward_layer.fc{i}"
+        yield f"{own}.cmrc.fc{i}", f"{refine}.fc_{i}"
