@@ -186,7 +186,9 @@ def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=False)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False)
+        changed = subprocess.run(
+            [*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False
+        )
     except OSError:
         return None
     if head.returncode:

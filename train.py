@@ -201,7 +201,8 @@ class Trainer:
         path, state = checkpoint.path, checkpoint.state
         require("optimizer" in state, f"{path}: holds no optimiser, so it cannot be gone on with")
         for field in fields(self.config):
-            then, now = (checkpoint.options.get(field.name), getattr(self.config, field.name))
+            then = checkpoint.options.get(field.name, field.default)
+            now = getattr(self.config, field.name)
             if field.name not in FREE:
                 require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
         require(
@@ -268,8 +269,7 @@ class Trainer:
         log.info("%.1f million weights to train, BERT's frozen beside", weights / 1e6)
         if self.batches.skip_single and len(data.captions) % c.batch_size == 1:
             log.info("the last batch of an epoch holds one item and is skipped: it needs two")
-        start = f"from step {self.place.step} " if self.place.step else ""
-        log.info("%s%d steps, %d an epoch", start, self.last_step, len(self.batches))
+        log.info("step %d of %d, %d an epoch", self.place.step, self.last_step, len(self.batches))
 
     def _epoch(self) -> None:
         """From the run's place to the end of its epoch, or of the run."""
@@ -309,11 +309,8 @@ class Trainer:
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
         path = path_loss(output.paths, output.meanings, config.batch_size)
         loss = rank + config.trade_off * path
-        require(
-            bool(loss.isfinite()),
-            f"step {self.place.step + 1}: the loss is {loss.item()}; the newest checkpoint of "
-            f"{config.folder} is from before it",
-        )
+        if not loss.isfinite():
+            raise InputError(self._lost(loss.item(), batch))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or torch.inf)
@@ -321,6 +318,12 @@ class Trainer:
         pairs = torch.tensor(output.scores.numel())
         losses = {"Rank": rank, "Path": path, "Le": loss, "grad_norm": norm}
         return {name: value.detach() for name, value in losses.items()} | {"pairs": pairs}
+
+    def _lost(self, loss: float, batch: Batch) -> str:
+        newest = self.config.folder / NEWEST
+        kept = f"the last good checkpoint is {newest}" if newest.exists() else "no checkpoint yet"
+        captions = ", ".join(map(str, batch.captions.tolist()))
+        return f"step {self.place.step + 1}: the loss is {loss} ({kept}); captions {captions}"
 
     def _report(self, epoch: int, lr: float, window: runlog.Window) -> None:
         figures = window.mean()
