@@ -76,7 +76,6 @@ def _assembled(folder: Path, weights: Weights, source: Path) -> Bert:
     )
     model = BertModel(BertConfig(**sizes, hidden_act="gelu"), add_pooling_layer=False)
     load_strictly(model, weights, source)
-    model.requires_grad_(False)
     return Bert(model, vocabulary, fingerprint(weights, vocabulary))
 
 
@@ -118,6 +117,8 @@ def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = 
     for name, value in wanted.items():
         found, expected = list(weights[name].shape), list(value.shape)
         require(found == expected, f"{source}: {name} is {found}, expected {expected}")
+        fits = weights[name].is_floating_point() == value.is_floating_point()
+        require(fits, f"{source}: {name} is {weights[name].dtype}; expected {value.dtype}")
     model.load_state_dict(weights, strict=False)
 
 
@@ -170,6 +171,8 @@ def _check_named(weights: Any, path: Path) -> None:
     for name, value in weights.items():
         fits = isinstance(name, str) and isinstance(value, Tensor)
         require(fits, f"{path}: {name!r} is {type(value).__name__}; expected a weight")
+        dense = value.layout == torch.strided and value.device.type == "cpu"
+        require(dense, f"{path}: {name} is no plain array of numbers")
 
 
 def _read_plain(path: Path) -> Any:
@@ -244,6 +247,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     absent = {"options", "weights", "bert"} - content.keys()
     require(not absent, f"{path}: lacks {some(sorted(absent))}")
     require(isinstance(content["options"], dict), f"{path}: its options are no dictionary")
+    require(isinstance(content["bert"], str), f"{path}: its BERT's fingerprint is no text")
     _check_named(content["weights"], path)
     state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}
     return Checkpoint(path, content["options"], content["weights"], None, content["bert"], state)
@@ -266,7 +270,7 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
     Of a published checkpoint the folder gives vocabulary and configuration, no more. Another BERT
     than the checkpoint's is an InputError.
     """
-    folder = Path(bert_path or checkpoint.options.get("bert_path") or ".")
+    folder = Path(bert_path or str(checkpoint.options.get("bert_path", ".")))
     if checkpoint.bert_weights is None:
         bert = load_bert(folder)
     else:

@@ -23,6 +23,7 @@ SplitName = Literal["train", "dev", "test", "testall"]
 
 DEVICES = ("cpu", "cuda", "mps")  # kinds that torch has autocast for
 CAPTIONS_PER_IMAGE = 5
+LARGEST = 2**16  # a larger batch than any machine holds is a slip
 CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
 CHECKED_ROWS = 500  # read through at a time
 ORDER, EXTRAS = 1, 2  # lead the seeds of the two random streams, so that they never meet
@@ -43,10 +44,13 @@ class DataConfig:
     seed: Annotated[int, "seed of initial weights, order, extra negatives and dropout"] = 0
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"--batch_size {self.batch_size}: expected 1 or more")
-        for name in ("extra_stc", "extra_img", "workers", "seed"):
+        for name, least, most in (
+            ("batch_size", 1, LARGEST),
+            *((name, 0, LARGEST) for name in ("extra_stc", "extra_img", "workers")),
+            ("seed", 0, 2**63 - 1),
+        ):
             value = getattr(self, name)
-            require(0 <= value < 2**63, f"--{name} {value}: expected 0 or more, below 2**63")
+            require(least <= value <= most, f"--{name} {value}: expected {least} to {most}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,10 +59,10 @@ def pick_device(name: str) -> torch.device:
     torch.backends.cudnn.allow_tf32 = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = ", ".join(("auto", *DEVICES))
+    require(name.split(":")[0] in DEVICES, f"--device {name}: expected one of {kinds}")
     try:
-        device = torch.zeros(0, device=name).device
-        require(device.type in DEVICES, f"--device {name}: expected one of {', '.join(DEVICES)}")
-        return device
+        return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: cannot be used here: {reason}") from error

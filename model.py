@@ -26,6 +26,7 @@ Direction = Literal["i2t", "t2i"]
 LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
 PATH_SIZE = 128  # width of the embedding that path vectors are compared in
+LARGEST = 2**16  # a wider layer than any machine holds is a slip
 WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
 
 
@@ -56,7 +57,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router"):
             value = getattr(self, name)
-            require(value >= 1, f"--{name} {value}: expected 1 or more")
+            require(1 <= value <= LARGEST, f"--{name} {value}: expected 1 to {LARGEST}")
         require(self.max_words >= 2, f"--max_words {self.max_words}: [CLS] and [SEP] need 2")
         require(
             self.embed_size % self.num_head_IMRC == 0,

@@ -43,7 +43,7 @@ class RunLog:
             "options": dict(options),
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in PACKAGES},
-            "commit": _commit(),
+            "commit": commit(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
             "resumed_at": [],
             "seconds": 0.0,
@@ -159,7 +159,7 @@ def _earlier_sessions(path: Path) -> tuple[list[int], float]:
     try:
         run = json.loads(read_text(path, "what an earlier session of the run wrote"))
         return [int(step) for step in run["resumed_at"]], float(run["seconds"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
 
 
@@ -172,28 +172,29 @@ def _cut(path: Path, step: int) -> None:
         lines = path.read_bytes().splitlines(keepends=True)
     for line in lines:
         try:
-            event = json.loads(line)
-        except ValueError:
+            at = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
             continue
-        if line.endswith(b"\n") and isinstance(event, dict) and event.get("step", step) <= step:
+        if line.endswith(b"\n") and type(at) is int and at <= step:
             kept.append(line)
     with whole_file(path) as file:
         file.writelines(kept)
 
 
-def _commit() -> str | None:
-    """The project's commit, with a + where tracked files differ from it; None without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The folder's commit, with a + where tracked files differ from it; None without git."""
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=False)
-        changed = subprocess.run(
-            [*git, "diff", "--quiet", "HEAD"], capture_output=True, check=False
-        )
+        head = _git(folder, "rev-parse", "HEAD")
     except OSError:
         return None
     if head.returncode:
         return None
-    return head.stdout.decode().strip() + "+" * (changed.returncode != 0)
+    changed = _git(folder, "diff", "--quiet", "HEAD").returncode
+    return head.stdout.decode().strip() + "+" * (changed != 0)
+
+
+def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, check=False)
 
 
 def _processor() -> str:

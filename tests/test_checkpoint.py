@@ -132,6 +132,8 @@ BAD_BERTS = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no pytorch_model.bin"),
     "missing key": (lambda f: rewrite(f, without(QUERY)), QUERY),
     "surplus key": (lambda f: rewrite(f, lambda w: w | {"a.b": torch.zeros(1)}), "a.b"),
+    "integers": (lambda f: rewrite(f, lambda w: w | {QUERY: w[QUERY].int()}), "int32"),
+    "meta": (lambda f: rewrite(f, lambda w: w | {QUERY: w[QUERY].to("meta")}), "no plain array"),
     "two names": (lambda f: rewrite(f, lambda w: w | {"bert." + QUERY: w[QUERY]}), "twice"),
     "shape": (lambda f: rewrite(f, lambda w: w | {QUERY: torch.zeros(3, 4)}), "[3, 4]"),
     "fewer words": (
@@ -356,6 +358,7 @@ def test_evaluation_with_another_bert_is_refused(own: Path, bert_folder: Path) -
     [
         ({"options": [1]}, "options are no dictionary"),
         ({"weights": {"image.fc.weight": "x"}}, "'image.fc.weight' is str"),
+        ({"bert": None}, "fingerprint is no text"),
         ({"weights": {}}, "lacks image.fc.bias, image.fc.weight, "),
         ({"format": "dime-9"}, "neither a checkpoint of this project (dime-1)"),
     ],

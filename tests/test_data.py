@@ -11,7 +11,16 @@ import pytest
 import torch
 from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
 
-from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches, load, read_captions
+from data import (
+    Batch,
+    DataConfig,
+    ImageBlocks,
+    Split,
+    TrainingBatches,
+    load,
+    pick_device,
+    read_captions,
+)
 from options import InputError
 from vocab import Vocabulary
 
@@ -100,6 +109,7 @@ BAD = {
     "text": (lambda p: (p / "dev_ims.npy").write_text("hello"), "no whole .npy"),
     "objects": (lambda p: save(p, np.array([[[{}]]], dtype=object)), "no whole .npy"),
     "integers": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int64)), "int64"),
+    "int32": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int32)), "int32"),
     "doubles": (lambda p: save(p, np.zeros((4, 7, 13))), "float64"),
     "flat": (lambda p: save(p, np.zeros((4, 13), dtype=np.float32)), "shape (4, 13)"),
     "rows": (lambda p: save(p, np.zeros((9, 7, 13), np.float32)), "9 rows for 20 captions"),
@@ -107,7 +117,7 @@ BAD = {
     "nan": (spoil(np.nan), "row 2"),
     "infinite": (spoil(-np.inf), "row 2"),
     "latin": (lambda p: (p / "dev_caps.txt").write_bytes(b"a\n\xe9\n" * 10), "line 2"),
-    "void": (lambda p: (p / "dev_caps.txt").write_bytes(b""), "is empty"),
+    "void": (lambda p: (p / "dev_caps.txt").write_bytes(b""), "is empty; expected captions"),
     "caption": (
         lambda p: (p / "dev_caps.txt").write_text("a\n" * 6 + " \n" + "a\n" * 13),
         "line 7",
@@ -124,6 +134,21 @@ def test_bad_files_are_named_with_what_was_found(tmp_path: Path, fault: str) -> 
     with pytest.raises(InputError, match="dev_") as error:
         Split.open(tmp_path, "dev", IMG_DIM, training=True)
     assert said in str(error.value)
+
+
+def test_every_row_of_a_small_file_is_read_through(tmp_path: Path) -> None:
+    write_split(tmp_path, "dev", 101, repeat=True)
+    features = np.load(tmp_path / "dev_ims.npy")
+    features[504, 0, 0] = np.nan
+    np.save(tmp_path / "dev_ims.npy", features)
+    with pytest.raises(InputError, match="row 504"):
+        Split.open(tmp_path, "dev", IMG_DIM)
+
+
+def test_convolutions_on_a_gpu_are_float32() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    assert pick_device("cpu") == torch.device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_an_empty_caption_may_be_evaluated(tmp_path: Path) -> None:
@@ -212,6 +237,12 @@ def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:
         mean = 300 * 6 / len(counts)
         assert counts.sum() == 300 * 6
         assert counts.min() > mean / 2 and counts.max() < mean * 2
+
+
+def test_the_order_depends_on_seed_and_epoch(split: Split) -> None:
+    firsts = [batches(split, seed=seed)[epoch, 0] for seed, epoch in ((0, 0), (1, 0), (0, 1))]
+    orders = {tuple(batch.captions.tolist()) for batch in firsts}
+    assert len(orders) == 3
 
 
 def test_extras_depend_on_the_seed(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,14 @@ def test_a_collapsed_model_scores_zero() -> None:
     assert retrieval(torch.zeros(20, 100), owners(100)).rsum == 0
 
 
+def test_float64_scores_keep_their_order() -> None:
+    scores = torch.tensor([[1.0, 1.0 + 1e-12], [0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    assert ranks(scores, [0, 1])[0].tolist() == [1, 0]
+    assert ranks(scores.float(), [0, 1])[0].tolist() == [1, 0]  # a tie counts against the model
+    assert ranks(scores.flip(0).T.contiguous(), [1, 0])[0].tolist() == [0, 0]
+    assert ranks(scores.bfloat16(), [0, 1])[1].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
     scores = torch.rand(3, 15)

@@ -15,7 +15,7 @@ from evaluation import score_split
 from model import DIME
 from published import joined, own_names, published_names
 from router import Modality
-from train import TrainConfig, Trainer
+from trainer import TrainConfig, Trainer
 
 ENCODED = SCORES = CLIPPED = 1e-5
 LAYERS = 5e-5

@@ -43,7 +43,7 @@ def test_the_layout_is_there() -> None:
 def test_imports_point_one_way() -> None:
     """options below all; router, cells, model, checkpoint; the two programs on top."""
     order = ["options", "vocab", "data", "router", "cells", "model", "published"]
-    order += ["checkpoint", "evaluation", "runlog", "train", "evaluate_models"]
+    order += ["checkpoint", "evaluation", "runlog", "trainer", "train", "evaluate_models"]
     for path in MODULES:
         imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
         above = set(order[order.index(path.stem) :])

@@ -1,11 +1,14 @@
 """runlog.py: names, means and what is left of a torn log."""
 
 import json
+import re
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 import runlog
@@ -29,9 +32,15 @@ def test_a_window_means_losses_and_leaves_pauses_out() -> None:
         window.stepped({"Le": torch.tensor(loss)})
         time.sleep(0.3)
         window.resumed()
+    window.loaded()
+    window.stepped({"Le": torch.tensor(2.5)})
+    window.loaded()
+    time.sleep(0.05)
+    window.stepped({"Le": torch.tensor(2.5)})
     mean = window.mean()
     assert mean["Le"] == 2.5
-    assert 0 <= mean["data_time"] <= mean["batch_time"] < 0.3
+    assert 0 <= mean["data_time"] <= mean["batch_time"]
+    assert 0.05 / 4 <= mean["batch_time"] < 0.05  # four steps, of which one took 0.05 seconds
 
 
 def test_a_log_goes_on_behind_its_step_without_torn_lines(tmp_path: Path) -> None:
@@ -40,12 +49,19 @@ def test_a_log_goes_on_behind_its_step_without_torn_lines(tmp_path: Path) -> Non
         log.record(step, Le=step / 2)
     log.close()
     path = tmp_path / runlog.METRICS
-    path.write_text(path.read_text() + '{"step": 3, "Le')
-    runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=3).close()
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert found == [{"step": step, "Le": step / 2} for step in (1, 2, 3)]
+    whole = path.read_text()
+    for torn in ('{"step": 3, "Le', '{"step": 3, "Le": 1.5}', '{"step": "x"}\n', "[]\n"):
+        path.write_text(whole + torn)
+        log = runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=3)
+        log.record(4, Le=9.0)
+        log.close()
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        expected = [{"step": step, "Le": step / 2} for step in (1, 2, 3)]
+        assert found == [*expected, {"step": 4, "Le": 9.0}]
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in board.Scalars("Le")] == [1, 2, 3, 4]
     run = json.loads((tmp_path / runlog.RUN).read_text())
-    assert run["resumed_at"] == [3]
+    assert run["resumed_at"] == [3] * 4
 
 
 def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
@@ -57,12 +73,27 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
     assert 300 <= run["seconds"] < 320 and run["resumed_at"] == [1, 2]
 
 
+def test_the_commit_and_whether_files_differ_from_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    assert runlog.commit(tmp_path) is None
+    assert capfd.readouterr() == ("", "")
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    (tmp_path / "file").write_text("a")
+    for command in (["init", "-q"], ["add", "file"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", runlog.commit(tmp_path))
+    (tmp_path / "file").write_text("b")
+    assert runlog.commit(tmp_path).endswith("+")
+
+
 def test_a_spoilt_run_json_is_named(tmp_path: Path) -> None:
     for content in (
         "[",
         "{}",
         '{"resumed_at": 3, "seconds": 1}',
         '{"resumed_at": [], "seconds": "x"}',
+        '{"resumed_at": [1e999], "seconds": 1}',
     ):
         (tmp_path / runlog.RUN).write_text(content)
         with pytest.raises(InputError, match=r"run\.json"):

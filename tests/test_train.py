@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run_program, tiny_train
+from conftest import GOLDEN, ROOT, run_program, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import train
+import trainer
 from evaluation import owners, retrieval
 from options import parse
-from train import BEST, FREE, NEWEST, TrainConfig
+from trainer import BEST, FREE, NEWEST, TrainConfig
 
 TAGS = {
     *("epoch", "step", "batch_time", "data_time", "lr", "Rank", "Path", "Le"),
@@ -125,7 +125,7 @@ def test_a_run_goes_on_in_another_folder_with_a_best_model_of_its_own(
     argv = tiny_train(tiny)
     assert run_train(*argv, "--max_steps", "1") == 0
     worse = retrieval(torch.zeros(7, 35), owners(35))
-    monkeypatch.setattr(train, "retrieval", lambda *_: worse)
+    monkeypatch.setattr(trainer, "retrieval", lambda *_: worse)
     elsewhere = ["--resume", tiny / "runs/i2t" / NEWEST, "--logger_name", tiny / "more"]
     assert run_train(*argv, "--max_steps", "2", *elsewhere) == 0
     best = state(tiny / "more/i2t" / BEST)
@@ -154,8 +154,74 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert run_train(*argv) == 2
     said = last_line(capsys)
     assert re.search(
-        r"step 2: the loss is nan \(no checkpoint yet\); captions \d+(, \d+){5}$", said
+        r"step 2: the loss is nan, .* no checkpoint yet; captions \d+(, \d+){5}$", said
     )
+
+
+def test_scores_of_dev_that_are_no_numbers_name_the_step(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    assert run_train(*tiny_train(tiny, "--learning_rate", "1e30", "--max_steps", "1")) == 2
+    assert "step 1: the scores of dev hold NaN or inf; no checkpoint yet" in last_line(capsys)
+
+
+def another_bert(tiny: Path, content: dict) -> None:
+    weights = torch.load(tiny / "bert/pytorch_model.bin", weights_only=True)
+    weights["encoder.layer.0.output.dense.bias"][0] += 1
+    torch.save(weights, tiny / "bert/pytorch_model.bin")
+
+
+def more_images(tiny: Path, content: dict) -> None:
+    write_split(tiny / "data/tiny", "train", 12)
+
+
+def change(key: str, value: object) -> Callable[[Path, dict], None]:
+    return lambda tiny, content: content.update({key: value})
+
+
+def spoil_moment(tiny: Path, content: dict) -> None:
+    content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(2, 2)
+
+
+def forget_moment(tiny: Path, content: dict) -> None:
+    del content["optimizer"]["state"][3]["exp_avg_sq"]
+
+
+def forget_adam(tiny: Path, content: dict) -> None:
+    content["optimizer"]["state"] = {}
+
+
+DAMAGED = {
+    "another BERT": (another_bert, "another BERT"),
+    "more images": (more_images, "60 captions; "),
+    "no fingerprint": (change("bert", None), "fingerprint"),
+    "no epoch": (change("epoch", None), "epoch is None"),
+    "fraction": (change("step", 2.0), "step is 2.0"),
+    "position": (change("position", 999), "position 999"),
+    "step": (change("step", 7), "step 7"),
+    "text": (change("best_rsum", "a"), "best_rsum is 'a'"),
+    "no random state": (change("random", {}), "'cpu'"),
+    "moment's shape": (spoil_moment, "exp_avg is [2, 2]"),
+    "no moment": (forget_moment, "exp_avg_sq"),
+    "no Adam": (forget_adam, "exp_avg"),
+    "no optimiser": (change("optimizer", 3), "cannot be gone on with"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture, fault: str
+) -> None:
+    argv, path = tiny_train(tiny), tiny / "runs/i2t" / NEWEST
+    assert run_train(*argv, "--max_steps", "2") == 0
+    damage, said = DAMAGED[fault]
+    content = state(path)
+    damage(tiny, content)
+    torch.save(content, path)
+    before = path.read_bytes()
+    assert run_train(*argv, "--max_steps", "4", "--resume", "auto") == 2
+    assert said in last_line(capsys)
+    assert path.read_bytes() == before
 
 
 def test_overwrite_starts_again(tiny: Path, run_train: Callable[..., int]) -> None:
@@ -177,6 +243,7 @@ def test_logs_have_the_published_tags(tiny: Path, run_train: Callable[..., int])
     assert all(type(event["step"]) is int for event in found)
     validations = [event for event in found if "rsum" in event]
     assert [event["step"] for event in validations] == [5, 7]
+    assert all(event["epoch"] == 0 for event in found)
     # 17 captions are three whole images: recalls are thirds and fifteenths
     assert validations[0]["r1"] * 3 == pytest.approx(round(validations[0]["r1"] * 3 / 100) * 100)
     assert validations[0]["r10i"] == 100
@@ -219,7 +286,7 @@ def test_the_best_model_has_most_of_four_recalls(
 
     recalls = [(10, 20, 30), (11, 21, 22), (5, 20, 99), (12, 19, 30), (11, 21, 99)]
     results = iter(result(*three) for three in recalls)  # the last is no better than the second
-    monkeypatch.setattr(train, "retrieval", lambda *_: next(results))
+    monkeypatch.setattr(trainer, "retrieval", lambda *_: next(results))
     assert run_train(*tiny_train(tiny, "--val_step", "1", "--max_steps", "5")) == 0
     folder = tiny / "runs/i2t"
     best = state(folder / BEST)
@@ -375,6 +442,10 @@ REFUSED = {
     "negative": (lambda t: ["--margin", "-1"], "--margin"),
     "infinite": (lambda t: ["--margin", "inf"], "invalid finite number value: 'inf'"),
     "seed": (lambda t: ["--seed", "9" * 20], "--seed 9999"),
+    "vulkan": (lambda t: ["--device", "vulkan"], "expected one of auto, cpu, cuda, mps"),
+    "nowhere": (lambda t: ["--logger_name", ""], "--logger_name is empty"),
+    "huge": (lambda t: ["--extra_stc", "4611686018427387904"], "--extra_stc 4611686018427387904"),
+    "wide": (lambda t: ["--hid_router", "999999999999"], "--hid_router 999999999999"),
     "meta": (lambda t: ["--device", "meta"], "--device meta: expected one of"),
     "both": (lambda t: ["--resume", "auto", "--overwrite"], "--overwrite"),
     "no width": (lambda t: ["--img_dim", "14"], "--img_dim is 14"),
