@@ -52,11 +52,12 @@ def run(folder: Path) -> str:
     images = about["options"]["val_captions"] // 5
     resumed = ", ".join(map(str, about["resumed_at"])) or "never"
     gigabytes = about["peak_memory_bytes"] / 1e9
+    commit = (about["commit"] or "unknown")[:12]
     return (
         f"`{about['command']}`\n\n"
         f"First {images} dev images; {about['options']['precision']}, {about['device']}, "
         f"{about['seconds'] / 60:.0f} minutes, {gigabytes:.1f} GB at most, cut off and resumed at "
-        f"step: {resumed}; commit {about['commit'][:12]}; all figures in `{folder}`.\n\n"
+        f"step: {resumed}; commit {commit}; all figures in `{folder}`.\n\n"
         f"{table(['step', *SIDES], rows)}"
     )
 
