@@ -271,17 +271,21 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
     than the checkpoint's is an InputError.
     """
     folder = Path(bert_path or str(checkpoint.options.get("bert_path", ".")))
-    if checkpoint.bert_weights is None:
-        bert = load_bert(folder)
-    else:
-        bert = _assembled(folder, checkpoint.bert_weights, checkpoint.path)
-    expected = checkpoint.bert_fingerprint
-    require(
-        expected in (None, bert.fingerprint),
-        f"{checkpoint.path}: was trained with another BERT than the one in {folder} "
-        f"(fingerprint {str(expected)[:12]}, found {bert.fingerprint[:12]})",
-    )
+    if checkpoint.bert_weights is not None:
+        return _assembled(folder, checkpoint.bert_weights, checkpoint.path)
+    bert = load_bert(folder)
+    check_same_bert(checkpoint, bert)
     return bert
+
+
+def check_same_bert(checkpoint: Checkpoint, bert: Bert) -> None:
+    """Raise InputError where an own checkpoint was trained with another BERT."""
+    expected, found = checkpoint.bert_fingerprint, bert.fingerprint
+    require(
+        expected == found,
+        f"{checkpoint.path}: was trained with another BERT than the one in "
+        f"{bert.vocabulary.path.parent} (fingerprint {str(expected)[:12]}, found {found[:12]})",
+    )
 
 
 def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device = "cpu") -> DIME:

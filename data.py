@@ -16,14 +16,12 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from options import InputError, naming, read_text, require
+from options import LARGEST, InputError, check_range, naming, read_text, require
 from vocab import Vocabulary
 
 SplitName = Literal["train", "dev", "test", "testall"]
 
-DEVICES = ("cpu", "cuda", "mps")  # kinds that torch has autocast for
 CAPTIONS_PER_IMAGE = 5
-LARGEST = 2**16  # a larger batch than any machine holds is a slip
 CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
 CHECKED_ROWS = 500  # read through at a time
 ORDER, EXTRAS = 1, 2  # lead the seeds of the two random streams, so that they never meet
@@ -44,28 +42,9 @@ class DataConfig:
     seed: Annotated[int, "seed of initial weights, order, extra negatives and dropout"] = 0
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("batch_size", 1, LARGEST),
-            *((name, 0, LARGEST) for name in ("extra_stc", "extra_img", "workers")),
-            ("seed", 0, 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            require(least <= value <= most, f"--{name} {value}: expected {least} to {most}")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one. Raises InputError."""
-    # On a GPU torch would let convolutions round their factors to 10 bits (TF32).
-    torch.backends.cudnn.allow_tf32 = False
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = ", ".join(("auto", *DEVICES))
-    require(name.split(":")[0] in DEVICES, f"--device {name}: expected one of {kinds}")
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used here: {reason}") from error
+        check_range(self, ("batch_size",), 1, LARGEST)
+        check_range(self, ("extra_stc", "extra_img", "workers"), 0, LARGEST)
+        check_range(self, ("seed",), 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
-from data import Split, SplitName, pick_device
+from data import Split, SplitName
 from evaluation import FOLDS, Retrieval, check_folds, folds, mean_of, owners, retrieval, score_split
-from options import Precision, parse, require, run, whole_file
+from options import Precision, parse, pick_device, require, run, whole_file
 
 log = logging.getLogger(__name__)
 

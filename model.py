@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cells import CELLS, AffinityNorm, CellName, CellSizes
-from options import Precision, require
+from options import LARGEST, Precision, check_range, require
 from router import MergeLayer, Modality, RoutingLayer
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ Direction = Literal["i2t", "t2i"]
 LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
 PATH_SIZE = 128  # width of the embedding that path vectors are compared in
-LARGEST = 2**16  # a wider layer than any machine holds is a slip
 WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
 
 
@@ -55,9 +54,8 @@ class ModelConfig:
     no_imgnorm: Annotated[bool, "do not normalise the image embedding"] = False
 
     def __post_init__(self) -> None:
-        for name in ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router"):
-            value = getattr(self, name)
-            require(1 <= value <= LARGEST, f"--{name} {value}: expected 1 to {LARGEST}")
+        sizes = ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router")
+        check_range(self, sizes, 1, LARGEST)
         require(self.max_words >= 2, f"--max_words {self.max_words}: [CLS] and [SEP] need 2")
         require(
             self.embed_size % self.num_head_IMRC == 0,

@@ -1,8 +1,8 @@
 """options.py — what every program shares with its user, and nothing of the model.
 
 A frozen dataclass is the command line (`parse`), one error type ends a program with one line and
-exit status 2 (`InputError`, `run`), files appear whole or not at all (`whole_file`), and long work
-tells how far it is (`progress`).
+exit status 2 (`InputError`, `run`), `--device` is looked up (`pick_device`), files appear whole or
+not at all (`whole_file`), and long work tells how far it is (`progress`).
 """
 
 import argparse
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,11 @@ log = logging.getLogger(__name__)
 Options = TypeVar("Options")
 Precision = Literal["fp32", "bf16"]
 
+DEVICES = ("cpu", "cuda", "mps")  # kinds that torch has autocast for
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
+LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
 
 
@@ -41,6 +44,14 @@ def require(fact: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_range(options: object, names: Sequence[str], least: int, most: float = math.inf) -> None:
+    """Raise InputError where an option of these names is out of bounds."""
+    bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+    for name in names:
+        value = getattr(options, name)
+        require(least <= value <= most, f"--{name} {value}: expected {bounds}")
+
+
 def some(names: Sequence[str]) -> str:
     """A few of many names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -48,7 +59,7 @@ def some(names: Sequence[str]) -> str:
 
 
 @contextmanager
-def naming(path: Path, wanted: str = "a file") -> Iterator[None]:
+def naming(path: Path, wanted: str) -> Iterator[None]:
     """Turn what the system says of a file into an InputError that names it and what was wanted."""
     try:
         yield
@@ -122,6 +133,21 @@ def _finite(text: str) -> float:
 
 
 _finite.__name__ = "finite number"  # as argparse calls it
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one. Raises InputError."""
+    # On a GPU torch would let convolutions round their factors to 10 bits (TF32).
+    torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kinds = ", ".join(("auto", *DEVICES))
+    require(name.split(":")[0] in DEVICES, f"--device {name}: expected one of {kinds}")
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: cannot be used here: {reason}") from error
 
 
 def keep_memory() -> None:

@@ -1,4 +1,4 @@
-"""runlog.py — the logs of a training run, kept apart so that train.py is the training alone.
+"""runlog.py — the logs of a training run, kept apart so that trainer.py is the training alone.
 
 `metrics.jsonl` and TensorBoard's events get the same figures, `run.json` says how they came about.
 """

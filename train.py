@@ -10,9 +10,9 @@ import torch
 
 import runlog
 from checkpoint import Checkpoint, check_positions, load_bert, read_checkpoint
-from data import Split, TrainingBatches, pick_device
+from data import Split, TrainingBatches
 from model import DIME
-from options import parse, require, run
+from options import parse, pick_device, require, run
 from trainer import BEST, NEWEST, TrainConfig, Trainer
 
 

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runlog
-from checkpoint import BERT_KEYS, Bert, Checkpoint, load_strictly, write_checkpoint
+from checkpoint import BERT_KEYS, Bert, Checkpoint, check_same_bert, load_strictly, write_checkpoint
 from data import CAPTIONS_PER_IMAGE, Batch, DataConfig, Split, TrainingBatches
 from evaluation import owners, retrieval, score_split
 from model import DIME, ModelConfig, path_loss, triplet_loss
-from options import InputError, Precision, require
+from options import InputError, Precision, check_range, require
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +75,8 @@ class TrainConfig(DataConfig, ModelConfig):
         ModelConfig.__post_init__(self)
         DataConfig.__post_init__(self)
         require(bool(self.logger_name), "--logger_name is empty; expected a folder")
-        for name in ("num_epochs", "lr_update", "log_step", "val_step"):
-            require(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: expected 1 or more")
-        for name in ("max_steps", "grad_clip", "learning_rate", "margin", "trade_off"):
-            require(getattr(self, name) >= 0, f"--{name} {getattr(self, name)}: expected 0 or more")
+        check_range(self, ("num_epochs", "lr_update", "log_step", "val_step"), 1)
+        check_range(self, ("max_steps", "grad_clip", "learning_rate", "margin", "trade_off"), 0)
         i2t = self.direction == "i2t"
         require(not (i2t and self.extra_img), "--extra_img goes with --direction t2i alone")
         require(i2t or not self.extra_stc, "--extra_stc goes with --direction i2t alone")
@@ -144,10 +142,7 @@ class Trainer:
             now = getattr(self.config, field.name)
             if field.name not in FREE:
                 require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
-        require(
-            checkpoint.bert_fingerprint == self.bert.fingerprint,
-            f"{path}: was trained with another BERT than the one in {self.config.bert_path}",
-        )
+        check_same_bert(checkpoint, self.bert)
         captions = len(self.batches.split.captions)
         require(
             state.get("train_captions") == captions,

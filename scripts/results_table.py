@@ -6,10 +6,13 @@
 The paper's figures come from results/paper.json; what has not been run says so.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from options import parse, read_text, run, whole_file
 
 RESULTS = Path("results")
 README = Path("README.md")
@@ -21,6 +24,11 @@ TITLES = {
 }
 SIDES = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
 TAGS = ("r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum")
+
+
+@dataclass(frozen=True)
+class Options:
+    write: Annotated[bool, "rewrite the block between the README's markers"] = False
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -42,7 +50,7 @@ def paper(results: Path) -> str:
     return "\n".join([*parts, f"Source: {figures['source']}\n"])
 
 
-def run(folder: Path) -> str:
+def training(folder: Path) -> str:
     """One training run: how it came about, and its validations."""
     about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -64,22 +72,18 @@ def run(folder: Path) -> str:
 
 def tables(results: Path = RESULTS) -> str:
     """Everything between the markers."""
-    runs = [run(path.parent) for path in sorted(results.glob("*/*/run.json"))]
+    runs = [training(path.parent) for path in sorted(results.glob("*/*/run.json"))]
     return "\n".join([*runs, paper(results)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true", help="rewrite the README's block")
-    if not parser.parse_args().write:
+    if not parse(Options, None, __doc__).write:
         sys.stdout.write(tables())
         return
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{tables()}{END}{rest.split(END)[1]}", encoding="utf-8")
+    before, rest = read_text(README, "the README, in this folder").split(BEGIN)
+    with whole_file(README) as file:
+        file.write(f"{before}{BEGIN}\n{tables()}{END}{rest.split(END)[1]}".encode())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

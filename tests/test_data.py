@@ -11,16 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
 
-from data import (
-    Batch,
-    DataConfig,
-    ImageBlocks,
-    Split,
-    TrainingBatches,
-    load,
-    pick_device,
-    read_captions,
-)
+from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches, load, read_captions
 from options import InputError
 from vocab import Vocabulary
 
@@ -143,12 +134,6 @@ def test_every_row_of_a_small_file_is_read_through(tmp_path: Path) -> None:
     np.save(tmp_path / "dev_ims.npy", features)
     with pytest.raises(InputError, match="row 504"):
         Split.open(tmp_path, "dev", IMG_DIM)
-
-
-def test_convolutions_on_a_gpu_are_float32() -> None:
-    torch.backends.cudnn.allow_tf32 = True
-    assert pick_device("cpu") == torch.device("cpu")
-    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_an_empty_caption_may_be_evaluated(tmp_path: Path) -> None:

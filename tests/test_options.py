@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 
-from options import InputError, parse, run, whole_file
+from options import InputError, parse, pick_device, run, whole_file
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) 
     assert (
         capsys.readouterr().err.splitlines()[-1].endswith("error: file: found this, expected that")
     )
+
+
+def test_convolutions_on_a_gpu_are_float32() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    assert pick_device("cpu") == torch.device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_a_bug_keeps_its_traceback() -> None:
