@@ -5,21 +5,19 @@ Nothing that a file holds is executed. Knows nothing of training or of data.
 
 import argparse
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from files import read_json, read_safetensors, read_torch, write_torch
 from model import DIME, ModelConfig
-from options import InputError, naming, read_text, require, some, whole_file
+from options import InputError, require, some
 from published import own_names
 from vocab import Vocabulary
 
@@ -27,6 +25,7 @@ FORMAT = "dime-1"  # of own checkpoints; another number would mean other names o
 BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
 
 Weights = dict[str, Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 # What a BERT of 2018 is made of; nothing else of its configuration changes what it computes.
 BERT_SIZES = {
@@ -74,8 +73,11 @@ def _assembled(folder: Path, weights: Weights, source: Path) -> Bert:
         f"{vocabulary.path}: {entries} entries, but word embeddings {words} in {source} "
         f"and vocab_size {sizes['vocab_size']} in its configuration; expected one number",
     )
-    model = BertModel(BertConfig(**sizes, hidden_act="gelu"), add_pooling_layer=False)
-    load_strictly(model, weights, source)
+    layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
+    claimed = sizes["num_hidden_layers"]
+    require(claimed == layers, f"{source}: holds {layers} layers, its configuration says {claimed}")
+    config = BertConfig(**sizes, hidden_act="gelu")
+    model = filled(lambda: BertModel(config, add_pooling_layer=False), weights, source)
     return Bert(model, vocabulary, fingerprint(weights, vocabulary))
 
 
@@ -104,10 +106,31 @@ def fingerprint(bert: Weights, vocabulary: Vocabulary) -> str:
     return digest.hexdigest()
 
 
+def filled(make: Callable[[], Module], weights: Weights, source: Path, keep: str = "") -> Module:
+    """The module that `make` makes, with these weights, as `load_strictly` has it.
+
+    A file's word for its sizes is not taken: they are compared before memory is.
+    """
+    with torch.device("meta"):
+        check_fit(make(), weights, source, keep)
+    module = make()
+    load_strictly(module, weights, source, keep)
+    return module
+
+
 def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = "") -> None:
     """Fill `model`; a missing, surplus or wrongly shaped key is an InputError that names it.
 
     Keys of the model that start with `keep` stay as they are.
+    """
+    check_fit(model, weights, source, keep)
+    model.load_state_dict(weights, strict=False)
+
+
+def check_fit(model: nn.Module, weights: Weights, source: Path, keep: str = "") -> None:
+    """Raise InputError unless `model` and `weights` have the same keys, shapes and kinds of number.
+
+    Keys of the model that start with `keep` do not count.
     """
     # DEVIATION: a missing or surplus weight is an error (the published code skipped it in silence).
     wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
@@ -119,7 +142,6 @@ def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = 
         require(found == expected, f"{source}: {name} is {found}, expected {expected}")
         fits = weights[name].is_floating_point() == value.is_floating_point()
         require(fits, f"{source}: {name} is {weights[name].dtype}; expected {value.dtype}")
-    model.load_state_dict(weights, strict=False)
 
 
 def _one_of(folder: Path, *names: str) -> Path:
@@ -130,11 +152,7 @@ def _one_of(folder: Path, *names: str) -> Path:
 
 
 def _bert_sizes(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(read_text(path, "the configuration of BERT"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    require(isinstance(config, dict), f"{path}: expected a JSON object")
+    config = read_json(path, "the configuration of BERT")
     kind = config.get("model_type", "bert")
     require(kind == "bert", f"{path}: model_type is {kind!r}; expected 'bert'")
     for name, expected in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-12)):
@@ -142,7 +160,7 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
         require(found == expected, f"{path}: {name} is {found!r}; expected {expected!r}")
     sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
     for name, value in sizes.items():
-        fits = type(value) is int and value > 0
+        fits = type(value) is int and 0 < value < 2**24
         if name.endswith("_prob"):
             fits = type(value) in (int, float) and 0 <= value < 1
         require(fits, f"{path}: {name} is {value!r}; expected a size or a probability")
@@ -156,11 +174,8 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
 
 def _read_weights(path: Path) -> Weights:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path}: no whole safetensors file: {error}") from error
-    weights = _read_plain(path)
+        return read_safetensors(path)
+    weights = read_torch(path)
     _check_named(weights, path)
     return weights
 
@@ -171,30 +186,6 @@ def _check_named(weights: Any, path: Path) -> None:
     for name, value in weights.items():
         fits = isinstance(name, str) and isinstance(value, Tensor)
         require(fits, f"{path}: {name!r} is {type(value).__name__}; expected a weight")
-        dense = value.layout == torch.strided and value.device.type == "cpu"
-        require(dense, f"{path}: {name} is no plain array of numbers")
-
-
-def _read_plain(path: Path) -> Any:
-    """A torch file's plain data on the CPU, executing nothing; Python 2's strings are read too."""
-    with naming(path, "a file that torch wrote"):
-        file = path.open("rb")
-    # DEVIATION: nothing that a file holds is executed (the published code unpickled anything).
-    with file, torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can fail in any way; none of them is ours
-            raise InputError(f"{path}: {_refusal(str(error) or type(error).__name__)}") from error
-
-
-def _refusal(reason: str) -> str:
-    """Torch's reason without its advice, which is to execute the file."""
-    code = re.search(r"GLOBAL (\S+)", reason)
-    if code:
-        return f"asks for code, {code[1]}, which is not executed; expected plain data"
-    detail = reason.split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-    advice = "weights_only" in detail
-    return "truncated or no checkpoint" + ("" if advice else f": {detail}")
 
 
 @dataclass(frozen=True)
@@ -236,7 +227,7 @@ def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read an own or a published checkpoint. Raises InputError where it is neither, or damaged."""
     path = Path(path)
-    content = _read_plain(path)
+    content = read_torch(path)
     require(isinstance(content, dict), f"{path}: holds {type(content).__name__}; no checkpoint")
     if isinstance(content.get("opt"), argparse.Namespace):
         return _published(path, content)
@@ -254,14 +245,21 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def write_checkpoint(
-    path: Path, model: DIME, options: dict[str, Any], bert: Bert, **state: Any
+    path: Path,
+    model: DIME,
+    options: dict[str, Any],
+    bert: Bert,
+    keep: Path | None = None,
+    **state: Any,
 ) -> None:
-    """Write plain data: it loads with `weights_only=True`, and BERT's weights are not in it."""
+    """Write plain data: it loads with `weights_only=True`, and BERT's weights are not in it.
+
+    What had the name before is then found at `keep`, if one is given.
+    """
     # DEVIATION: BERT's weights are known by a fingerprint (the published code stored them).
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(BERT_KEYS)}
     content = {"format": FORMAT, "options": options, "weights": weights, "bert": bert.fingerprint}
-    with whole_file(path) as file:
-        torch.save(content | state, file)
+    write_torch(path, content | state, keep)
 
 
 def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert:
@@ -292,8 +290,8 @@ def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device =
     """The checkpoint's model in evaluation mode."""
     config = checkpoint.config
     check_positions(bert, config, f"{checkpoint.path}: ")
-    model = DIME(config, bert.model)
-    load_strictly(model, checkpoint.weights, checkpoint.path, keep=BERT_KEYS)
+    weights, path = checkpoint.weights, checkpoint.path
+    model = filled(lambda: DIME(config, bert.model), weights, path, keep=BERT_KEYS)
     return model.eval().to(device)
 
 

@@ -4,7 +4,9 @@ A batch is a pure function of (seed, epoch, position): workers hold no state, th
 nothing, and an epoch can be entered at any position. Knows nothing of the model.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,7 +18,8 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from options import LARGEST, InputError, check_range, naming, read_text, require
+from files import naming, read_text
+from options import LARGEST, InputError, check_range, require
 from vocab import Vocabulary
 
 SplitName = Literal["train", "dev", "test", "testall"]
@@ -227,7 +230,10 @@ def _order(seed: int, epoch: int, captions: int) -> np.ndarray:
 
 
 def load(dataset: Dataset, places: Sequence[Any], workers: int, pin: bool = False) -> Iterator[Any]:
-    """`dataset[place]` for each place in order, read ahead by worker processes."""
+    """`dataset[place]` for each place in order, read ahead by worker processes.
+
+    Raises InputError, also for a worker that is gone: between two items, never within other work.
+    """
     loader = DataLoader(
         _Messages(dataset),
         batch_size=None,
@@ -235,17 +241,39 @@ def load(dataset: Dataset, places: Sequence[Any], workers: int, pin: bool = Fals
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
+        worker_init_fn=_leave_signals_to_the_program,
         # An iterator seeds its workers; the global generator is BERT's dropout's alone.
         generator=torch.Generator(),
     )
     return _delivered(loader)
 
 
-def _delivered(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
+def _delivered(loader: DataLoader) -> Iterator[Any]:
+    # Torch would raise from a signal's handler in the middle of whatever runs when a worker ends,
+    # an optimiser's step say; without it the loader finds out when the next item is asked for.
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if not loader.num_workers or str(error).startswith("Caught "):  # a bug, here or there
+                raise
+            message = f"a process of --workers {loader.num_workers} is gone: killed, or no memory"
+            raise InputError(f"{message} (see the system's log; --workers 0 needs none)") from error
         if isinstance(item, InputError):
             raise item
         yield item
+
+
+def _leave_signals_to_the_program(worker: int) -> None:
+    """Ctrl-C and a closed terminal tell every process; the program ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -263,3 +291,5 @@ class _Messages(Dataset):
             return self.dataset[place]
         except InputError as error:
             return error
+        except MemoryError:
+            return InputError("out of memory while features were read; fewer --workers take less")

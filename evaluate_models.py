@@ -3,7 +3,6 @@
 Turns checkpoints, own or published, into one score matrix; every figure is computed from it.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ import torch
 from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
 from data import Split, SplitName
 from evaluation import FOLDS, Retrieval, check_folds, folds, mean_of, owners, retrieval, score_split
-from options import Precision, parse, pick_device, require, run, whole_file
+from files import whole_file, write_json
+from options import Precision, parse, pick_device, require, run
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"Mean of {FOLDS} folds\n")
     sys.stdout.write(_lines(result["metrics"]))
     if report:
-        with whole_file(Path(report)) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
+        write_json(Path(report), result)
 
 
 def evaluate(
@@ -94,7 +93,7 @@ def evaluate(
     ]
     scores = np.mean(matrices, axis=0, dtype=np.float32)
     if save_scores:
-        with whole_file(Path(save_scores)) as file:
+        with whole_file(Path(save_scores), scores.nbytes) as file:
             np.save(file, scores)
     return {
         "models": [str(path) for path in paths],

@@ -1,8 +1,8 @@
 """options.py — what every program shares with its user, and nothing of the model.
 
 A frozen dataclass is the command line (`parse`), one error type ends a program with one line and
-exit status 2 (`InputError`, `run`), `--device` is looked up (`pick_device`), files appear whole or
-not at all (`whole_file`), and long work tells how far it is (`progress`).
+exit status 2 (`InputError`, `run`), a signal lets it finish what is begun (`Signals`), `--device`
+is looked up (`pick_device`), and long work tells how far it is (`progress`).
 """
 
 import argparse
@@ -11,12 +11,15 @@ import dataclasses
 import logging
 import math
 import os
+import signal
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from tqdm import tqdm
@@ -31,6 +34,8 @@ BAD_INPUT = 2  # exit status of a program that was given something it cannot use
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
 LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip
+FINISHING = "finishing what is begun; a second signal ends at once"
+SAME_SECONDS = 1.0  # a launcher that passes a signal on may double it
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
 
 
@@ -56,28 +61,6 @@ def some(names: Sequence[str]) -> str:
     """A few of many names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-@contextmanager
-def naming(path: Path, wanted: str) -> Iterator[None]:
-    """Turn what the system says of a file into an InputError that names it and what was wanted."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; expected {wanted}") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; expected {wanted}") from error
-
-
-def read_text(path: Path, wanted: str) -> str:
-    """A UTF-8 file. Raises InputError that names the file, and the line that is not UTF-8."""
-    with naming(path, wanted):
-        data = path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}: line {line} is not UTF-8") from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -162,36 +145,90 @@ def keep_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine's memory, or a GPU's, is used up."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+class Stopped(Exception):
+    """A signal ended a program that has left everything in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP are noted, not obeyed at once, so that work can be finished.
+
+    `obey` raises Stopped for a signal that came; within `at_once` it is raised as one comes. A
+    second signal has its usual effect. Elsewhere than in the main thread nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.waits = True
+        self.usual: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # nohup has SIGHUP ignored, and means it
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self.usual[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.number is None:
+            self.number, self.since = number, time.monotonic()
+            if not self.waits:
+                self.obey()
+            os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
+        elif time.monotonic() - self.since > SAME_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
+
+    def obey(self) -> None:
+        """Raise Stopped where a signal has come."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that may be left in the middle."""
+        self.obey()
+        self.waits = False
+        try:
+            yield
+        finally:
+            self.waits = True
+        self.obey()
+
+
 def run(program: Callable[[], None]) -> None:
     """Run a program to its exit status: 0, or 2 after one line on standard error for InputError.
 
-    A bug keeps its traceback.
+    A signal gives 128 and its number. A bug keeps its traceback.
     """
     keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    name = Path(sys.argv[0]).name
     try:
         program()
     except InputError as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
         sys.exit(BAD_INPUT)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write bytes to that takes its name only once it is whole and on the disk.
-
-    Raises InputError where the folder cannot be written to.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with naming(path, "a file to write"):
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    except Stopped as stop:
+        sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted\n")
+        sys.exit(128 + signal.SIGINT)
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:

@@ -6,12 +6,13 @@
 import json
 import logging
 import platform
+import re
 import resource
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,21 +23,32 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import Retrieval
-from options import InputError, naming, read_text, whole_file
+from files import naming, read_json, whole_file, write_json
+from options import InputError
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
+LOG_LINE = re.compile(rb"\S+ \S+ \[(\d+)\] ")  # date, time and step
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
 KILOBYTE = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
 
 
 class RunLog:
-    """The logs in a run's folder, which is there, going on behind `step` where a run is resumed."""
+    """The logs in a run's folder, which is there; closed when its `with` block is left.
+
+    A run that is resumed goes on behind `step`: later lines are dropped, and with them step's own
+    validation unless `validated`.
+    """
 
     def __init__(
-        self, folder: Path, options: Mapping[str, Any], device: torch.device, step: int = 0
+        self,
+        folder: Path,
+        options: Mapping[str, Any],
+        device: torch.device,
+        step: int = 0,
+        validated: bool = True,
     ) -> None:
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.step = folder, device, step
         self.began = time.monotonic()
         self.run = {
             "command": shlex.join(["python", *sys.argv]),
@@ -53,46 +65,55 @@ class RunLog:
         if step:
             steps, self.seconds_before = _earlier_sessions(folder / RUN)
             self.run["resumed_at"] = [*steps, step]
-        _cut(folder / METRICS, step)
+        _cut(folder / METRICS, lambda line: _reached(line, step, validated))
+        _cut(folder / LOG, lambda line: _said(line, step))
         with naming(folder, "a folder to write to"):
-            self._open(step)
+            self.handler = _LogFile(self)
+            self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
         self.write_run()
 
-    def _open(self, step: int) -> None:
-        folder = self.folder
-        self.handler = logging.FileHandler(folder / LOG, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    def __enter__(self) -> "RunLog":
         logging.getLogger().addHandler(self.handler)
-        self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        return self
 
-    def record(self, step: int, **figures: float) -> None:
-        """One event at a global step: a line of metrics.jsonl, and a scalar for each figure."""
-        path = self.folder / METRICS
-        with naming(path, "a log to write"), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-        for tag, value in {"step": step, **figures}.items():
-            self.board.add_scalar(tag, value, step)
-        self.board.flush()
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger().removeHandler(self.handler)
+        self.handler.close()
+        with naming(self.folder, "a folder to write to"):
+            self.board.close()
+
+    def record(self, **figures: float) -> None:
+        """One event at the present step: a line of metrics.jsonl, and a scalar for each figure."""
+        event = {"step": self.step, **figures}
+        with naming(self.folder / METRICS, "a log to write"):
+            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+            for tag, value in event.items():
+                self.board.add_scalar(tag, value, self.step)
+            self.board.flush()
 
     def write_run(self) -> None:
         """Write run.json as of now: the seconds of all sessions, all else of this one."""
         self.run["seconds"] = round(self.seconds_before + time.monotonic() - self.began, 1)
         self.run["peak_memory_bytes"] = peak_memory(self.device)
-        with whole_file(self.folder / RUN) as file:
-            file.write(json.dumps(self.run, indent=1).encode() + b"\n")
-
-    def close(self) -> None:
-        """Write what is still held."""
-        self.write_run()
-        self.board.close()
-        logging.getLogger().removeHandler(self.handler)
-        self.handler.close()
+        write_json(self.folder / RUN, self.run)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a run's folder. Raises InputError where that cannot be done."""
-    with naming(folder, "a folder to write to"):
-        folder.mkdir(parents=True, exist_ok=True)
+class _LogFile(logging.FileHandler):
+    """train.log: each line tells the step it was written at; what cannot be written is an error."""
+
+    def __init__(self, run: RunLog) -> None:
+        super().__init__(run.folder / LOG, encoding="utf-8")
+        self.run = run
+        self.setFormatter(logging.Formatter("%(asctime)s [%(step)d] %(message)s"))
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.step = self.run.step
+        return super().format(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with naming(self.run.folder / LOG, "a log to write"):
+            raise
 
 
 class Window:
@@ -156,29 +177,38 @@ def _earlier_sessions(path: Path) -> tuple[list[int], float]:
     """The steps that a run was resumed at, and its seconds so far."""
     if not path.exists():
         return [], 0.0
+    run = read_json(path, "what an earlier session of the run wrote")
     try:
-        run = json.loads(read_text(path, "what an earlier session of the run wrote"))
         return [int(step) for step in run["resumed_at"]], float(run["seconds"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl that lie behind `step`, and a torn last line."""
+def _cut(path: Path, kept: Callable[[bytes], bool]) -> None:
+    """Keep a log's whole lines that are to be kept."""
     if not path.exists():
         return
-    kept = []
     with naming(path, "the log of an earlier session"):
-        lines = path.read_bytes().splitlines(keepends=True)
-    for line in lines:
-        try:
-            at = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            continue
-        if line.endswith(b"\n") and type(at) is int and at <= step:
-            kept.append(line)
-    with whole_file(path) as file:
-        file.writelines(kept)
+        lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line feed is nothing whole
+    data = b"".join(line + b"\n" for line in lines if kept(line))
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+
+
+def _reached(line: bytes, step: int, validated: bool) -> bool:
+    """Whether a line of metrics.jsonl is of the steps up to `step`."""
+    try:
+        event = json.loads(line)
+        at, validation = event["step"], "rsum" in event
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return type(at) is int and (at < step or (at == step and (validated or not validation)))
+
+
+def _said(line: bytes, step: int) -> bool:
+    """Whether a line of train.log is of the steps up to `step`."""
+    match = LOG_LINE.match(line)
+    return match is not None and int(match[1]) <= step
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:

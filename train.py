@@ -8,25 +8,32 @@ from pathlib import Path
 
 import torch
 
-import runlog
-from checkpoint import Checkpoint, check_positions, load_bert, read_checkpoint
+from checkpoint import check_positions, load_bert
 from data import Split, TrainingBatches
 from model import DIME
 from options import parse, pick_device, require, run
-from trainer import BEST, NEWEST, TrainConfig, Trainer
+from runfolder import clear, only_writer, to_resume
+from trainconfig import TrainConfig
+from trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(TrainConfig, argv, DESCRIPTION)
     device = pick_device(config.device)
-    found = to_resume(config)
+    with only_writer(config.folder):
+        train(config, device)
+
+
+def train(config: TrainConfig, device: torch.device) -> None:
+    """Train in the run's folder, which is this program's alone. Raises InputError."""
+    found = to_resume(config.folder, config.resume, config.overwrite)
     bert = load_bert(config.bert_path)
     check_positions(bert, config)
     folder = Path(config.data_path) / config.data_name
-    train = Split.open(folder, "train", config.img_dim, training=True)
+    split = Split.open(folder, "train", config.img_dim, training=True)
     dev = Split.open(folder, "dev", config.img_dim)
-    skips = config.skips_single(train.regions_per_image)
-    batches = TrainingBatches(train, bert.vocabulary, config, config.max_words, skips)
+    skips = config.skips_single(split.regions_per_image)
+    batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, skips)
     require(
         len(batches) > 0,
         f"--batch_size {config.batch_size} without extra negatives: batch normalisation needs "
@@ -34,39 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
-    runlog.make_folder(config.folder)
     if found is None:
-        runlog.remove(config.folder / NEWEST)
-        runlog.remove(config.folder / BEST)
-        runlog.clear(config.folder)
+        clear(config.folder)
     else:
         trainer.restore(found)
     trainer.train()
-
-
-def to_resume(config: TrainConfig) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to start afresh.
-
-    Raises InputError where the folder holds a run that is neither gone on with nor given up.
-    """
-    folder = config.folder
-    written = [path for path in (folder / NEWEST, folder / BEST) if path.exists()]
-    held = bool(written) or runlog.held_by_run(folder)
-    if config.resume == "auto":
-        return read_checkpoint(written[0]) if written else None
-    if config.resume:
-        path = Path(config.resume)
-        require(
-            not held or path.resolve().parent == folder.resolve(),
-            f"{folder}: holds another run than {path}; give another --logger_name",
-        )
-        return read_checkpoint(path)
-    # DEVIATION: a folder that holds a run is not written over (the published one was).
-    require(
-        not held or config.overwrite,
-        f"{folder}: holds a run; --resume auto goes on with it, --overwrite starts again",
-    )
-    return None
 
 
 DESCRIPTION = """Train a DIME model for one direction on precomputed region features.

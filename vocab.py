@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from options import read_text, require
+from files import read_text
+from options import require
 
 # Captions are tokenised in the loader's workers; a thread pool of the parent does not survive
 # the fork, and one thread reads 25,000 captions in about a second.

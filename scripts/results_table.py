@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from options import parse, read_text, run, whole_file
+from files import read_text, whole_file
+from options import parse, run
 
 RESULTS = Path("results")
 README = Path("README.md")
@@ -81,8 +82,9 @@ def main() -> None:
         sys.stdout.write(tables())
         return
     before, rest = read_text(README, "the README, in this folder").split(BEGIN)
-    with whole_file(README) as file:
-        file.write(f"{before}{BEGIN}\n{tables()}{END}{rest.split(END)[1]}".encode())
+    text = f"{before}{BEGIN}\n{tables()}{END}{rest.split(END)[1]}".encode()
+    with whole_file(README, len(text)) as file:
+        file.write(text)
 
 
 if __name__ == "__main__":

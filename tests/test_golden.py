@@ -15,7 +15,8 @@ from evaluation import score_split
 from model import DIME
 from published import joined, own_names, published_names
 from router import Modality
-from trainer import TrainConfig, Trainer
+from trainconfig import TrainConfig
+from trainer import Trainer
 
 ENCODED = SCORES = CLIPPED = 1e-5
 LAYERS = 5e-5

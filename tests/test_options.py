@@ -1,13 +1,12 @@
-"""options.py: a dataclass as command line, whole files, the one error."""
+"""options.py: a dataclass as command line, signals, the one error."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 import torch
 
-from options import InputError, parse, pick_device, run, whole_file
+from options import InputError, parse, pick_device, run
 
 
 @dataclass(frozen=True)
@@ -54,27 +53,6 @@ def test_help_tells_defaults(capsys: pytest.CaptureFixture) -> None:
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert "What it is." in said and "a size (default: 3)" in said and "--breadth" in said
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with pytest.raises(RuntimeError), whole_file(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == b"before"
-    with whole_file(path) as file:
-        file.write(b"after")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"after"
-
-
-def test_a_folder_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
-    with (
-        pytest.raises(InputError, match="file: not found; expected a file to write"),
-        whole_file(tmp_path / "no/file"),
-    ):
-        pass
 
 
 def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:

@@ -43,18 +43,19 @@ def test_a_window_means_losses_and_leaves_pauses_out() -> None:
     assert 0.05 / 4 <= mean["batch_time"] < 0.05  # four steps, of which one took 0.05 seconds
 
 
+def write_log(folder: Path, start: int, losses: dict[int, float]) -> None:
+    with runlog.RunLog(folder, {}, torch.device("cpu"), start) as log:
+        for log.step, loss in losses.items():
+            log.record(Le=loss)
+
+
 def test_a_log_goes_on_behind_its_step_without_torn_lines(tmp_path: Path) -> None:
-    log = runlog.RunLog(tmp_path, {}, torch.device("cpu"))
-    for step in range(1, 6):
-        log.record(step, Le=step / 2)
-    log.close()
+    write_log(tmp_path, 0, {step: step / 2 for step in range(1, 6)})
     path = tmp_path / runlog.METRICS
     whole = path.read_text()
     for torn in ('{"step": 3, "Le', '{"step": 3, "Le": 1.5}', '{"step": "x"}\n', "[]\n"):
         path.write_text(whole + torn)
-        log = runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=3)
-        log.record(4, Le=9.0)
-        log.close()
+        write_log(tmp_path, 3, {4: 9.0})
         found = [json.loads(line) for line in path.read_text().splitlines()]
         expected = [{"step": step, "Le": step / 2} for step in (1, 2, 3)]
         assert found == [*expected, {"step": 4, "Le": 9.0}]
@@ -66,9 +67,9 @@ def test_a_log_goes_on_behind_its_step_without_torn_lines(tmp_path: Path) -> Non
 
 def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
     for step in (0, 1, 2):
-        log = runlog.RunLog(tmp_path, {}, torch.device("cpu"), step)
-        log.began -= 100
-        log.close()
+        with runlog.RunLog(tmp_path, {}, torch.device("cpu"), step) as log:
+            log.began -= 100
+            log.write_run()
     run = json.loads((tmp_path / runlog.RUN).read_text())
     assert 300 <= run["seconds"] < 320 and run["resumed_at"] == [1, 2]
 

@@ -1,0 +1,149 @@
+"""runfolder.py — a run's folder: one writer, its checkpoints by age, and where the run stands.
+
+Kept apart from trainer.py, which is the loop, and runlog.py, which writes the logs into it.
+"""
+
+import fcntl
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import runlog
+from checkpoint import Checkpoint, read_checkpoint
+from files import naming
+from options import InputError, require
+
+log = logging.getLogger(__name__)
+
+NEWEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint_previous.pth.tar"
+BEST = "model_best.pth.tar"
+LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: the next batch, and what is known of the steps before it."""
+
+    epoch: int = 0
+    position: int = 0  # of the next batch in the epoch
+    step: int = 0  # batches done
+    validated: int = 0  # the last step whose model was validated
+    skipped: int = 0  # batches whose loss or gradient was no number
+    best_rsum: float = -1.0  # REFERENCE: R@1 + R@5 of both ways, under its published name
+    best_r1: float = -1.0  # image-to-text
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], length: int) -> "Place":
+        """The place in a checkpoint's state; `length` is the batches of an epoch.
+
+        Raises ValueError where it is none of this run.
+        """
+        place = cls(**{field.name: state.get(field.name) for field in fields(cls)})
+        for field in fields(cls):
+            value = getattr(place, field.name)
+            if type(value) is not type(field.default) or not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value!r}")
+        if not (0 <= place.position < length and place.epoch >= 0):
+            raise ValueError(f"position {place.position} of epoch {place.epoch}")
+        if place.step != place.epoch * length + place.position:
+            raise ValueError(f"step {place.step} is not position {place.position} there")
+        return place
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch that the last batch was of."""
+        return self.epoch - (self.position == 0 < self.step)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make a run's folder and hold it: a second program that wants to write there is refused.
+
+    Raises InputError. The lock ends with its process, however that ends, and loader workers have
+    no part in it.
+    """
+    with naming(folder, "a folder to write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    with file:
+        try:
+            # not flock, which a worker would inherit and hold after its parent's death
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise InputError(f"{folder}: another run writes there ({file.read(99)})") from error
+        except OSError as error:
+            log.warning("%s: has no locks (%s); start no second run there", folder, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def to_resume(folder: Path, resume: str, overwrite: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, or None to start afresh.
+
+    Raises InputError where the folder holds a run that is neither gone on with nor given up.
+    """
+    written = any((folder / name).exists() for name in (NEWEST, PREVIOUS, BEST))
+    held = written or runlog.held_by_run(folder)
+    if resume == "auto":
+        return newest_whole(folder)
+    if resume:
+        path = Path(resume)
+        require(
+            not held or path.resolve().parent == folder.resolve(),
+            f"{folder}: holds another run than {path}; give another --logger_name",
+        )
+        return read_checkpoint(path)
+    # DEVIATION: a folder that holds a run is not written over (the published one was).
+    require(
+        not held or overwrite,
+        f"{folder}: holds a run; --resume auto goes on with it, --overwrite starts again",
+    )
+    return None
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that can be read, or None where there is none at all.
+
+    One that is damaged is set aside with a warning. Raises InputError where all are damaged.
+    """
+    problem = None
+    for name in (NEWEST, PREVIOUS, BEST):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+        except InputError as error:
+            problem = error
+            log.warning("%s; taking the one before it", error)
+            continue
+        if name != NEWEST:
+            log.warning("going on from %s: %s is damaged or missing", path, NEWEST)
+        _set_aside(folder / NEWEST, problem)
+        return checkpoint
+    if problem is not None:
+        raise problem
+    return None
+
+
+def _set_aside(path: Path, problem: InputError | None) -> None:
+    """Rename a damaged newest checkpoint, which would be kept in place of a whole one else."""
+    if problem is not None and path.exists():
+        with naming(path, "a file to rename"):
+            path.replace(path.with_name(path.name + ".damaged"))
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier run left."""
+    for name in (NEWEST, PREVIOUS, BEST):
+        runlog.remove(folder / name)
+    runlog.clear(folder)
