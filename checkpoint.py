@@ -5,6 +5,7 @@ Nothing that a file holds is executed. Knows nothing of training or of data.
 
 import argparse
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from files import read_json, read_safetensors, read_torch, write_torch
+from files import has_checksum, read_json, read_safetensors, read_torch, write_torch
 from model import DIME, ModelConfig
 from options import InputError, require, some
 from published import own_names
 from vocab import Vocabulary
+
+log = logging.getLogger(__name__)
 
 FORMAT = "dime-1"  # of own checkpoints; another number would mean other names or meanings
 BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
@@ -235,6 +238,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         content.get("format") == FORMAT,
         f"{path}: neither a checkpoint of this project ({FORMAT}) nor a published one",
     )
+    if not has_checksum(path):
+        log.warning("%s: carries no checksum, so damage would go unnoticed", path)
     absent = {"options", "weights", "bert"} - content.keys()
     require(not absent, f"{path}: lacks {some(sorted(absent))}")
     require(isinstance(content["options"], dict), f"{path}: its options are no dictionary")

@@ -29,6 +29,7 @@ from options import InputError, require
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says where no more bytes fit
 CHUNK = 2**24  # bytes hashed at a time
 ZIP_START, ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
+ZIP_END_BYTES = 22
 SEAL = re.compile(rb"sha256=([0-9a-f]{64})")  # the comment at the end of a sealed zip file
 SEAL_BYTES = len("sha256=") + 64
 
@@ -100,7 +101,8 @@ def _check_container(path: Path, file: IO[bytes]) -> None:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if file.read(len(ZIP_START)) == ZIP_START:
-        _check_seal(path, file, size)
+        if has_checksum(path):
+            _check_seal(path, file, size)
         with zipfile.ZipFile(file) as records:
             claimed = 0
             for record in records.infolist():
@@ -111,20 +113,26 @@ def _check_container(path: Path, file: IO[bytes]) -> None:
     file.seek(0)
 
 
+def has_checksum(path: Path) -> bool:
+    """Whether a zip file carries a comment, which is the checksum that `write_torch` gave it."""
+    with naming(path, "a file that torch wrote"), path.open("rb") as file:
+        file.seek(-min(ZIP_END_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return not file.read().startswith(ZIP_END)
+
+
 def _check_seal(path: Path, file: IO[bytes], size: int) -> None:
-    """Raise InputError where the file ends with a seal, and it is not that of what precedes it."""
-    before = size - SEAL_BYTES - 2  # two bytes give the length of a zip file's comment
+    """Raise InputError where what precedes a zip file's comment is not what the comment says."""
+    before = size - SEAL_BYTES - 2  # two bytes give the length of the comment
     file.seek(max(0, before))
     length, seal = file.read(2), SEAL.fullmatch(file.read())
-    if seal is None or length != SEAL_BYTES.to_bytes(2, "little"):
-        return
     digest = hashlib.sha256()
     file.seek(0)
     for start in range(0, before, CHUNK):
         digest.update(file.read(min(CHUNK, before - start)))
     digest.update(b"\0\0")  # the length of no comment, as torch wrote it
-    fits = digest.hexdigest() == seal[1].decode()
-    require(fits, f"{path}: damaged: its content is not what its checksum says")
+    fits = seal is not None and seal[1].decode() == digest.hexdigest()
+    fits = fits and length == SEAL_BYTES.to_bytes(2, "little")
+    require(fits, f"{path}: truncated or damaged: content and checksum do not fit")
 
 
 def _check_tensors(path: Path, content: Any, size: int) -> None:

@@ -147,9 +147,8 @@ def keep_memory() -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the machine's memory, or a GPU's, is used up."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 class Stopped(Exception):

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,9 +18,11 @@ import torch
 
 import evaluate_models
 import options
+import runlog
 import train
 from checkpoint import Bert, Checkpoint, bert_of, build_model, read_checkpoint
 from data import Split
+from files import write_json
 from model import DIME
 
 ROOT = Path(__file__).parent.parent
@@ -100,15 +104,20 @@ def write_split(
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A folder with data/tiny (train, dev, test in both row ratios) and a BERT with dropout."""
-    write_split(tmp_path / "data/tiny", "train", 11)
-    write_split(tmp_path / "data/tiny", "dev", 7, repeat=True)
-    write_split(tmp_path / "data/tiny", "test", 10, dtype=np.float16)
-    shutil.copytree(GOLDEN / "i2t/bert", tmp_path / "bert")
-    path = tmp_path / "bert/bert_config.json"
+    return write_tiny(tmp_path)
+
+
+def write_tiny(folder: Path) -> Path:
+    """What the fixture `tiny` holds."""
+    write_split(folder / "data/tiny", "train", 11)
+    write_split(folder / "data/tiny", "dev", 7, repeat=True)
+    write_split(folder / "data/tiny", "test", 10, dtype=np.float16)
+    shutil.copytree(GOLDEN / "i2t/bert", folder / "bert")
+    path = folder / "bert/bert_config.json"
     config = json.loads(path.read_text())
     config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     path.write_text(json.dumps(config))
-    return tmp_path
+    return folder
 
 
 def tiny_train(folder: Path, *more: str, direction: str = "i2t") -> list[str]:
@@ -147,3 +156,22 @@ def run_program(program: str, *argv: object) -> subprocess.CompletedProcess[str]
     """Run a program in a process of its own, as a user does."""
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", ROOT / program, *argv]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+
+
+def report(part: str, found: dict[str, object], path: Path) -> None:
+    """Write what a program by hand found into its part of a JSON file, and how it was found."""
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": runlog.commit(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+    }
+    parts = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, parts | {part: about | found})
+
+
+def processor() -> str:
+    """What Linux calls the processor."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()

@@ -346,6 +346,17 @@ def test_an_own_checkpoint_is_plain_data_without_bert(own: Path, case: Case) -> 
 
 
 @pytest.mark.parametrize("case", CASES[:1], indirect=True)
+def test_a_checkpoint_without_its_checksum_is_read_with_a_warning(
+    own: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_model(own)
+    assert "checksum" not in caplog.text
+    torch.save(torch.load(own, weights_only=True), own)
+    load_model(own)
+    assert "own.pth.tar: carries no checksum" in caplog.text
+
+
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
 def test_evaluation_with_another_bert_is_refused(own: Path, bert_folder: Path) -> None:
     another_weight(bert_folder)
     with pytest.raises(InputError, match=r"own\.pth\.tar: was trained with another BERT"):

@@ -163,7 +163,7 @@ def test_scores_of_dev_that_are_no_numbers_name_the_step(
     tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
     assert run_train(*tiny_train(tiny, "--learning_rate", "1e30", "--max_steps", "1")) == 2
-    said = "step 1: the scores of dev hold NaN or inf, so its checkpoint is no good; there is no other"
+    said = "scores of dev hold NaN or inf, so its checkpoint is no good; there is no other"
     assert said in last_line(capsys)
 
 

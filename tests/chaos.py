@@ -1,0 +1,276 @@
+"""Kill-and-resume cycles: a run that is stopped anywhere ends as one that was never stopped.
+
+    python -m tests.chaos --cycles 1000 --json results/reliability.json
+
+A cycle starts `train.py --resume auto` on tiny data (BERT's dropout, extra negatives and two
+workers included), ends it at a random moment in a random way, and holds what it left to a run that
+nobody stopped: weights, Adam's moments, random state and best scores of that very step, bit for
+bit, and at the end of a run its logs too. Steps that have to be done twice are counted.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+import options
+import train
+import trainer
+from checkpoint import read_checkpoint
+from runfolder import BEST, LOCK, NEWEST, PREVIOUS
+from tests import conftest
+
+log = logging.getLogger("chaos")
+
+STEPS, SAVE_STEP, VAL_STEP = 40, 3, 7  # an epoch has 10 steps, or 9 where the last is skipped
+LONGEST = 120.0  # seconds; a program that takes longer hangs
+WAYS = {"SIGKILL": 12, "SIGTERM": 3, "SIGINT": 3, "worker": 3, "memory": 2, "disk": 2}
+EXPECTED = {
+    "SIGKILL": {-9},
+    "SIGTERM": {143, -15},  # the latter before training has begun
+    "SIGINT": {130},
+    "worker": {2},
+    "memory": {1, 2},  # a library may have words of its own for it, with their traceback
+    "disk": {2},
+}
+TIMES = ("batch_time", "data_time", "pairs_per_s")
+FORK = multiprocessing.get_context("forkserver")  # torch is imported once for all cycles
+FORK.set_forkserver_preload(["tests.conftest"])
+os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # for the fork server's import
+
+
+@dataclass(frozen=True)
+class Options:
+    cycles: Annotated[int, "kill-and-resume cycles"] = 10
+    seed: Annotated[int, "seed of ways and moments"] = 0
+    json: Annotated[str, "file whose part 'chaos' is to hold the report"] = ""
+
+
+def arguments(folder: Path, direction: str, *more: str) -> list[str]:
+    extra = {"i2t": "--extra_stc", "t2i": "--extra_img"}[direction]
+    steps = {"max_steps": STEPS, "save_step": SAVE_STEP, "val_step": VAL_STEP, "log_step": 1}
+    rest = [x for name, v in steps.items() for x in (f"--{name}", str(v))]
+    argv = conftest.tiny_train(folder, extra, "1", *rest, "--workers", "2", direction=direction)
+    return [*argv, "--resume", "auto", *more]
+
+
+def program(argv: list[str], said: Path, states: Path | None = None) -> None:
+    """train.py as its command line runs it; with `states`, the digest of each checkpoint there."""
+    multiprocessing.set_start_method("fork", force=True)  # Linux's default, for loader workers
+    with said.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["train.py", *argv]
+    torch.set_num_threads(1)
+    if states is not None:
+        write = trainer.write_checkpoint
+
+        def recorded(path: Path, *content: Any, **state: Any) -> None:
+            write(path, *content, **state)
+            with states.open("a") as file:
+                file.write(digest(path) + "\n")
+
+        trainer.write_checkpoint = recorded
+    options.run(train.main)
+
+
+def digest(path: Path) -> str:
+    """Of what decides how a run goes on: weights, moments, random state, place and best scores."""
+    checkpoint = read_checkpoint(path)
+    hashed = hashlib.sha256()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            hashed.update(f"{value.dtype}{list(value.shape)}".encode())
+            hashed.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                hashed.update(str(key).encode())
+                walk(value[key])
+        else:
+            hashed.update(repr(value).encode())
+
+    walk(checkpoint.weights)
+    walk(checkpoint.state)
+    return f"{checkpoint.state['step']} {checkpoint.state['validated']} {hashed.hexdigest()}"
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, without times."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+@dataclass
+class Uncut:
+    """What a run that nobody stopped went through."""
+
+    states: set[str]
+    best: str
+    events: list[dict[str, Any]]
+    seconds: float  # of its training, start-up apart
+
+    @classmethod
+    def of(cls, folder: Path, direction: str) -> "Uncut":
+        states = folder / f"states_{direction}"
+        argv = arguments(folder, direction, "--save_step", "1")
+        process = FORK.Process(target=program, args=(argv, folder / "said", states))
+        process.start()
+        process.join(LONGEST)
+        assert process.exitcode == 0, (folder / "said").read_text()
+        run = folder / "runs" / direction
+        seconds = json.loads((run / "run.json").read_text())["seconds"]
+        uncut = cls(set(states.read_text().split("\n")), digest(run / BEST), events(run), seconds)
+        shutil.rmtree(run)
+        return uncut
+
+
+@dataclass
+class Report:
+    """What the cycles came to."""
+
+    cycles: int = 0
+    survived: int = 0
+    runs_completed: int = 0
+    save_step: int = SAVE_STEP
+    steps_done_twice: int = 0
+    most_steps_done_twice: int = 0
+    ways: Counter[str] = field(default_factory=Counter)
+    exits: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def workers_of(pid: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def strike(way: str, pid: int, chance: random.Random) -> bool:
+    """End a process in one of the WAYS; whether there was something to end."""
+    try:
+        if way == "worker":
+            workers = workers_of(pid)
+            if workers:
+                os.kill(chance.choice(workers), signal.SIGKILL)
+            return bool(workers)
+        if way == "memory":
+            resource.prlimit(pid, resource.RLIMIT_AS, (2**20, 2**20))  # not one page more
+        elif way == "disk":
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+        else:
+            os.kill(pid, signal.Signals[way])
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return True
+
+
+def cut_off(process: BaseProcess, run: Path, way: str, most: float, chance: random.Random) -> str:
+    """Let a program run for `most` seconds or less and end it: its status, or how it was wrong."""
+    while process.is_alive():
+        lock = run / LOCK
+        if lock.exists() and f"process {process.pid} " in lock.read_text():
+            break
+        time.sleep(0.001)
+    process.join(chance.uniform(0, most))
+    struck = strike(way, process.pid, chance)
+    process.join(LONGEST)
+    if process.exitcode is None:
+        process.kill()
+        return "hangs"
+    if process.exitcode not in {0} | (EXPECTED[way] if struck else set()):
+        return f"unexpected {process.exitcode}"
+    return str(process.exitcode)
+
+
+def stands_at(run: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint of a run, and its step."""
+    for path in (run / NEWEST, run / PREVIOUS):
+        if path.exists():
+            return path, read_checkpoint(path).state["step"]
+    return None, 0
+
+
+def cycles(options: Options, folder: Path) -> Iterator[Report]:
+    """The report after each cycle."""
+    report, chance = Report(), random.Random(options.seed)
+    uncut = {direction: Uncut.of(folder, direction) for direction in ("i2t", "t2i")}
+    direction = "i2t"
+    while report.cycles < options.cycles:
+        run, said, expected = folder / "runs" / direction, folder / "said", uncut[direction]
+        way = chance.choices(list(WAYS), list(WAYS.values()))[0]
+        said.write_bytes(b"")
+        before = written_at(run)
+        process = FORK.Process(target=program, args=(arguments(folder, direction), said))
+        process.start()
+        most = expected.seconds * (1 - stands_at(run)[1] / STEPS)
+        status = cut_off(process, run, way, most, chance)
+        report.cycles += 1
+        report.ways[way] += 1
+        report.exits[f"{way} {status}"] += 1
+        newest, step = stands_at(run)
+        twice = max([event["step"] for event in events(run)], default=0) - step
+        problem = "" if status.lstrip("-").isdecimal() else status
+        if newest and digest(newest) not in expected.states:
+            problem = "another state than that of the uncut run"
+        if twice > SAVE_STEP:
+            problem = f"{twice} steps lost"
+        if status == "0":
+            report.runs_completed += 1
+            if digest(run / BEST) != expected.best or events(run) != expected.events:
+                problem = "another best model or other logs than the uncut run's"
+        if written_at(run) != before:  # else these steps were counted when they were lost
+            report.steps_done_twice += twice
+            report.most_steps_done_twice = max(report.most_steps_done_twice, twice)
+        report.survived += not problem
+        if problem:
+            tail = said.read_text()[-2000:]
+            report.failures.append(f"cycle {report.cycles}, {direction} {way}: {problem}: {tail}")
+            log.warning(report.failures[-1])
+        if status == "0" or problem:
+            shutil.rmtree(run)
+            direction = {"i2t": "t2i", "t2i": "i2t"}[direction]
+        yield report
+
+
+def written_at(run: Path) -> int:
+    """When the run's metrics were written last."""
+    path = run / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def main() -> None:
+    chosen = options.parse(Options, None, __doc__)
+    since = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        conftest.write_tiny(Path(folder))
+        for report in cycles(chosen, Path(folder)):
+            if report.cycles % 10 == 0:
+                log.info("%d cycles, %d survived", report.cycles, report.survived)
+    seconds = round(time.monotonic() - since, 1)
+    found = vars(report) | {"seconds": seconds, "steps": STEPS, "val_step": VAL_STEP}
+    log.info("%s", found)
+    if chosen.json:
+        conftest.report("chaos", found, Path(chosen.json))
+    sys.exit(bool(report.failures))
+
+
+if __name__ == "__main__":
+    options.run(main)

@@ -1,0 +1,252 @@
+"""files.py: what is damaged, claims too much or asks for code is refused; files appear whole."""
+
+import errno
+import hashlib
+import io
+import os
+import resource
+import signal
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from files import (
+    has_checksum,
+    read_json,
+    read_safetensors,
+    read_torch,
+    whole_file,
+    write_json,
+    write_torch,
+)
+from options import InputError
+
+
+def written(folder: Path, content: object) -> Path:
+    path = folder / "file.pth.tar"
+    write_torch(path, content)
+    return path
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(RuntimeError), whole_file(path, 4) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"before"
+    with whole_file(path, 5) as file:
+        file.write(b"after")
+        file.flush()
+        assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"after"
+
+
+def test_what_had_the_name_before_is_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    path, kept = tmp_path / "file", tmp_path / "kept"
+    for number in range(3):
+        with whole_file(path, 1, kept) as file:
+            file.write(b"%d" % number)
+    assert (kept.read_bytes(), path.read_bytes()) == (b"1", b"2")
+    with pytest.raises(RuntimeError), whole_file(path, 1, kept):
+        raise RuntimeError
+    assert (kept.read_bytes(), path.read_bytes()) == (b"1", b"2")
+
+
+def test_nothing_is_written_through_a_link_that_lies_in_wait(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"mine")
+    (tmp_path / "run/file.partial").symlink_to(outside)
+    write_json(tmp_path / "run/file", {"a": 1})
+    assert outside.read_bytes() == b"mine"
+    assert read_json(tmp_path / "run/file", "it") == {"a": 1}
+
+
+def test_a_folder_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match="file: not found; expected a file to write"),
+        whole_file(tmp_path / "no/file", 0),
+    ):
+        pass
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system itself refuses to write more bytes to a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_is_told_with_the_bytes_needed_and_leaves_the_last_good_file(
+    tmp_path: Path,
+) -> None:
+    path = written(tmp_path, {"step": 1})
+    before = path.read_bytes()
+    with (
+        largest_file(100_000),
+        pytest.raises(InputError, match=r"tar: File too large: 40\d{4} bytes are needed, \d+ are"),
+    ):
+        write_torch(path, {"weights": torch.zeros(100_000)}, keep=tmp_path / "kept")
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_no_space_left_is_told_likewise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, {"step": 1})
+
+    def full(handle: int) -> None:
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(b"x")  # the system's own ENOSPC
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"No space left on device: \d+ bytes are needed") as error:
+        write_torch(path, {"step": 2})
+    assert error.value.__cause__.errno == errno.ENOSPC
+    assert read_torch(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# Torch files
+
+CONTENT = {"step": 3, "weights": {"a": torch.arange(1000.0)}, "text": "x", "none": None}
+
+
+def test_a_written_file_is_plain_data_with_its_checksum_as_a_comment(tmp_path: Path) -> None:
+    path = written(tmp_path, CONTENT)
+    found = torch.load(path, weights_only=True)
+    assert torch.equal(found.pop("weights")["a"], torch.arange(1000.0))
+    assert found == {"step": 3, "text": "x", "none": None}
+    with zipfile.ZipFile(path) as records:
+        assert records.testzip() is None
+        comment = records.comment.decode()
+    unsealed = io.BytesIO()
+    torch.save(CONTENT, unsealed)
+    assert comment == "sha256=" + hashlib.sha256(unsealed.getvalue()).hexdigest()
+
+
+def test_any_changed_byte_is_found(tmp_path: Path) -> None:
+    path = written(tmp_path, CONTENT)
+    whole = path.read_bytes()
+    step = max(1, len(whole) // 60)
+    for place in [*range(0, len(whole), step), *range(len(whole) - 100, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"tar: truncated or (damaged|no checkpoint)"):
+            read_torch(path)
+
+
+def test_any_missing_end_is_found(tmp_path: Path) -> None:
+    path = written(tmp_path, CONTENT)
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"file\.pth\.tar: "):
+            read_torch(path)
+
+
+def saved(path: Path, content: object, **options: object) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x", {"step": 3})
+    assert read_torch(path) == {"step": 3}
+    assert not has_checksum(path) and has_checksum(written(tmp_path, CONTENT))
+
+
+def wider(size: int) -> torch.Tensor:
+    """A tensor that claims more numbers than it holds."""
+    return torch.zeros(1).expand(size)
+
+
+LOOP: list = []
+LOOP.append(LOOP)
+BAD = {
+    "expanded": (lambda: {"a": wider(2**40)}, "claims an array of shape [1099511627776]"),
+    "nested": (lambda: [{"b": (1, {"c": wider(9)})}], "claims an array of shape [9]"),
+    "meta": (lambda: torch.zeros(3, device="meta"), "no plain array of numbers"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_arrays_that_are_more_than_the_file_holds_are_refused(tmp_path: Path, fault: str) -> None:
+    make, said = BAD[fault]
+    with pytest.raises(InputError, match=r"x: ") as error:
+        read_torch(saved(tmp_path / "x", make()))
+    assert said in str(error.value)
+
+
+def test_a_list_that_holds_itself_ends(tmp_path: Path) -> None:
+    found = read_torch(saved(tmp_path / "x", LOOP))
+    assert found[0] is found
+
+
+def test_sizes_in_a_pickle_are_held_to_the_file(tmp_path: Path) -> None:
+    """A tensor's shape rewritten to a terabyte, in both of torch's formats."""
+    for zipped in (True, False):
+        path = saved(tmp_path / "x", torch.zeros(77), _use_new_zipfile_serialization=zipped)
+        data = path.read_bytes()
+        shape = b"K" + bytes([77]) + b"\x85"  # BININT1 77, TUPLE1
+        assert data.count(shape) == 1
+        huge = b"\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85"  # LONG1
+        data = data.replace(shape, huge) if not zipped else repacked(data, shape, huge)
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"x: (claims an array|truncated or no checkpoint)"):
+            read_torch(path)
+
+
+def repacked(data: bytes, old: bytes, new: bytes) -> bytes:
+    """A zip file with bytes of its pickle replaced."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as records, zipfile.ZipFile(buffer, "w") as out:
+        for record in records.infolist():
+            out.writestr(record.filename, records.read(record).replace(old, new))
+    return buffer.getvalue()
+
+
+def test_compressed_records_are_refused(tmp_path: Path) -> None:
+    """A few bytes of them can claim any size."""
+    path = saved(tmp_path / "x", torch.zeros(10**6))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as records, zipfile.ZipFile(buffer, "w", 8) as out:
+        for record in records.infolist():
+            out.writestr(record.filename, records.read(record))
+    path.write_bytes(buffer.getvalue())
+    assert len(buffer.getvalue()) < 10_000
+    with pytest.raises(InputError, match="is compressed; torch writes it plain"):
+        read_torch(path)
+
+
+# JSON and safetensors
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 10**5, "[]", "3", '{"a": 1e', "", "\ufeff{}"])
+def test_json_that_is_no_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"x\.json: (not JSON|expected a JSON object)"):
+        read_json(tmp_path / "x.json", "sizes")
+
+
+def test_a_safetensors_header_that_claims_too_much(tmp_path: Path) -> None:
+    header = (
+        b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}'
+    )
+    path = tmp_path / "x.safetensors"
+    for data in (struct.pack("<Q", len(header)) + header, struct.pack("<Q", 2**60) + header, b""):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"x\.safetensors: no whole safetensors file"):
+            read_safetensors(path)
