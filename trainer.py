@@ -220,7 +220,7 @@ class Trainer:
             return self.step(batch)
         except BadBatch as error:
             if not allowed:
-                raise
+                raise InputError(f"{error}; {self._kept()}") from error
             for buffer, value in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(value)
             self.place = replace(self.place, skipped=self.place.skipped + 1)
@@ -261,11 +261,13 @@ class Trainer:
         """What is said of a loss or a gradient that is no number."""
         captions = ", ".join(map(str, batch.captions.tolist()))
         found = f"the loss is {loss}, its gradient's length {norm}"
-        return f"step {self.place.step + 1}: {found}; {self._kept()}; captions {captions}"
+        return f"step {self.place.step + 1}: {found}, its captions {captions}"
 
     def _kept(self) -> str:
         newest = self.config.folder / NEWEST
-        return f"the last checkpoint is {newest}" if newest.exists() else "no checkpoint yet"
+        if not newest.exists():
+            return "no checkpoint yet"
+        return f"the last checkpoint is {newest} (--resume auto goes on from it)"
 
     def _report(self, epoch: int, lr: float, window: runlog.Window) -> None:
         figures = window.mean()

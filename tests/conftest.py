@@ -158,6 +158,15 @@ def run_program(program: str, *argv: object) -> subprocess.CompletedProcess[str]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
 
 
+def same(a: object, b: object) -> bool:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def report(part: str, found: dict[str, object], path: Path) -> None:
     """Write what a program by hand found into its part of a JSON file, and how it was found."""
     about = {

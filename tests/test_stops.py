@@ -1,0 +1,474 @@
+"""What ends a training early: signals, a second writer, lost workers, memory, bad batches."""
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, same, tiny_train
+from test_files import largest_file
+from test_train import events, last_line, state
+
+import options
+import runfolder
+import trainer
+from data import Batch
+from files import write_torch
+from model import DIME, Output
+from runfolder import BEST, NEWEST, PREVIOUS, Place
+from trainer import Trainer
+
+STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rsum", "best_r1")
+
+
+def started(argv: list[str], ready: str) -> subprocess.Popen[str]:
+    """train.py in a process group of its own, once it has said `ready`; its words are kept."""
+    command = [sys.executable, str(ROOT / "train.py"), *argv]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
+    )
+    process.said = ""
+    while not re.search(ready, process.said):
+        line = process.stderr.readline()
+        assert line, process.said
+        process.said += line
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said = process.said + process.communicate(timeout=120)[1]
+    return process.returncode, said
+
+
+LONG = ("--max_steps", "100000", "--log_step", "1", "--val_step", "50000", "--lr_update", "99999")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_finishes_the_step_and_saves(tiny: Path, name: str) -> None:
+    """Sent to the whole process group, workers included, as a terminal and a cluster do."""
+    argv = tiny_train(tiny, *LONG, "--num_epochs", "100000", "--save_step", "40000")
+    argv += ["--workers", "2"]
+    process = started(argv, "step 4/")
+    os.killpg(process.pid, signal.Signals[name])
+    status, said = ended(process)
+    assert status == 128 + signal.Signals[name], said
+    assert "Traceback" not in said
+    match = re.search(rf"stopped by {name} at step (\d+); the last checkpoint is (\S+)", said)
+    assert match and "--resume auto" in said.splitlines()[-1]
+    steps = int(match[1])
+    assert state(Path(match[2]))["step"] == steps == events(tiny / "runs/i2t")[-1]["step"] >= 4
+    assert "finishing what is begun" in said
+    log = (tiny / "runs/i2t/train.log").read_text().splitlines()
+    assert f"[{steps}] stopped by {name}" in log[-1]
+
+
+def test_ctrl_c_before_training_has_begun_is_one_line(tmp_path: Path) -> None:
+    program = "import options, time; options.run(lambda: (print('on', flush=True), time.sleep(60)))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT},
+    )
+    assert process.stdout.readline() == "on\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1].endswith("-c: interrupted\n")
+    assert process.returncode == 130
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do something in the middle of a step."""
+    step = Trainer.step
+
+    def acted(self: Trainer, batch: Batch) -> dict:
+        if self.place.step + 1 == number:
+            act()
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", acted)
+
+
+def test_what_a_signal_left_goes_on_to_the_same_bits(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = tiny_train(tiny, "--extra_stc", "1", "--max_steps", "14", "--val_step", "4")
+    assert run_train(*argv) == 0
+    uncut = (tiny / "runs").rename(tiny / "uncut")
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run_train(*argv) == 143
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == 7
+    assert run_train(*argv, "--resume", "auto") == 0
+    for name in (NEWEST, BEST):
+        ours, theirs = state(tiny / "runs/i2t" / name), state(uncut / "i2t" / name)
+        assert all(same(ours[key], theirs[key]) for key in STATE), name
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_leaves_a_validation_at_once_and_it_is_made_again(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = tiny_train(tiny, "--max_steps", "6", "--val_step", "3")
+    assert run_train(*argv) == 0
+    uncut = (tiny / "runs").rename(tiny / "uncut")
+
+    def told(*args: object, **options: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the validation went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "score_split", told)
+        assert run_train(*argv) == 130
+    left = state(tiny / "runs/i2t" / NEWEST)
+    assert left["step"] == 3 and left["validated"] == 0
+    assert run_train(*argv, "--resume", "auto") == 0
+    for name in (NEWEST, BEST):
+        ours, theirs = state(tiny / "runs/i2t" / name), state(uncut / "i2t" / name)
+        assert all(same(ours[key], theirs[key]) for key in STATE), name
+    steps = [event["step"] for event in events(tiny / "runs/i2t") if "rsum" in event]
+    assert steps == [3, 6]
+
+
+def test_a_validation_cut_off_between_its_log_and_its_checkpoint_is_logged_once(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = tiny_train(tiny, "--max_steps", "6", "--val_step", "3")
+    write = trainer.write_checkpoint
+
+    def cut(path: Path, *content: object, **state: object) -> None:
+        if state["validated"] == 6:
+            raise KeyboardInterrupt
+        write(path, *content, **state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_checkpoint", cut)
+        assert run_train(*argv) == 130
+    steps = [event["step"] for event in events(tiny / "runs/i2t") if "rsum" in event]
+    assert steps == [3, 6]
+    assert run_train(*argv, "--resume", "auto") == 0
+    steps = [event["step"] for event in events(tiny / "runs/i2t") if "rsum" in event]
+    assert steps == [3, 6] and state(tiny / "runs/i2t" / NEWEST)["validated"] == 6
+
+
+def test_checkpoints_between_validations(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    write = trainer.write_checkpoint
+
+    def noted(path: Path, *content: object, **state: object) -> None:
+        kept.append((path.name, state["step"], state["validated"]))
+        write(path, *content, **state)
+
+    monkeypatch.setattr(trainer, "write_checkpoint", noted)
+    assert run_train(*tiny_train(tiny, "--max_steps", "7", "--save_step", "2")) == 0
+    newest = [(step, validated) for name, step, validated in kept if name == NEWEST]
+    assert newest == [(2, 0), (4, 0), (6, 0), (7, 0), (7, 7)]
+    assert state(tiny / "runs/i2t" / PREVIOUS)["validated"] == 0
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_gone_on_with(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    argv, folder = tiny_train(tiny, "--save_step", "2", "--max_steps", "9"), tiny / "runs/i2t"
+    assert run_train(*argv) == 0
+    uncut = state(folder / NEWEST)
+    assert run_train(*argv, "--overwrite", "--max_steps", "5") == 0
+    (folder / PREVIOUS).unlink()
+    assert run_train(*argv, "--max_steps", "6", "--resume", "auto") == 0
+    assert state(folder / PREVIOUS)["step"] == 6 and state(folder / PREVIOUS)["validated"] == 5
+    damage(folder / NEWEST)
+    caplog.clear()
+    assert run_train(*argv, "--resume", "auto") == 0
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "truncated or damaged" in warnings[0] and f"from {folder / PREVIOUS}" in warnings[1]
+    assert len(warnings) == 2
+    assert (folder / f"{NEWEST}.damaged").exists()
+    for key in ("weights", "optimizer", "random", "step"):
+        assert same(state(folder / NEWEST)[key], uncut[key]), key
+    (folder / NEWEST).unlink()  # as a run leaves it that ends between two names
+    caplog.clear()
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert f"{NEWEST} is damaged or missing" in caplog.text
+    for path in (folder / NEWEST, folder / PREVIOUS, folder / BEST):
+        damage(path)
+    assert run_train(*argv, "--resume", "auto") == 2  # and nothing is begun afresh
+    assert (folder / BEST).exists() and events(folder)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    argv, folder = tiny_train(tiny, "--save_step", "2", "--max_steps", "9"), tiny / "runs/i2t"
+    assert run_train(*argv, "--max_steps", "4") == 0
+    size = (folder / NEWEST).stat().st_size
+    with largest_file(size // 2):
+        assert run_train(*argv, "--resume", "auto") == 2
+    assert re.search(r"tar: File too large: \d+ bytes are needed, \d+ are free", last_line(capsys))
+    assert state(folder / NEWEST)["step"] == 4
+    assert not list(folder.glob("*.partial"))
+
+
+# One writer
+
+
+def test_a_second_training_is_refused_while_the_first_runs(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """The lock of a killed program is free at once, though its workers may live a little longer."""
+    argv = tiny_train(tiny, *LONG, "--num_epochs", "100000", "--workers", "2", "--save_step", "1")
+    process = started(argv, "step 2/")
+    before = (tiny / "runs/i2t" / NEWEST).stat().st_mtime_ns
+    for more in (["--resume", "auto"], ["--overwrite"], []):
+        assert run_train(*tiny_train(tiny), *more) == 2
+        said = last_line(capsys)
+        assert f"runs/i2t: another run writes there (process {process.pid} on " in said
+    assert (tiny / "runs/i2t" / NEWEST).stat().st_mtime_ns >= before
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [int(pid) for pid in workers.read_text().split()] if workers.exists() else []
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # they cannot notice that their parent is gone
+    process.kill()
+    process.wait()
+    reached = state(tiny / "runs/i2t" / NEWEST)["step"]
+    assert run_train(*argv, "--resume", "auto", "--max_steps", str(reached + 1)) == 0
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    process.stderr.close()
+
+
+def test_a_folder_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*args: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    with runfolder.only_writer(tmp_path / "run"):
+        assert "has no locks (Function not implemented)" in caplog.text
+
+
+# Workers
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in Linux's /proc")
+def test_a_killed_worker_ends_the_run_with_a_checkpoint_and_a_line(tiny: Path) -> None:
+    argv = tiny_train(tiny, *LONG, "--num_epochs", "100000", "--workers", "2")
+    process = started(argv, "step 3/")
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:  # each epoch has new ones
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in children[:1]:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+    status, said = ended(process)
+    assert status == 2, said
+    line = said.splitlines()[-1]
+    assert "a process of --workers 2 is gone" in line and "--resume auto" in line
+    done = events(tiny / "runs/i2t")[-1]["step"]
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == done
+    assert "Traceback" not in said
+
+
+class BrokenSplit:
+    def __getitem__(self, place: object) -> None:
+        raise RuntimeError("a bug in a worker")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_in_a_worker_is_no_lost_worker(workers: int) -> None:
+    from data import load
+
+    with pytest.raises(RuntimeError, match="a bug in a worker"):
+        list(load(BrokenSplit(), [1, 2], workers))
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        None,  # the allocator's own
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_out_of_memory_is_one_line_with_the_last_checkpoint(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    error: Exception | None,
+) -> None:
+    def act() -> None:
+        if error is None:
+            torch.empty(2**50)
+        raise error
+
+    at_step(monkeypatch, 4, act)
+    assert run_train(*tiny_train(tiny, "--save_step", "2", "--max_steps", "9")) == 2
+    said = last_line(capsys)
+    assert re.search(
+        r"step 4: out of memory; the last checkpoint is .*i2t/checkpoint.pth.tar", said
+    )
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] == 2
+
+
+def test_another_error_of_torch_keeps_its_traceback(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 2, lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        run_train(*tiny_train(tiny, "--max_steps", "3"))
+
+
+# Bad batches
+
+
+@pytest.fixture
+def bad_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Steps whose batch makes the scores, and all that batch normalisation sees, no numbers."""
+    bad: list[int] = []
+    calls = {"step": 0}
+    forward = DIME.forward
+    step = Trainer.step
+
+    def counted(self: Trainer, batch: Batch) -> dict:
+        calls["step"] = self.place.step + 1
+        return step(self, batch)
+
+    def spoilt(self: DIME, regions: torch.Tensor, *rest: object) -> Output:
+        return forward(self, regions * (torch.nan if calls["step"] in bad else 1), *rest)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(DIME, "forward", spoilt)
+    return bad
+
+
+def test_bad_batches_are_skipped_up_to_a_number(
+    tiny: Path,
+    run_train: Callable[..., int],
+    bad_steps: list[int],
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bad_steps += [3, 4, 6]
+    argv, folder = tiny_train(tiny, "--max_steps", "8", "--log_step", "1"), tiny / "runs/i2t"
+    assert run_train(*argv) == 2
+    assert re.search(
+        r"step 3: the loss is nan, .* captions \d+(, \d+){5}; no checkpoint yet$", last_line(capsys)
+    )
+    assert run_train(*argv, "--overwrite", "--skip_bad_batches", "2") == 2
+    assert "step 6: the loss is nan" in last_line(capsys)
+    assert run_train(*argv, "--overwrite", "--skip_bad_batches", "3") == 0
+    assert "skipped, 3 of 3" in caplog.text
+    found = state(folder / NEWEST)
+    assert found["step"] == 8 and found["skipped"] == 3
+    assert all(value.isfinite().all() for value in found["weights"].values())
+    assert {int(m["step"]) for m in found["optimizer"]["state"].values()} == {5}
+    assert [event["step"] for event in events(folder) if "Le" in event] == [1, 2, 5, 7, 8]
+
+
+def test_skipped_batches_are_counted_over_resumes_to_the_same_bits(
+    tiny: Path,
+    run_train: Callable[..., int],
+    bad_steps: list[int],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    bad_steps += [1, 3, 6]
+    argv = tiny_train(tiny, "--max_steps", "8", "--skip_bad_batches", "3", "--save_step", "1")
+    assert run_train(*argv) == 0
+    uncut = state(tiny / "runs/i2t" / NEWEST)
+    for steps in ("1", "4", "8"):
+        more = ["--overwrite"] if steps == "1" else ["--resume", "auto"]
+        assert run_train(*argv, "--max_steps", steps, *more) == 0
+    cut = state(tiny / "runs/i2t" / NEWEST)
+    assert all(same(cut[key], uncut[key]) for key in ("weights", "optimizer", "random", "skipped"))
+
+
+# Places
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"best_rsum": float("nan")}, {"skipped": None}, {"validated": "x"}, {"epoch": -1, "step": -9}],
+)
+def test_places_that_are_none_are_refused(change: dict) -> None:
+    usual = {"epoch": 1, "position": 2, "step": 12, "validated": 10, "skipped": 0}
+    usual |= {"best_rsum": 3.0, "best_r1": 1.0}
+    assert Place.read(usual, 10) == Place(**usual)
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Place.read(usual | change, 10)
+
+
+def test_the_epoch_of_the_last_batch() -> None:
+    assert [Place(0, 3, 3).last_epoch, Place(1, 0, 9).last_epoch, Place().last_epoch] == [0, 0, 0]
+    assert Place(1, 4, 13).last_epoch == 1
+
+
+# Signals
+
+
+def test_signals_are_noted_and_obeyed() -> None:
+    with options.Signals() as signals:
+        signals.obey()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a launcher that doubles it
+        with pytest.raises(options.Stopped) as stop:
+            signals.obey()
+        assert stop.value.number == signal.SIGTERM and str(stop.value) == "SIGTERM"
+        signals.since -= 10
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # once more: at once
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_signals_that_come_while_nothing_must_be_finished_are_obeyed_at_once() -> None:
+    reached = []
+    with options.Signals() as signals:
+        with pytest.raises(options.Stopped), signals.at_once():
+            signal.raise_signal(signal.SIGINT)
+            reached.append(1)
+        with pytest.raises(options.Stopped), signals.at_once():
+            reached.append(2)
+    assert reached == []
+
+
+def test_nohup_is_respected() -> None:
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with options.Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            signals.obey()
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+def test_an_unsealed_checkpoint_of_a_run_is_gone_on_with(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    argv, path = tiny_train(tiny, "--max_steps", "2"), tiny / "runs/i2t" / NEWEST
+    assert run_train(*argv) == 0
+    torch.save(state(path), path)
+    assert run_train(*argv, "--max_steps", "3", "--resume", "auto") == 0
+    assert "carries no checksum" in caplog.text
+    write_torch(path, state(path))
