@@ -117,11 +117,13 @@ def _unit_over_tokens(x: Tensor) -> Tensor:
 
 # DEVIATION: l1norm and clipped_l1norm work (they crashed in the published code).
 def _over_sum(x: Tensor) -> Tensor:
-    return x / (x.abs().sum(-2, keepdim=True) + NO_SUM)
+    total = x.float().abs().sum(-2, keepdim=True)
+    return x / (total + NO_SUM).to(x.dtype)
 
 
 def _over_length(x: Tensor) -> Tensor:
-    return x / (torch.linalg.vector_norm(x, dim=-2, keepdim=True) + NO_SUM)
+    length = torch.linalg.vector_norm(x.float(), dim=-2, keepdim=True)
+    return x / (length + NO_SUM).to(x.dtype)
 
 
 def _clip(x: Tensor) -> Tensor:

@@ -94,3 +94,12 @@ def test_attention_sums_to_one_over_real_tokens() -> None:
     weights = cell.attention(torch.randn(Q, C, L, D), seen)
     torch.testing.assert_close(weights.sum(-1), torch.ones(Q, C, L))
     assert not weights.masked_select(~seen.mask[None, :, None, :]).any()
+
+
+@pytest.mark.parametrize("name", AFFINITY_NORMS)
+def test_norms_sum_in_float32_whatever_the_precision(name: str) -> None:
+    """A sum over 4,000 tokens kept in bfloat16 would stop growing at 256 of them."""
+    affinity = (torch.rand(1, 1, 4000, 2) + 0.5).bfloat16()
+    exact = AFFINITY_NORMS[name](affinity.float())
+    found = AFFINITY_NORMS[name](affinity)
+    torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0)

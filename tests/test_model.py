@@ -177,6 +177,25 @@ def test_bfloat16_keeps_gates_and_scores_in_float32(direction: str) -> None:
     assert not torch.equal(scores, exact)
 
 
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_training_in_bfloat16_keeps_losses_gradients_and_statistics_in_float32(
+    direction: str,
+) -> None:
+    model = small_model(direction).train()
+    model.precision = "bf16"
+    regions, ids, mask = small_batch()
+    pairs = min(len(regions), len(ids))
+    output = model(regions[:pairs], ids[:pairs], mask[:pairs], pairs)
+    rank = triplet_loss(output.scores, pairs, 0.2)
+    path = path_loss(output.paths, output.meanings, pairs)
+    floats = [rank, path, output.scores, output.paths, output.meanings]
+    (rank + path).backward()
+    floats += [p.grad for p in model.parameters() if p.grad is not None]
+    floats += [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
+    assert {tensor.dtype for tensor in floats} == {torch.float32}
+    assert len(floats) > 100
+
+
 def test_without_a_compiler_a_warning_and_the_same_scores(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
