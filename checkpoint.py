@@ -243,6 +243,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     absent = {"options", "weights", "bert"} - content.keys()
     require(not absent, f"{path}: lacks {some(sorted(absent))}")
     require(isinstance(content["options"], dict), f"{path}: its options are no dictionary")
+    for name, value in content["options"].items():
+        plain = isinstance(value, str | int | float | None)
+        require(
+            plain, f"{path}: option {name} is {type(value).__name__}; expected text or a number"
+        )
     require(isinstance(content["bert"], str), f"{path}: its BERT's fingerprint is no text")
     _check_named(content["weights"], path)
     state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}

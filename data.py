@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
+from numpy.lib.format import open_memmap, read_magic
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -131,11 +131,23 @@ def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     return captions
 
 
+def _check_header(path: Path) -> None:
+    """Raise ValueError where a .npy file's header says that it is longer than the file."""
+    with path.open("rb") as file:
+        major, _ = read_magic(file)
+        length = int.from_bytes(file.read(2 if major == 1 else 4), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"its header claims {length} bytes")
+
+
 def _map_features(path: Path) -> np.memmap:
     try:
         with naming(path, "region features, a .npy file"):
+            _check_header(path)
             features = open_memmap(path, mode="r")
-    except (ValueError, EOFError, OverflowError, SyntaxError, TypeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # numpy's reader of headers can fail in any way
         raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
     require(
         features.ndim == 3 and features.size > 0,

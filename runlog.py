@@ -63,10 +63,10 @@ class RunLog:
         }
         self.seconds_before = 0.0
         if step:
-            steps, self.seconds_before = _earlier_sessions(folder / RUN)
+            steps, self.seconds_before = earlier_sessions(folder / RUN)
             self.run["resumed_at"] = [*steps, step]
-        _cut(folder / METRICS, lambda line: _reached(line, step, validated))
-        _cut(folder / LOG, lambda line: _said(line, step))
+        cut(folder / METRICS, lambda line: reached(line, step, validated))
+        cut(folder / LOG, lambda line: said(line, step))
         with naming(folder, "a folder to write to"):
             self.handler = _LogFile(self)
             self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
@@ -173,7 +173,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
 
 
-def _earlier_sessions(path: Path) -> tuple[list[int], float]:
+def earlier_sessions(path: Path) -> tuple[list[int], float]:
     """The steps that a run was resumed at, and its seconds so far."""
     if not path.exists():
         return [], 0.0
@@ -184,7 +184,7 @@ def _earlier_sessions(path: Path) -> tuple[list[int], float]:
         raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
 
 
-def _cut(path: Path, kept: Callable[[bytes], bool]) -> None:
+def cut(path: Path, kept: Callable[[bytes], bool]) -> None:
     """Keep a log's whole lines that are to be kept."""
     if not path.exists():
         return
@@ -195,7 +195,7 @@ def _cut(path: Path, kept: Callable[[bytes], bool]) -> None:
         file.write(data)
 
 
-def _reached(line: bytes, step: int, validated: bool) -> bool:
+def reached(line: bytes, step: int, validated: bool) -> bool:
     """Whether a line of metrics.jsonl is of the steps up to `step`."""
     try:
         event = json.loads(line)
@@ -205,7 +205,7 @@ def _reached(line: bytes, step: int, validated: bool) -> bool:
     return type(at) is int and (at < step or (at == step and (validated or not validation)))
 
 
-def _said(line: bytes, step: int) -> bool:
+def said(line: bytes, step: int) -> bool:
     """Whether a line of train.log is of the steps up to `step`."""
     match = LOG_LINE.match(line)
     return match is not None and int(match[1]) <= step

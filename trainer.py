@@ -67,11 +67,10 @@ class Trainer:
             if field.name not in FREE:
                 require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
         check_same_bert(checkpoint, self.bert)
-        captions = len(self.batches.split.captions)
+        captions, trained = len(self.batches.split.captions), state.get("train_captions")
         require(
-            state.get("train_captions") == captions,
-            f"{self.batches.split.path}: {captions} captions; {path} was trained on "
-            f"{state.get('train_captions')}",
+            type(trained) is int and trained == captions,
+            f"{self.batches.split.path}: {captions} captions; {path} was trained on {trained}",
         )
         load_strictly(self.model, checkpoint.weights, path, keep=BERT_KEYS)
         # DEVIATION: a resumed run goes on exactly where it was (the published one started again at
