@@ -151,6 +151,11 @@ def out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
+def no_memory(error: BaseException) -> str:
+    """What is said of it, in one line."""
+    return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
+
+
 class Stopped(Exception):
     """A signal ended a program that has left everything in order."""
 
@@ -213,7 +218,7 @@ class Signals:
 def run(program: Callable[[], None]) -> None:
     """Run a program to its exit status: 0, or 2 after one line on standard error for InputError.
 
-    A signal gives 128 and its number. A bug keeps its traceback.
+    So it is when memory is used up. A signal gives 128 and its number; a bug keeps its traceback.
     """
     keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -222,6 +227,11 @@ def run(program: Callable[[], None]) -> None:
         program()
     except InputError as error:
         sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+        sys.exit(BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.stderr.write(f"{name}: error: {no_memory(error)}\n")
         sys.exit(BAD_INPUT)
     except Stopped as stop:
         sys.exit(128 + stop.number)

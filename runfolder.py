@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 NEWEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint_previous.pth.tar"
 BEST = "model_best.pth.tar"
+DAMAGED = f"{NEWEST}.damaged"
 LOCK = "lock"
 
 
@@ -139,11 +140,11 @@ def _set_aside(path: Path, problem: InputError | None) -> None:
     """Rename a damaged newest checkpoint, which would be kept in place of a whole one else."""
     if problem is not None and path.exists():
         with naming(path, "a file to rename"):
-            path.replace(path.with_name(path.name + ".damaged"))
+            path.replace(path.with_name(DAMAGED))
 
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left."""
-    for name in (NEWEST, PREVIOUS, BEST):
+    for name in (NEWEST, PREVIOUS, BEST, DAMAGED):
         runlog.remove(folder / name)
     runlog.clear(folder)

@@ -23,7 +23,7 @@ from checkpoint import BERT_KEYS, Bert, Checkpoint, check_same_bert, load_strict
 from data import CAPTIONS_PER_IMAGE, Batch, Split, TrainingBatches
 from evaluation import owners, retrieval, score_split
 from model import DIME, path_loss, triplet_loss
-from options import InputError, Signals, Stopped, out_of_memory, require
+from options import InputError, Signals, Stopped, no_memory, out_of_memory, require
 from runfolder import BEST, NEWEST, PREVIOUS, Place
 from trainconfig import FREE, TrainConfig
 
@@ -164,7 +164,7 @@ class Trainer:
         window = runlog.Window()
         for batch in self._batches():
             window.loaded()
-            figures = self._attempt(batch.to(self.device))
+            figures = self._attempt(batch)
             if figures is not None:
                 window.stepped(figures)
             self._advance()
@@ -201,6 +201,8 @@ class Trainer:
         self.signals.obey()
         if due:
             self._validate()
+        if not self.finished:
+            self.signals.obey()
         return save
 
     def _advance(self) -> None:
@@ -216,7 +218,7 @@ class Trainer:
         # batch normalisation's running statistics have seen the batch by the time its loss is known
         before = [buffer.clone() for buffer in self.model.buffers()] if allowed else []
         try:
-            return self.step(batch)
+            return self.step(batch.to(self.device))
         except BadBatch as error:
             if not allowed:
                 raise InputError(f"{error}; {self._kept()}") from error
@@ -229,11 +231,8 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"step {self.place.step + 1}: out of memory; {self._kept()}; a smaller "
-                f"--batch_size takes less ({reason})"
-            ) from error
+            step = self.place.step + 1
+            raise InputError(f"step {step}: {no_memory(error)}; {self._kept()}") from error
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step; its losses, and the number of pairs scored.

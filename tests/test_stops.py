@@ -327,10 +327,18 @@ def test_out_of_memory_is_one_line_with_the_last_checkpoint(
     at_step(monkeypatch, 4, act)
     assert run_train(*tiny_train(tiny, "--save_step", "2", "--max_steps", "9")) == 2
     said = last_line(capsys)
-    assert re.search(
-        r"step 4: out of memory; the last checkpoint is .*i2t/checkpoint.pth.tar", said
-    )
+    assert re.search(r"step 4: out of memory \(.+\); the last checkpoint is \S+i2t/checkp", said)
     assert state(tiny / "runs/i2t" / NEWEST)["step"] == 2
+
+
+def test_out_of_memory_elsewhere_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        options.run(lambda: torch.empty(2**50))
+    assert stop.value.code == 2
+    assert ": error: out of memory ([enforce fail" in last_line(capsys)
 
 
 def test_another_error_of_torch_keeps_its_traceback(
