@@ -8,16 +8,16 @@ The paper's figures come from results/paper.json; what has not been run says so.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from files import read_text, whole_file
 from options import parse, run
 
 RESULTS = Path("results")
 README = Path("README.md")
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TITLES = {
     "flickr30k_1k": "Flickr30K, 1,000 test images",
     "mscoco_1k_fold5": "MSCOCO, mean of five folds of 1,000 test images",
@@ -38,9 +38,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def paper(results: Path) -> str:
+def paper(folder: Path) -> str:
     """The paper's figures beside ours."""
-    figures = json.loads((results / "paper.json").read_text(encoding="utf-8"))
+    figures = json.loads((folder / "paper.json").read_text(encoding="utf-8"))
     parts = []
     for key, title in TITLES.items():
         rows = [
@@ -53,36 +53,90 @@ def paper(results: Path) -> str:
 
 def training(folder: Path) -> str:
     """One training run: how it came about, and its validations."""
-    about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    session = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
     validations = [event for event in events if "rsum" in event]
     rows = [[str(e["step"]), *(f"{e[tag]:.1f}" for tag in TAGS)] for e in validations]
-    images = about["options"]["val_captions"] // 5
-    resumed = ", ".join(map(str, about["resumed_at"])) or "never"
-    gigabytes = about["peak_memory_bytes"] / 1e9
-    commit = (about["commit"] or "unknown")[:12]
+    images = session["options"]["val_captions"] // 5
+    resumed = ", ".join(map(str, session["resumed_at"])) or "never"
+    gigabytes = session["peak_memory_bytes"] / 1e9
+    commit = (session["commit"] or "unknown")[:12]
     return (
-        f"`{about['command']}`\n\n"
-        f"First {images} dev images; {about['options']['precision']}, {about['device']}, "
-        f"{about['seconds'] / 60:.0f} minutes, {gigabytes:.1f} GB at most, cut off and resumed at "
-        f"step: {resumed}; commit {commit}; all figures in `{folder}`.\n\n"
+        f"`{session['command']}`\n\n"
+        f"First {images} dev images; {session['options']['precision']}, {session['device']}, "
+        f"{session['seconds'] / 60:.0f} minutes, {gigabytes:.1f} GB at most, cut off and resumed "
+        f"at step: {resumed}; commit {commit}; all figures in `{folder}`.\n\n"
         f"{table(['step', *SIDES], rows)}"
     )
 
 
-def tables(results: Path = RESULTS) -> str:
-    """Everything between the markers."""
-    runs = [training(path.parent) for path in sorted(results.glob("*/*/run.json"))]
-    return "\n".join([*runs, paper(results)])
+def results(folder: Path) -> str:
+    """Our runs, and the paper's figures."""
+    runs = [training(path.parent) for path in sorted(folder.glob("*/*/run.json"))]
+    return "\n".join([*runs, paper(folder)])
+
+
+def reliability(folder: Path) -> str:
+    """What the programs that seek faults found."""
+    path = folder / "reliability.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return "\n".join([chaos(found.get("chaos")), fuzz(found.get("fuzz"))])
+
+
+def chaos(found: dict[str, Any] | None) -> str:
+    """Runs that were cut off."""
+    if found is None:
+        return "Runs that were cut off: not run.\n"
+    ways = ", ".join(f"{count} {way}" for way, count in sorted(found["ways"].items()))
+    return (
+        f"{about(found)}: {found['survived']} of {found['cycles']} cut-off runs ({ways}) left the "
+        f"state of an uncut run, bit for bit; {found['runs_completed']} runs were completed that "
+        f"way, with its logs and its best model. Steps done twice: "
+        f"{found['steps_done_twice']} in all, {found['most_steps_done_twice']} at most after one "
+        f"cut (`--save_step {found['save_step']}`). {found['seconds'] / 60:.0f} minutes.\n"
+    )
+
+
+def fuzz(found: dict[str, Any] | None) -> str:
+    """Files from strangers."""
+    if found is None:
+        return "Fuzzing of the readers: not run.\n"
+    head = ["reader", "inputs", "read", "refused", "slowest, s", "minutes", "open faults", "mended"]
+    rows = [
+        [
+            *(name, f"{r['inputs']:,}", f"{r['read']:,}", f"{r['refused']:,}"),
+            *(f"{r['slowest_seconds']:.2f}", f"{r['seconds'] / 60:.0f}", str(len(r["faults"]))),
+            "; ".join(r["mended"]) or "none found",
+        ]
+        for name, r in found["readers"].items()
+    ]
+    return f"{about(found)}:\n\n{table(head, rows)}"
+
+
+def about(found: dict[str, Any]) -> str:
+    """How a report came about."""
+    commit = (found["commit"] or "unknown")[:12]
+    return f"`{found['command']}` ({found['machine']}, torch {found['torch']}, commit {commit})"
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"results": results, "reliability": reliability}
+
+
+def updated(readme: str, folder: Path = RESULTS) -> str:
+    """The README with each block between its markers as the files under results/ have it."""
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}{block(folder)}{end}{rest.split(end)[1]}"
+    return readme
 
 
 def main() -> None:
     if not parse(Options, None, __doc__).write:
-        sys.stdout.write(tables())
+        sys.stdout.write("\n".join(block(RESULTS) for block in BLOCKS.values()))
         return
-    before, rest = read_text(README, "the README, in this folder").split(BEGIN)
-    text = f"{before}{BEGIN}\n{tables()}{END}{rest.split(END)[1]}".encode()
+    text = updated(read_text(README, "the README, in this folder")).encode()
     with whole_file(README, len(text)) as file:
         file.write(text)
 

@@ -73,6 +73,17 @@ def folder_instead(path: Path) -> None:
     (path / "dev_ims.npy").mkdir()
 
 
+def header(text: bytes, version: int = 1) -> Callable[[Path], None]:
+    """An .npy file with that header, and 20 bytes of data."""
+    size = len(text).to_bytes(2 if version == 1 else 4, "little")
+    magic = b"\x93NUMPY" + bytes([version, 0])
+
+    def change(path: Path) -> None:
+        (path / "dev_ims.npy").write_bytes(magic + size + text + bytes(20))
+
+    return change
+
+
 def save(path: Path, array: np.ndarray) -> None:
     np.save(path / "dev_ims.npy", array, allow_pickle=True)
 
@@ -98,6 +109,17 @@ BAD = {
     "header cut": (lambda p: os.truncate(p / "dev_ims.npy", 20), "no whole .npy"),
     "empty": (lambda p: os.truncate(p / "dev_ims.npy", 0), "no whole .npy"),
     "text": (lambda p: (p / "dev_ims.npy").write_text("hello"), "no whole .npy"),
+    "open bracket": (header(b"{'descr': '<f4', 'shape': (1, \n"), "no whole .npy"),
+    "open text": (header(b"{'descr': '<f4"), "no whole .npy"),
+    "an expression": (header(b"{'descr': __import__('os').getcwd()}"), "no whole .npy"),
+    "huge header": (
+        lambda p: (p / "dev_ims.npy").write_bytes(b"\x93NUMPY\x02\0" + b"\xff" * 4),
+        "its header claims 4294967295 bytes",
+    ),
+    "huge shape": (
+        header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 7, 13)}\n"),
+        "no whole .npy",
+    ),
     "objects": (lambda p: save(p, np.array([[[{}]]], dtype=object)), "no whole .npy"),
     "integers": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int64)), "int64"),
     "int32": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int32)), "int32"),

@@ -198,6 +198,11 @@ DAMAGED = {
     "no moment": (forget_moment, "exp_avg_sq"),
     "no Adam": (forget_adam, "moments of 0 weights after 2 steps"),
     "no optimiser": (change("optimizer", 3), "cannot be gone on with"),
+    "a tensor of captions": (change("train_captions", torch.zeros(2)), "was trained on tensor"),
+    "a tensor for an option": (
+        lambda tiny, content: content["options"].update(margin=torch.zeros(0)),
+        "option margin is Tensor; expected text or a number",
+    ),
 }
 
 
