@@ -39,6 +39,7 @@ from tests import conftest
 log = logging.getLogger("chaos")
 
 STEPS, SAVE_STEP, VAL_STEP = 40, 3, 7  # an epoch has 10 steps, or 9 where the last is skipped
+MORE_MEMORY = 2**25  # bytes that a program without memory may still take, at most
 LONGEST = 120.0  # seconds; a program that takes longer hangs
 WAYS = {"SIGKILL": 12, "SIGTERM": 3, "SIGINT": 3, "worker": 3, "memory": 2, "disk": 2}
 EXPECTED = {
@@ -172,7 +173,9 @@ def strike(way: str, pid: int, chance: random.Random) -> bool:
                 os.kill(chance.choice(workers), signal.SIGKILL)
             return bool(workers)
         if way == "memory":
-            resource.prlimit(pid, resource.RLIMIT_AS, (2**20, 2**20))  # not one page more
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + chance.randrange(MORE_MEMORY)
+            resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
         elif way == "disk":
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
         else:
