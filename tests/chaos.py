@@ -147,7 +147,6 @@ class Report:
     """What the cycles came to."""
 
     cycles: int = 0
-    survived: int = 0
     runs_completed: int = 0
     save_step: int = SAVE_STEP
     steps_done_twice: int = 0
@@ -155,6 +154,19 @@ class Report:
     ways: Counter[str] = field(default_factory=Counter)
     exits: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+
+    @property
+    def survived(self) -> int:
+        return self.cycles - len(self.failures)
+
+    def note(self, way: str, status: str, twice: int) -> None:
+        """Count a cycle, and the steps that have to be done again after it."""
+        self.cycles += 1
+        self.runs_completed += status == "0"
+        self.ways[way] += 1
+        self.exits[f"{way} {status}"] += 1
+        self.steps_done_twice += twice
+        self.most_steps_done_twice = max(self.most_steps_done_twice, twice)
 
 
 def workers_of(pid: int) -> list[int]:
@@ -211,13 +223,28 @@ def stands_at(run: Path) -> tuple[Path | None, int]:
     return None, 0
 
 
+def judged(run: Path, uncut: Uncut, status: str) -> tuple[str, int]:
+    """What is wrong with what a program left, or nothing; and how many steps it left undone."""
+    newest, step = stands_at(run)
+    twice = max([event["step"] for event in events(run)], default=0) - step
+    if not status.lstrip("-").isdecimal():
+        return status, twice
+    if newest and digest(newest) not in uncut.states:
+        return "another state than that of the uncut run", twice
+    if twice > SAVE_STEP:
+        return f"{twice} steps lost", twice
+    if status == "0" and (digest(run / BEST) != uncut.best or events(run) != uncut.events):
+        return "another best model or other logs than the uncut run's", twice
+    return "", twice
+
+
 def cycles(options: Options, folder: Path) -> Iterator[Report]:
     """The report after each cycle."""
     report, chance = Report(), random.Random(options.seed)
     uncut = {direction: Uncut.of(folder, direction) for direction in ("i2t", "t2i")}
-    direction = "i2t"
+    direction, said = "i2t", folder / "said"
     while report.cycles < options.cycles:
-        run, said, expected = folder / "runs" / direction, folder / "said", uncut[direction]
+        run, expected = folder / "runs" / direction, uncut[direction]
         way = chance.choices(list(WAYS), list(WAYS.values()))[0]
         said.write_bytes(b"")
         before = written_at(run)
@@ -225,24 +252,8 @@ def cycles(options: Options, folder: Path) -> Iterator[Report]:
         process.start()
         most = expected.seconds * (1 - stands_at(run)[1] / STEPS)
         status = cut_off(process, run, way, most, chance)
-        report.cycles += 1
-        report.ways[way] += 1
-        report.exits[f"{way} {status}"] += 1
-        newest, step = stands_at(run)
-        twice = max([event["step"] for event in events(run)], default=0) - step
-        problem = "" if status.lstrip("-").isdecimal() else status
-        if newest and digest(newest) not in expected.states:
-            problem = "another state than that of the uncut run"
-        if twice > SAVE_STEP:
-            problem = f"{twice} steps lost"
-        if status == "0":
-            report.runs_completed += 1
-            if digest(run / BEST) != expected.best or events(run) != expected.events:
-                problem = "another best model or other logs than the uncut run's"
-        if written_at(run) != before:  # else these steps were counted when they were lost
-            report.steps_done_twice += twice
-            report.most_steps_done_twice = max(report.most_steps_done_twice, twice)
-        report.survived += not problem
+        problem, twice = judged(run, expected, status)
+        report.note(way, status, twice if written_at(run) != before else 0)
         if problem:
             tail = said.read_text()[-2000:]
             report.failures.append(f"cycle {report.cycles}, {direction} {way}: {problem}: {tail}")
@@ -254,7 +265,7 @@ def cycles(options: Options, folder: Path) -> Iterator[Report]:
 
 
 def written_at(run: Path) -> int:
-    """When the run's metrics were written last."""
+    """When the run's metrics were written last: lost steps are counted when they are lost."""
     path = run / "metrics.jsonl"
     return path.stat().st_mtime_ns if path.exists() else 0
 
@@ -268,7 +279,7 @@ def main() -> None:
             if report.cycles % 10 == 0:
                 log.info("%d cycles, %d survived", report.cycles, report.survived)
     seconds = round(time.monotonic() - since, 1)
-    found = vars(report) | {"seconds": seconds, "steps": STEPS, "val_step": VAL_STEP}
+    found = vars(report) | {"survived": report.survived, "seconds": seconds, "steps": STEPS}
     log.info("%s", found)
     if chosen.json:
         conftest.report("chaos", found, Path(chosen.json))

@@ -52,13 +52,16 @@ def test_both_directions_resume_and_refuse_to_write_over(tiny: Path) -> None:
         assert {NEWEST, BEST, "metrics.jsonl", "run.json", "train.log"} < names
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize(
+    ("direction", "precision"), [("i2t", "fp32"), ("t2i", "fp32"), ("i2t", "bf16")]
+)
 def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(
-    tiny: Path, run_train: Callable[..., int], direction: str
+    tiny: Path, run_train: Callable[..., int], direction: str, precision: str
 ) -> None:
     """In the middle of the second epoch, BERT's dropout and extra negatives included."""
     extra = ("--extra_stc", "1") if direction == "i2t" else ("--extra_img", "1")
-    argv = tiny_train(tiny, *extra, "--val_step", "7", direction=direction)
+    more = ("--precision", precision, "--val_step", "7")
+    argv = tiny_train(tiny, *extra, *more, direction=direction)
     assert run_train(*argv, "--max_steps", "16") == 0
     whole = tiny / "runs" / direction
     whole = whole.rename(tiny / "whole")
