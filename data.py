@@ -4,11 +4,14 @@ A batch is a pure function of (seed, epoch, position): workers hold no state, th
 nothing, and an epoch can be entered at any position. Knows nothing of the model.
 """
 
+import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from files import naming, read_text
 from options import LARGEST, InputError, check_range, require
 from vocab import Vocabulary
+
+log = logging.getLogger(__name__)
 
 SplitName = Literal["train", "dev", "test", "testall"]
 
@@ -253,7 +258,7 @@ def load(dataset: Dataset, places: Sequence[Any], workers: int, pin: bool = Fals
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
-        worker_init_fn=_leave_signals_to_the_program,
+        worker_init_fn=_prepare_worker,
         # An iterator seeds its workers; the global generator is BERT's dropout's alone.
         generator=torch.Generator(),
     )
@@ -282,10 +287,17 @@ def _delivered(loader: DataLoader) -> Iterator[Any]:
         yield item
 
 
-def _leave_signals_to_the_program(worker: int) -> None:
-    """Ctrl-C and a closed terminal tell every process; the program ends its workers itself."""
+def _prepare_worker(worker: int) -> None:
+    # Ctrl-C and a closed terminal tell every process; the program ends its workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # An item that cannot be sent would be dropped with a traceback, and waited for without end.
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)
+
+
+def _end_worker(error: Exception, item: object) -> None:
+    log.error("what was read cannot be handed over: %s", str(error) or type(error).__name__)
+    os._exit(1)  # which the program notices
 
 
 def _as_it_is(item: Any) -> Any:

@@ -45,6 +45,7 @@ def train(config: TrainConfig, device: torch.device) -> None:
         clear(config.folder)
     else:
         trainer.restore(found)
+        del found  # its copy of the weights
     trainer.train()
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,10 @@ from test_train import events, last_line, state
 import options
 import runfolder
 import trainer
-from data import Batch
+from data import Batch, load
 from files import write_torch
 from model import DIME, Output
+from options import InputError
 from runfolder import BEST, NEWEST, PREVIOUS, Place
 from trainer import Trainer
 
@@ -292,10 +294,21 @@ class BrokenSplit:
         raise RuntimeError("a bug in a worker")
 
 
+class Unsendable:
+    def __getitem__(self, place: int) -> object:
+        return threading.Lock() if place == 3 else place
+
+
+def test_what_a_worker_cannot_hand_over_is_not_waited_for_without_end() -> None:
+    """Shared memory or threads can be used up; an item that cannot be pickled is like them."""
+    found = load(Unsendable(), [1, 2, 3, 4], workers=1)
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(InputError, match="a process of --workers 1 is gone"):
+        next(found)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bug_in_a_worker_is_no_lost_worker(workers: int) -> None:
-    from data import load
-
     with pytest.raises(RuntimeError, match="a bug in a worker"):
         list(load(BrokenSplit(), [1, 2], workers))
 
