@@ -1,7 +1,7 @@
 """Fuzzing of every reader: whatever a file holds, only the project's own error comes out.
 
     python -m tests.fuzz --inputs 100000 --json results/reliability.json    # hours; by hand
-    python -m tests.fuzz --inputs 1000 --only captions
+    python -m tests.fuzz --inputs 1000 --only captions       # one reader; others' reports stay
 
 Each input is a golden file, or one made from it, with bytes or values changed. A reader that lets
 another error out, takes longer than SLOWEST or more memory than MEMORY has a fault. Each reader is
@@ -375,7 +375,8 @@ def fuzz(name: str, inputs: int, folder: Path, memory: int = 0) -> dict[str, Any
     found["seconds"] = round(time.monotonic() - since, 1)
     found["peak_memory_bytes"] = runlog.peak_memory(torch.device("cpu"))
     faults_found = [f"{where}: {what}" for where, what in faults.items()]
-    return found | {"faults": faults_found, "mended": MENDED.get(name, [])}
+    more = {"mended": MENDED.get(name, []), "commit": runlog.commit()}
+    return found | {"faults": faults_found} | more
 
 
 def apart(name: str, inputs: int) -> dict[str, Any]:
@@ -407,7 +408,9 @@ def main() -> None:
     for name, result in found.items():
         log.info("%s: %s", name, result)
     if chosen.json:
-        conftest.report("fuzz", {"readers": found}, Path(chosen.json))
+        path = Path(chosen.json)
+        before = json.loads(path.read_text()).get("fuzz", {}) if path.exists() else {}
+        conftest.report("fuzz", {"readers": before.get("readers", {}) | found}, path)
     sys.exit(any(result["faults"] for result in found.values()))
 
 
