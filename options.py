@@ -173,6 +173,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.process = os.getpid()
         self.waits = True
         self.usual: dict[int, Any] = {}
 
@@ -189,6 +190,8 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self.process:  # a worker, which is told to end
+            os._exit(128 + number)
         if self.number is None:
             self.number, self.since = number, time.monotonic()
             if not self.waits:

@@ -256,7 +256,7 @@ CONV, QUERY_2 = "convs1.1.weight", "dynamic_itr_l1.imrc.sa.att_layer.linears.1.w
 GUIDE = "dynamic_itr_l1.glgc.fc_1.weight"
 BAD_CHECKPOINTS = {
     "code": (lambda c: c | {"epoch": Evil()}, "asks for code, posix.mkdir"),
-    "an expression": (lambda c: c | {"epoch": Evil(True)}, "asks for code, eval"),
+    "an expression": (lambda c: c | {"epoch": Evil(True)}, "eval, which is not executed"),
     "code in opt": (option("x", Evil()), "asks for code, posix.mkdir"),
     "missing": (part(2, lambda p: p.pop(GUIDE)), GUIDE),
     "surplus": (part(0, lambda p: p.update(more=torch.zeros(2))), "img_enc/more"),

@@ -33,9 +33,11 @@ STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rs
 def started(argv: list[str], ready: str) -> subprocess.Popen[str]:
     """train.py in a process group of its own, once it has said `ready`; its words are kept."""
     command = [sys.executable, str(ROOT / "train.py"), *argv]
+    usual = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests ignore it
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
     )
+    signal.signal(signal.SIGHUP, usual)
     process.said = ""
     while not re.search(ready, process.said):
         line = process.stderr.readline()
@@ -450,6 +452,7 @@ def test_the_epoch_of_the_last_batch() -> None:
 
 
 def test_signals_are_noted_and_obeyed() -> None:
+    usual = signal.getsignal(signal.SIGINT)
     with options.Signals() as signals:
         signals.obey()
         signal.raise_signal(signal.SIGTERM)
@@ -460,7 +463,18 @@ def test_signals_are_noted_and_obeyed() -> None:
         signals.since -= 10
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)  # once more: at once
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == usual
+
+
+def test_a_worker_obeys_at_once() -> None:
+    """One that is told to end before torch has seen to its signals would be waited for else."""
+    with options.Signals() as signals:
+        worker = os.fork()
+        if worker == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 128 + signal.SIGTERM
+        signals.obey()
 
 
 def test_signals_that_come_while_nothing_must_be_finished_are_obeyed_at_once() -> None:
