@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,14 +30,25 @@ from trainer import Trainer
 STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rsum", "best_r1")
 
 
+@pytest.fixture(autouse=True)
+def _usual_signals() -> Iterator[None]:
+    """Under nohup, or in the background of a script, some are ignored, and children inherit it."""
+    before = {
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, signal.SIG_DFL),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def started(argv: list[str], ready: str) -> subprocess.Popen[str]:
     """train.py in a process group of its own, once it has said `ready`; its words are kept."""
     command = [sys.executable, str(ROOT / "train.py"), *argv]
-    usual = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests ignore it
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT
     )
-    signal.signal(signal.SIGHUP, usual)
     process.said = ""
     while not re.search(ready, process.said):
         line = process.stderr.readline()
@@ -452,7 +463,6 @@ def test_the_epoch_of_the_last_batch() -> None:
 
 
 def test_signals_are_noted_and_obeyed() -> None:
-    usual = signal.getsignal(signal.SIGINT)
     with options.Signals() as signals:
         signals.obey()
         signal.raise_signal(signal.SIGTERM)
@@ -463,7 +473,7 @@ def test_signals_are_noted_and_obeyed() -> None:
         signals.since -= 10
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)  # once more: at once
-    assert signal.getsignal(signal.SIGINT) == usual
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_a_worker_obeys_at_once() -> None:
@@ -489,13 +499,10 @@ def test_signals_that_come_while_nothing_must_be_finished_are_obeyed_at_once() -
 
 
 def test_nohup_is_respected() -> None:
-    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with options.Signals() as signals:
-            signal.raise_signal(signal.SIGHUP)
-            signals.obey()
-    finally:
-        signal.signal(signal.SIGHUP, usual)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with options.Signals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        signals.obey()
 
 
 def test_an_unsealed_checkpoint_of_a_run_is_gone_on_with(
