@@ -255,15 +255,17 @@ def test_a_second_training_is_refused_while_the_first_runs(
     assert (tiny / "runs/i2t" / NEWEST).stat().st_mtime_ns >= before
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers = [int(pid) for pid in workers.read_text().split()] if workers.exists() else []
-    for pid in workers:
-        os.kill(pid, signal.SIGSTOP)  # they cannot notice that their parent is gone
-    process.kill()
-    process.wait()
-    reached = state(tiny / "runs/i2t" / NEWEST)["step"]
-    assert run_train(*argv, "--resume", "auto", "--max_steps", str(reached + 1)) == 0
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    process.stderr.close()
+    try:
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)  # they cannot notice that their parent is gone
+        process.kill()
+        process.wait()
+        reached = state(tiny / "runs/i2t" / NEWEST)["step"]
+        assert run_train(*argv, "--resume", "auto", "--max_steps", str(reached + 1)) == 0
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        process.stderr.close()
 
 
 def test_a_folder_without_locks_is_a_warning(
