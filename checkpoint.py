@@ -18,13 +18,16 @@ from transformers import BertConfig, BertModel
 
 from files import has_checksum, read_json, read_safetensors, read_torch, write_torch
 from model import DIME, ModelConfig
-from options import InputError, require, some
+from options import LARGEST_FLOAT, InputError, require, some
 from published import own_names
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
 
 FORMAT = "dime-1"  # of own checkpoints; another number would mean other names or meanings
+PLAIN = str | int | float | None  # what an option can be
+# The options of a published checkpoint that count; it may hold others, of any kind.
+KNOWN = {field.name for field in fields(ModelConfig)} | {"data_path", "data_name", "bert_path"}
 BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
 
 Weights = dict[str, Tensor]
@@ -42,6 +45,9 @@ BERT_SIZES = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }
+
+
+MOST_LAYERS = 100  # of BERT; the largest published one has 24
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ def check_fit(model: nn.Module, weights: Weights, source: Path, keep: str = "") 
     for name, value in wanted.items():
         found, expected = list(weights[name].shape), list(value.shape)
         require(found == expected, f"{source}: {name} is {found}, expected {expected}")
-        fits = weights[name].is_floating_point() == value.is_floating_point()
+        floats = weights[name].is_floating_point() and value.is_floating_point()
+        fits = floats or weights[name].dtype == value.dtype
         require(fits, f"{source}: {name} is {weights[name].dtype}; expected {value.dtype}")
 
 
@@ -167,7 +174,8 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
         if name.endswith("_prob"):
             fits = type(value) in (int, float) and 0 <= value < 1
         require(fits, f"{path}: {name} is {value!r}; expected a size or a probability")
-    heads = sizes["num_attention_heads"]
+    layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
+    require(layers <= MOST_LAYERS, f"{path}: {layers} layers; expected {MOST_LAYERS} at most")
     require(
         sizes["hidden_size"] % heads == 0,
         f"{path}: hidden_size {sizes['hidden_size']} is no multiple of {heads} attention heads",
@@ -220,7 +228,9 @@ def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
             fits and (not choices or value in choices),
             f"{source}: option {field.name} is {value!r}; expected {expected}",
         )
-        known[field.name] = value
+        finite = kind is not float or abs(value) <= LARGEST_FLOAT
+        require(finite, f"{source}: option {field.name} is {value}; expected a finite number")
+        known[field.name] = kind(value)
     try:
         return cls(**known)
     except InputError as error:
@@ -243,15 +253,22 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     absent = {"options", "weights", "bert"} - content.keys()
     require(not absent, f"{path}: lacks {some(sorted(absent))}")
     require(isinstance(content["options"], dict), f"{path}: its options are no dictionary")
-    for name, value in content["options"].items():
-        plain = isinstance(value, str | int | float | None)
-        require(
-            plain, f"{path}: option {name} is {type(value).__name__}; expected text or a number"
-        )
+    _check_options(content["options"], path)
     require(isinstance(content["bert"], str), f"{path}: its BERT's fingerprint is no text")
     _check_named(content["weights"], path)
     state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}
     return Checkpoint(path, content["options"], content["weights"], None, content["bert"], state)
+
+
+def _check_options(options: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError where an option is more than a text or a number."""
+    for name, value in options.items():
+        kind = type(value).__name__
+        require(
+            isinstance(value, PLAIN), f"{path}: option {name} is {kind}; expected text or a number"
+        )
+        fits = not isinstance(value, str) or value.isprintable()
+        require(fits, f"{path}: option {name} is a text that cannot be printed")
 
 
 def write_checkpoint(
@@ -323,7 +340,9 @@ def load_model(
 
 
 def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
-    options = vars(content["opt"])
+    every = vars(content["opt"])
+    options = {k: v for k, v in every.items() if k in KNOWN or isinstance(v, PLAIN)}
+    _check_options(options, path)
     parts = content.get("model")
     fits = isinstance(parts, list | tuple) and len(parts) == 3
     require(fits, f"{path}: 'model' is no list of three state dicts (image, text, interaction)")

@@ -4,6 +4,7 @@ A batch is a pure function of (seed, epoch, position): workers hold no state, th
 nothing, and an epoch can be entered at any position. Knows nothing of the model.
 """
 
+import hashlib
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from numpy.lib.format import open_memmap, read_magic
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from files import naming, read_text
+from files import naming, read_text, size_of
 from options import LARGEST, InputError, check_range, require
 from vocab import Vocabulary
 
@@ -31,6 +32,8 @@ SplitName = Literal["train", "dev", "test", "testall"]
 
 CAPTIONS_PER_IMAGE = 5
 CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
+LONGEST_CAPTION = 10_000  # characters; a longer one is no caption, and takes long to tokenise
+SAMPLED_ROWS = 16  # of the features that tell one data set from another
 CHECKED_ROWS = 500  # read through at a time
 ORDER, EXTRAS = 1, 2  # lead the seeds of the two random streams, so that they never meet
 
@@ -108,6 +111,16 @@ class Split:
         # A pickled memory map would carry the whole file to a spawned worker.
         return {key: value for key, value in vars(self).items() if key != "_features"}
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the captions, the features' shape and type, and some of their rows."""
+        features = self._features
+        digest = hashlib.sha256("\n".join(self.captions).encode())
+        digest.update(f"{features.shape} {features.dtype.str}".encode())
+        for row in np.linspace(0, len(features) - 1, SAMPLED_ROWS, dtype=int):
+            digest.update(np.ascontiguousarray(features[row]).data)
+        return digest.hexdigest()
+
     def image_rows(self, images: np.ndarray) -> np.ndarray:
         """Row of each image's features."""
         return images * self.rows_per_image
@@ -131,6 +144,12 @@ def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     text = read_text(path, "captions, one a line")
     captions = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
     require(len(text) > 0, f"{path}: is empty; expected captions, one a line")
+    longest = max(range(len(captions)), key=lambda c: len(captions[c]))
+    require(
+        len(captions[longest]) <= LONGEST_CAPTION,
+        f"{path}: line {longest + 1} has {len(captions[longest])} characters; expected a caption, "
+        f"of {LONGEST_CAPTION} characters at most",
+    )
     if not allow_empty and "" in captions:
         raise InputError(f"{path}: line {captions.index('') + 1} is empty; expected a caption")
     return captions
@@ -138,10 +157,11 @@ def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
 
 def _check_header(path: Path) -> None:
     """Raise ValueError where a .npy file's header says that it is longer than the file."""
+    size = size_of(path, "region features, a .npy file")
     with path.open("rb") as file:
         major, _ = read_magic(file)
         length = int.from_bytes(file.read(2 if major == 1 else 4), "little")
-        if length > path.stat().st_size:
+        if length > size:
             raise ValueError(f"its header claims {length} bytes")
 
 
@@ -269,7 +289,11 @@ def _delivered(loader: DataLoader) -> Iterator[Any]:
     # Torch would raise from a signal's handler in the middle of whatever runs when a worker ends,
     # an optimiser's step say; without it the loader finds out when the next item is asked for.
     handler = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
+    try:
+        items = iter(loader)
+    except OSError as error:
+        reason = f"{loader.num_workers}: cannot be started: {error.strerror or error}"
+        raise InputError(f"--workers {reason}; --workers 0 needs none") from error
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     while True:

@@ -16,7 +16,7 @@ import torch
 from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
 from data import Split, SplitName
 from evaluation import FOLDS, Retrieval, check_folds, folds, mean_of, owners, retrieval, score_split
-from files import whole_file, write_json
+from files import write_array, write_json
 from options import Precision, parse, pick_device, require, run
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(EvaluateConfig, argv, DESCRIPTION)
     options = dict(vars(config))
     report = options.pop("json")
-    _check_output("--json", report)
+    _check_output("--json", report, [*config.model_path, config.save_scores])
     result = evaluate(options.pop("model_path"), **options)
     for number, fold in enumerate(result["folds"], 1):
         sys.stdout.write(f"Fold {number}\n{_lines(fold)}")
@@ -80,7 +80,7 @@ def evaluate(
     paths = [model_paths] if isinstance(model_paths, str | Path) else list(model_paths)
     require(len(paths) > 0, "no model given")
     require(workers >= 0, f"--workers {workers}: expected 0 or more")
-    _check_output("--save_scores", save_scores)
+    _check_output("--save_scores", save_scores, paths)
     where = pick_device(device)
     checkpoints = [read_checkpoint(path) for path in paths]
     data_name = data_name or _common(checkpoints, "data_name")
@@ -93,8 +93,7 @@ def evaluate(
     ]
     scores = np.mean(matrices, axis=0, dtype=np.float32)
     if save_scores:
-        with whole_file(Path(save_scores), scores.nbytes) as file:
-            np.save(file, scores)
+        write_array(Path(save_scores), scores)
     return {
         "models": [str(path) for path in paths],
         "data_name": data_name,
@@ -104,11 +103,18 @@ def evaluate(
     } | _measure(scores, fold5)
 
 
-def _check_output(option: str, path: str | Path | None) -> None:
-    """Raise InputError before the long work where its result could not be written."""
+def _check_output(
+    option: str, path: str | Path | None, others: Sequence[str | Path | None]
+) -> None:
+    """Raise InputError before the long work where its result could not be written.
+
+    So it is where the result would take the place of one of `others`.
+    """
     if path:
         fits = Path(path).parent.is_dir() and not Path(path).is_dir()
         require(fits, f"{option} {path}: expected a file in a folder that is there")
+        taken = {Path(other).resolve() for other in others if other}
+        require(Path(path).resolve() not in taken, f"{option} {path}: is a model or another result")
 
 
 def _measure(scores: np.ndarray, fold5: bool) -> dict[str, Any]:

@@ -13,25 +13,40 @@ import json
 import os
 import re
 import shutil
+import stat
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
+from numpy.lib import format as npy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from options import InputError, require
+from options import InputError, out_of_memory, require
+from pickles import CodeAsked, check_pickle
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says where no more bytes fit
+LONGEST_TEXT = 2**28  # bytes; the captions of MSCOCO are a tenth of it
 CHUNK = 2**24  # bytes hashed at a time
-ZIP_START, ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
-ZIP_END_BYTES = 22
+ZIP_START, ZIP_END, ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
+LOCATOR, LOCATOR_BYTES, END_64_BYTES = b"PK\x06\x07", 20, 56
 SEAL = re.compile(rb"sha256=([0-9a-f]{64})")  # the comment at the end of a sealed zip file
 SEAL_BYTES = len("sha256=") + 64
+OLD_PICKLES = 5  # of torch's format before it was a zip file
+DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
+}
+
+
+class Damaged(InputError):
+    """A file that is not what was written."""
 
 
 @contextmanager
@@ -45,8 +60,24 @@ def naming(path: Path, wanted: str) -> Iterator[None]:
         raise InputError(f"{path}: {error.strerror or error}; expected {wanted}") from error
 
 
+def size_of(path: Path, wanted: str) -> int:
+    """Bytes of a file. Raises InputError where it is none: a folder, a pipe, a device."""
+    with naming(path, wanted):
+        try:
+            found = path.stat()
+        except ValueError as error:  # a name that no file can have
+            raise InputError(f"{path}: {error}; expected {wanted}") from error
+    require(not stat.S_ISDIR(found.st_mode), f"{path}: Is a directory; expected {wanted}")
+    require(stat.S_ISREG(found.st_mode), f"{path}: is a pipe or a device; expected {wanted}")
+    return found.st_size
+
+
 def read_text(path: Path, wanted: str) -> str:
     """A UTF-8 file. Raises InputError that names the file, and the line that is not UTF-8."""
+    size = size_of(path, wanted)
+    require(
+        size <= LONGEST_TEXT, f"{path}: {size} bytes; expected {wanted}, {LONGEST_TEXT} at most"
+    )
     with naming(path, wanted):
         data = path.read_bytes()
     try:
@@ -69,59 +100,107 @@ def read_json(path: Path, wanted: str) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The arrays of a safetensors file by name. Raises InputError where it is not whole."""
+    size_of(path, "a safetensors file")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        arrays = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: no whole safetensors file: {error}") from error
+    for name, value in arrays.items():
+        require(value.dtype in DTYPES, f"{path}: {name} is {value.dtype}; expected plain numbers")
+    return arrays
 
 
 def read_torch(path: Path) -> Any:
-    """A torch file's plain data on the CPU; Python 2's strings are read too.
+    """A torch file's content on the CPU: numbers, texts and arrays in lists and dictionaries.
 
-    Nothing is executed. Raises InputError where the file is damaged, asks for code, or claims more
-    than it holds; a file that `write_torch` wrote is held to its checksum first.
+    Nothing is executed; Python 2's strings are read too. Raises InputError where the file asks for
+    code, and Damaged where it is not whole or claims more than it holds; one that `write_torch`
+    wrote is held to its checksum first.
     """
+    size = size_of(path, "a file that torch wrote")
     with naming(path, "a file that torch wrote"):
         file = path.open("rb")
     # DEVIATION: nothing that a file holds is executed (the published code unpickled anything).
     with file, torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            _check_container(path, file)
+            _check_container(file, size)
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-            _check_tensors(path, content, path.stat().st_size)
-        except InputError:
-            raise
+            return _Plain(size).of(content)
+        except CodeAsked as error:
+            reason = f"asks for code, {error}, which is not executed; expected plain data"
+            raise InputError(f"{path}: {reason}") from error
         except Exception as error:  # a damaged file can fail in any way; none of them is ours
-            raise InputError(f"{path}: {_refusal(str(error) or type(error).__name__)}") from error
-    return content
+            if out_of_memory(error):
+                raise
+            raise Damaged(f"{path}: truncated or no checkpoint: {_reason(error)}") from error
 
 
-def _check_container(path: Path, file: IO[bytes]) -> None:
-    """Raise an error where a zip file breaks its seal, or claims more bytes than it has."""
-    size = file.seek(0, os.SEEK_END)
+def _reason(error: Exception) -> str:
+    """Why, in a line: torch's words without its advice, which is to execute the file."""
+    text = str(error).split("WeightsUnpickler error:")[-1].strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return type(error).__name__ if "weights_only" in line else line
+
+
+def _check_container(file: IO[bytes], size: int) -> None:
+    """Raise ValueError where a file claims more than it has, or breaks its seal."""
+    start = file.read(len(ZIP_START))
     file.seek(0)
-    if file.read(len(ZIP_START)) == ZIP_START:
-        if has_checksum(path):
-            _check_seal(path, file, size)
-        with zipfile.ZipFile(file) as records:
-            claimed = 0
-            for record in records.infolist():
-                plain = record.compress_type == zipfile.ZIP_STORED
-                require(plain, f"{path}: {record.filename} is compressed; torch writes it plain")
-                claimed += record.file_size
-            require(claimed <= size, f"{path}: claims {claimed} bytes in a file of {size}")
-    file.seek(0)
+    if start != ZIP_START:
+        for _ in range(OLD_PICKLES):
+            check_pickle(file, size)
+        return
+    sealed = not _ends_plainly(file)
+    if sealed:
+        _check_seal(file, size)
+    _check_end(file, size - ZIP_END_BYTES - SEAL_BYTES * sealed)
+    with zipfile.ZipFile(file) as records:
+        listed = records.infolist()
+        names = {record.filename for record in listed}
+        pickles = [name for name in names if name.endswith("/data.pkl")]
+        if len(names) < len(listed) or len({name.split("/")[0] for name in names}) != 1:
+            raise ValueError("its records have no names of their own")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in listed):
+            raise ValueError("its records are compressed; torch writes them plain")
+        if sum(record.file_size for record in listed) > size or len(pickles) != 1:
+            raise ValueError(f"its records are more than a file of {size} bytes holds")
+        check_pickle(io.BytesIO(records.read(pickles[0])), size)
+
+
+def _check_end(file: IO[bytes], end: int) -> None:
+    """Raise ValueError unless a zip file's list of records stands right before its end record.
+
+    Python would look for it there, torch where the end record says.
+    """
+    file.seek(end)
+    *_, length, offset, _ = struct.unpack("<4s4H2LH", file.read(ZIP_END_BYTES))
+    file.seek(max(0, end - LOCATOR_BYTES))
+    mark, _, at, _ = struct.unpack("<4sLQL", file.read(LOCATOR_BYTES))
+    if mark == LOCATOR:  # a second end record for files beyond 4 GB
+        end -= LOCATOR_BYTES + END_64_BYTES
+        file.seek(max(0, end))
+        *_, length, offset = struct.unpack("<4sQ2H2L4Q", file.read(END_64_BYTES))
+        if at != end:
+            raise ValueError("its end records are not where they should be")
+    if offset + length != end:
+        raise ValueError("its list of records is not where it should be")
+
+
+def _ends_plainly(file: IO[bytes]) -> bool:
+    """Whether a zip file ends as torch leaves it, without the comment that a seal is."""
+    file.seek(-min(ZIP_END_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
+    return file.read().startswith(ZIP_END)
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether a zip file carries a comment, which is the checksum that `write_torch` gave it."""
+    """Whether `write_torch` wrote a file."""
     with naming(path, "a file that torch wrote"), path.open("rb") as file:
-        file.seek(-min(ZIP_END_BYTES, file.seek(0, os.SEEK_END)), os.SEEK_END)
-        return not file.read().startswith(ZIP_END)
+        return not _ends_plainly(file)
 
 
-def _check_seal(path: Path, file: IO[bytes], size: int) -> None:
-    """Raise InputError where what precedes a zip file's comment is not what the comment says."""
+def _check_seal(file: IO[bytes], size: int) -> None:
+    """Raise ValueError where what precedes a zip file's comment is not what the comment says."""
     before = size - SEAL_BYTES - 2  # two bytes give the length of the comment
     file.seek(max(0, before))
     length, seal = file.read(2), SEAL.fullmatch(file.read())
@@ -131,52 +210,49 @@ def _check_seal(path: Path, file: IO[bytes], size: int) -> None:
         digest.update(file.read(min(CHUNK, before - start)))
     digest.update(b"\0\0")  # the length of no comment, as torch wrote it
     fits = seal is not None and seal[1].decode() == digest.hexdigest()
-    fits = fits and length == SEAL_BYTES.to_bytes(2, "little")
-    require(fits, f"{path}: truncated or damaged: content and checksum do not fit")
+    if not (fits and length == SEAL_BYTES.to_bytes(2, "little")):
+        raise ValueError("content and checksum do not fit")
 
 
-def _check_tensors(path: Path, content: Any, size: int) -> None:
-    """Raise InputError where an array is not plain, or larger than what the file holds of it."""
-    held = {}
-    for tensor in _tensors(content):
-        dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        require(dense and not tensor.is_quantized, f"{path}: holds no plain array of numbers")
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        claimed = tensor.numel() * tensor.element_size()
-        require(
-            claimed <= storage.nbytes() and sum(held.values()) <= size,
-            f"{path}: claims an array of shape {list(tensor.shape)} in a file of {size} bytes",
-        )
+class _Plain:
+    """Turns what torch made into plain data, for a file of `size` bytes.
 
+    Dictionaries lose their attributes and parameters their gradients; what is shared stays shared.
+    """
 
-def _tensors(content: Any) -> Iterator[Tensor]:
-    """Every tensor in plain data, each container opened once however it is nested."""
-    seen: set[int] = set()
-    todo = [content]
-    while todo:
-        value = todo.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict):
-            todo += [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple | set | frozenset):
-            todo += value
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.done: dict[int, Any] = {}
+        self.held: dict[int, int] = {}  # bytes of each storage
+
+    def of(self, value: Any) -> Any:
+        """Raises ValueError where an array is not plain, or larger than what the file holds."""
+        if id(value) in self.done:
+            return self.done[id(value)]
+        if isinstance(value, dict):
+            new = self.done[id(value)] = {}
+            new.update((key, self.of(v)) for key, v in dict.items(value))
+        elif isinstance(value, list):
+            new = self.done[id(value)] = []
+            new.extend(map(self.of, value))
+        elif isinstance(value, tuple):
+            new = tuple(map(self.of, value))
         elif isinstance(value, argparse.Namespace):
-            todo.append(vars(value))
+            new = self.done[id(value)] = argparse.Namespace()
+            vars(new).update(self.of(vars(value)))
+        else:
+            new = self.array(value) if isinstance(value, Tensor) else value
+        self.done[id(value)] = new
+        return new
 
-
-def _refusal(reason: str) -> str:
-    """Torch's reason without its advice, which is to execute the file."""
-    code = re.search(r"GLOBAL (\S+)", reason)
-    if code:
-        return f"asks for code, {code[1]}, which is not executed; expected plain data"
-    detail = reason.split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-    advice = "weights_only" in detail
-    return "truncated or no checkpoint" + ("" if advice else f": {detail}")
+    def array(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.held[storage.data_ptr()] = storage.nbytes()
+        fits = tensor.numel() * tensor.element_size() <= storage.nbytes()
+        if not fits or sum(self.held.values()) > self.size or tensor.dtype not in DTYPES:
+            shape = list(tensor.shape)
+            raise ValueError(f"claims an array of shape {shape} in a file of {self.size} bytes")
+        return tensor.detach()
 
 
 @contextmanager
@@ -200,7 +276,7 @@ def whole_file(path: Path, size: int, keep: Path | None = None) -> Iterator[IO[b
             _sync(path.parent)
         except OSError as error:
             if error.errno in FULL:
-                partial.unlink(missing_ok=True)
+                partial.unlink(missing_ok=True)  # before the free bytes are counted
                 free = shutil.disk_usage(path.parent).free
                 message = f"{path}: {error.strerror}: {size} bytes are needed, {free} are free"
                 raise InputError(message) from error
@@ -223,6 +299,15 @@ def write_json(path: Path, content: Any) -> None:
     data = json.dumps(content, indent=1).encode() + b"\n"
     with whole_file(path, len(data)) as file:
         file.write(data)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file. Raises InputError where that cannot be done."""
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
+    with whole_file(path, header.tell() + array.nbytes) as file:
+        file.write(header.getvalue())
+        file.write(np.ascontiguousarray(array).data)
 
 
 def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:

@@ -8,6 +8,7 @@ is looked up (`pick_device`), and long work tells how far it is (`progress`).
 import argparse
 import ctypes
 import dataclasses
+import errno
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -34,8 +35,11 @@ BAD_INPUT = 2  # exit status of a program that was given something it cannot use
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
 LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip
-FINISHING = "finishing what is begun; a second signal ends at once"
+# What libraries call it: torch, Python's threads, oneDNN.
+NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread", "could not create a primitive")
+FINISHING = "finishing what is begun; a second signal, a second later, ends at once"
 SAME_SECONDS = 1.0  # a launcher that passes a signal on may double it
+LARGEST_FLOAT = 1e30  # whose products still are numbers
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
 
 
@@ -98,6 +102,8 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
             option["help"] = f"{text} (default: {field.default})"
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(k for k in get_args(kind) if k is not type(None))
+        if kind is str:
+            return option | {"type": _given}
     if kind is bool:
         negative = field.name.startswith("no_")
         return option | {"action": "store_true" if negative else argparse.BooleanOptionalAction}
@@ -105,17 +111,30 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
         return option | {"nargs": "+", "type": get_args(kind)[0]}
     if get_origin(kind) is Literal:
         return option | {"choices": get_args(kind)}
-    return option | {"type": _finite if kind is float else kind}
+    return option | {"type": {float: _finite, str: _text}.get(kind, kind)}
 
 
 def _finite(text: str) -> float:
     number = float(text)
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST_FLOAT:
         raise ValueError(text)
     return number
 
 
-_finite.__name__ = "finite number"  # as argparse calls it
+def _given(text: str) -> str:
+    if not text:  # of a variable that is not set, say
+        raise ValueError(text)
+    return _text(text)
+
+
+def _text(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(text)
+    return text
+
+
+# As argparse calls them.
+_finite.__name__, _text.__name__, _given.__name__ = "finite number", "printable text", "text"
 
 
 def pick_device(name: str) -> torch.device:
@@ -145,10 +164,17 @@ def keep_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the machine's memory, or a GPU's, is used up."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that the machine's memory, or a GPU's, is used up, or comes of it."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def no_memory(error: BaseException) -> str:
@@ -196,7 +222,8 @@ class Signals:
             self.number, self.since = number, time.monotonic()
             if not self.waits:
                 self.obey()
-            os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
+            with suppress(OSError):  # nobody reads it any more: the terminal is closed, tee gone
+                os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
         elif time.monotonic() - self.since > SAME_SECONDS:
             self.__exit__()
             signal.raise_signal(number)
@@ -225,22 +252,32 @@ def run(program: Callable[[], None]) -> None:
     """
     keep_memory()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    name = Path(sys.argv[0]).name
     try:
         program()
+        status, said = 0, ""
     except InputError as error:
-        sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
-        sys.exit(BAD_INPUT)
-    except (MemoryError, RuntimeError) as error:
+        status, said = BAD_INPUT, f"error: {error}"
+    except Stopped as stop:
+        status, said = 128 + stop.number, ""
+    except KeyboardInterrupt:
+        status, said = 128 + signal.SIGINT, "interrupted"
+    except Exception as error:
         if not out_of_memory(error):
             raise
-        sys.stderr.write(f"{name}: error: {no_memory(error)}\n")
-        sys.exit(BAD_INPUT)
-    except Stopped as stop:
-        sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: interrupted\n")
-        sys.exit(128 + signal.SIGINT)
+        status, said = BAD_INPUT, f"error: {no_memory(error)}"
+    try:
+        if said:
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {_one_line(said)}\n")
+        sys.stderr.flush()
+    except OSError:  # nobody reads it; Python would make another exit status of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if status:
+        sys.exit(status)
+
+
+def _one_line(text: str) -> str:
+    """A text without line feeds, and without what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:

@@ -16,7 +16,7 @@ from typing import Any
 
 import runlog
 from checkpoint import Checkpoint, read_checkpoint
-from files import naming
+from files import Damaged, naming
 from options import InputError, require
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
+    for name in (LOCK, runlog.METRICS, runlog.LOG):  # written in place
+        require(not (folder / name).is_symlink(), f"{folder / name}: is a link; expected a file")
+    with naming(folder, "a folder to write to"):
         file = (folder / LOCK).open("a+", encoding="utf-8")
     with file:
         try:
@@ -81,9 +84,10 @@ def only_writer(folder: Path) -> Iterator[None]:
             raise InputError(f"{folder}: another run writes there ({file.read(99)})") from error
         except OSError as error:
             log.warning("%s: has no locks (%s); start no second run there", folder, error.strerror)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with naming(folder / LOCK, "a file to write"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
 
 
@@ -112,9 +116,10 @@ def to_resume(folder: Path, resume: str, overwrite: bool) -> Checkpoint | None:
 
 
 def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run that can be read, or None where there is none at all.
+    """The newest whole checkpoint of a run, or None where there is none at all.
 
-    One that is damaged is set aside with a warning. Raises InputError where all are damaged.
+    One that is damaged is set aside with a warning. Raises InputError where all are damaged, or
+    one cannot be read for another reason, which may pass.
     """
     problem = None
     for name in (NEWEST, PREVIOUS, BEST):
@@ -123,7 +128,7 @@ def newest_whole(folder: Path) -> Checkpoint | None:
             continue
         try:
             checkpoint = read_checkpoint(path)
-        except InputError as error:
+        except Damaged as error:
             problem = error
             log.warning("%s; taking the one before it", error)
             continue
@@ -145,6 +150,6 @@ def _set_aside(path: Path, problem: InputError | None) -> None:
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left."""
-    for name in (NEWEST, PREVIOUS, BEST, DAMAGED):
+    for name in (NEWEST, PREVIOUS, BEST):
         runlog.remove(folder / name)
     runlog.clear(folder)

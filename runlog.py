@@ -103,7 +103,7 @@ class _LogFile(logging.FileHandler):
     """train.log: each line tells the step it was written at; what cannot be written is an error."""
 
     def __init__(self, run: RunLog) -> None:
-        super().__init__(run.folder / LOG, encoding="utf-8")
+        super().__init__(run.folder / LOG, encoding="utf-8", errors="backslashreplace")
         self.run = run
         self.setFormatter(logging.Formatter("%(asctime)s [%(step)d] %(message)s"))
 

@@ -19,7 +19,15 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runlog
-from checkpoint import BERT_KEYS, Bert, Checkpoint, check_same_bert, load_strictly, write_checkpoint
+from checkpoint import (
+    BERT_KEYS,
+    Bert,
+    Checkpoint,
+    check_same_bert,
+    load_strictly,
+    read_checkpoint,
+    write_checkpoint,
+)
 from data import CAPTIONS_PER_IMAGE, Batch, Split, TrainingBatches
 from evaluation import owners, retrieval, score_split
 from model import DIME, path_loss, triplet_loss
@@ -67,10 +75,10 @@ class Trainer:
             if field.name not in FREE:
                 require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
         check_same_bert(checkpoint, self.bert)
-        captions, trained = len(self.batches.split.captions), state.get("train_captions")
+        split, trained = self.batches.split, state.get("train_data")
         require(
-            type(trained) is int and trained == captions,
-            f"{self.batches.split.path}: {captions} captions; {path} was trained on {trained}",
+            type(trained) is str and trained == split.fingerprint,
+            f"{path}: was trained on other data than {split.path.parent} holds",
         )
         load_strictly(self.model, checkpoint.weights, path, keep=BERT_KEYS)
         # DEVIATION: a resumed run goes on exactly where it was (the published one started again at
@@ -84,9 +92,21 @@ class Trainer:
         except Exception as error:  # what a file holds can be wrong in any way
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: cannot be gone on with: {reason}") from error
-        if not (self.config.folder / BEST).exists():
-            log.info("%s: no best model here, the next one is", self.config.folder)
-            self.place = replace(self.place, best_rsum=-1.0, best_r1=-1.0)
+        self._restore_best()
+
+    def _restore_best(self) -> None:
+        """Have the best scores be those of the best model that is there."""
+        path = self.config.folder / BEST
+        try:
+            best = Place.read(read_checkpoint(path).state, len(self.batches))
+            rsum, r1 = best.best_rsum, best.best_r1
+            # it may be newer than the checkpoint, where a run was cut off between the two
+            rsum, r1 = max(rsum, self.place.best_rsum), max(r1, self.place.best_r1)
+        except (InputError, ValueError) as error:
+            if path.exists():
+                log.warning("%s; the next one takes its place", error)
+            rsum, r1 = -1.0, -1.0
+        self.place = replace(self.place, best_rsum=rsum, best_r1=r1)
 
     def _restore_adam(self, moments: dict[int, dict[str, Tensor]]) -> None:
         """Give Adam its moments back. Raises an error where they are not those of its steps."""
@@ -141,8 +161,13 @@ class Trainer:
                 while not self.finished:
                     self._epoch()
             except Stopped as stop:
-                log.info("stopped by %s at step %d; %s", stop, self.place.step, self._kept())
+                log.info("stopped by %s at step %d; %s", stop, self.place.step, self._further())
                 raise
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                said = f"step {self.place.step}: {no_memory(error)}; {self._further()}"
+                raise InputError(said) from error
             log.info("done: the best model is %s", self.config.folder / BEST)
 
     def _announce(self) -> None:
@@ -186,7 +211,7 @@ class Trainer:
             if self.place.step:
                 self._save(NEWEST)
             self.signals.obey()  # one that ends a worker, too
-            raise InputError(f"{error}; {self._kept()}") from error
+            raise InputError(f"{error}; {self._further()}") from error
 
     def _milestone(self) -> bool:
         """Save and validate where the step asks for it, end where a signal does.
@@ -221,18 +246,14 @@ class Trainer:
             return self.step(batch.to(self.device))
         except BadBatch as error:
             if not allowed:
-                raise InputError(f"{error}; {self._kept()}") from error
+                advice = "--skip_bad_batches skips such a batch"
+                raise InputError(f"{error}; {self._kept()}; {advice}") from error
             for buffer, value in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(value)
             self.place = replace(self.place, skipped=self.place.skipped + 1)
             limit = self.config.skip_bad_batches
             log.warning("%s; skipped, %d of %d", error, self.place.skipped, limit)
             return None
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            step = self.place.step + 1
-            raise InputError(f"step {step}: {no_memory(error)}; {self._kept()}") from error
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step; its losses, and the number of pairs scored.
@@ -265,7 +286,10 @@ class Trainer:
         newest = self.config.folder / NEWEST
         if not newest.exists():
             return "no checkpoint yet"
-        return f"the last checkpoint is {newest} (--resume auto goes on from it)"
+        return f"the last checkpoint is {newest}"
+
+    def _further(self) -> str:
+        return f"{self._kept()}; the same command with --resume auto goes on"
 
     def _report(self, epoch: int, lr: float, window: runlog.Window) -> None:
         figures = window.mean()
@@ -324,7 +348,7 @@ class Trainer:
             **asdict(self.place),
             "optimizer": self.optimizer.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "train_captions": len(self.batches.split.captions),
+            "train_data": self.batches.split.fingerprint,
         }
         folder = self.config.folder
         keep = folder / PREVIOUS if name == NEWEST else None

@@ -133,7 +133,10 @@ BAD_BERTS = {
     "missing key": (lambda f: rewrite(f, without(QUERY)), QUERY),
     "surplus key": (lambda f: rewrite(f, lambda w: w | {"a.b": torch.zeros(1)}), "a.b"),
     "integers": (lambda f: rewrite(f, lambda w: w | {QUERY: w[QUERY].int()}), "int32"),
-    "meta": (lambda f: rewrite(f, lambda w: w | {QUERY: w[QUERY].to("meta")}), "no plain array"),
+    "meta": (
+        lambda f: rewrite(f, lambda w: w | {QUERY: w[QUERY].to("meta")}),
+        "which is not executed",
+    ),
     "two names": (lambda f: rewrite(f, lambda w: w | {"bert." + QUERY: w[QUERY]}), "twice"),
     "shape": (lambda f: rewrite(f, lambda w: w | {QUERY: torch.zeros(3, 4)}), "[3, 4]"),
     "fewer words": (

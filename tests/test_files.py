@@ -178,7 +178,10 @@ LOOP.append(LOOP)
 BAD = {
     "expanded": (lambda: {"a": wider(2**40)}, "claims an array of shape [1099511627776]"),
     "nested": (lambda: [{"b": (1, {"c": wider(9)})}], "claims an array of shape [9]"),
-    "meta": (lambda: torch.zeros(3, device="meta"), "no plain array of numbers"),
+    "meta": (lambda: torch.zeros(3, device="meta"), "meta_tensor_no_storage, which is not exec"),
+    "sparse": (lambda: torch.zeros(3, 3).to_sparse(), "_rebuild_sparse_tensor, which is not exec"),
+    "complex": (lambda: torch.zeros(3, dtype=torch.complex64), "ComplexFloatStorage, which is not"),
+    "bytes": (lambda: bytearray(9), "bytearray, which is not executed"),
 }
 
 
@@ -227,7 +230,7 @@ def test_compressed_records_are_refused(tmp_path: Path) -> None:
             out.writestr(record.filename, records.read(record))
     path.write_bytes(buffer.getvalue())
     assert len(buffer.getvalue()) < 10_000
-    with pytest.raises(InputError, match="is compressed; torch writes it plain"):
+    with pytest.raises(InputError, match="its records are compressed; torch writes them plain"):
         read_torch(path)
 
 

@@ -42,7 +42,17 @@ def test_the_layout_is_there() -> None:
 
 def test_imports_point_one_way() -> None:
     """options below all; router, cells, model, checkpoint; the two programs on top."""
-    order = ["options", "files", "vocab", "data", "router", "cells", "model", "published"]
+    order = [
+        "options",
+        "pickles",
+        "files",
+        "vocab",
+        "data",
+        "router",
+        "cells",
+        "model",
+        "published",
+    ]
     order += ["checkpoint", "evaluation", "runlog", "runfolder", "trainconfig", "trainer"]
     order += ["train", "evaluate_models"]
     for path in MODULES:

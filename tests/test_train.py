@@ -149,7 +149,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
     assert run_train(*argv) == 2
     said = last_line(capsys)
     assert re.search(
-        r"step 2: the loss is nan, .* captions \d+(, \d+){5}; no checkpoint yet$", said
+        r"step 2: the loss is nan, .* captions \d+(, \d+){5}; no checkpoint yet; --skip", said
     )
 
 
@@ -171,6 +171,11 @@ def more_images(tiny: Path, content: dict) -> None:
     write_split(tiny / "data/tiny", "train", 12)
 
 
+def other_captions(tiny: Path, content: dict) -> None:
+    path = tiny / "data/tiny/train_caps.txt"
+    path.write_text(path.read_text().replace("dog", "cat", 1))
+
+
 def change(key: str, value: object) -> Callable[[Path, dict], None]:
     return lambda tiny, content: content.update({key: value})
 
@@ -189,7 +194,7 @@ def forget_adam(tiny: Path, content: dict) -> None:
 
 DAMAGED = {
     "another BERT": (another_bert, "another BERT"),
-    "more images": (more_images, "60 captions; "),
+    "more images": (more_images, "was trained on other data than"),
     "no fingerprint": (change("bert", None), "fingerprint"),
     "no epoch": (change("epoch", None), "epoch is None"),
     "fraction": (change("step", 2.0), "step is 2.0"),
@@ -201,7 +206,8 @@ DAMAGED = {
     "no moment": (forget_moment, "exp_avg_sq"),
     "no Adam": (forget_adam, "moments of 0 weights after 2 steps"),
     "no optimiser": (change("optimizer", 3), "cannot be gone on with"),
-    "a tensor of captions": (change("train_captions", torch.zeros(2)), "was trained on tensor"),
+    "other captions": (other_captions, "was trained on other data than"),
+    "a tensor for the data": (change("train_data", torch.zeros(2)), "was trained on other data"),
     "a tensor for an option": (
         lambda tiny, content: content["options"].update(margin=torch.zeros(0)),
         "option margin is Tensor; expected text or a number",
