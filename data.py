@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from files import naming, read_text, size_of
-from options import LARGEST, InputError, check_range, require
+from options import LARGEST, InputError, check_range, out_of_memory, require
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -173,6 +173,8 @@ def _map_features(path: Path) -> np.memmap:
     except InputError:
         raise
     except Exception as error:  # numpy's reader of headers can fail in any way
+        if out_of_memory(error):
+            raise
         raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
     require(
         features.ndim == 3 and features.size > 0,

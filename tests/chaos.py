@@ -47,7 +47,7 @@ EXPECTED = {
     "SIGTERM": {143, -15},  # the latter before training has begun
     "SIGINT": {130},
     "worker": {2},
-    "memory": {1, 2},  # a library may have words of its own for it, with their traceback
+    "memory": {2},
     "disk": {2},
 }
 TIMES = ("batch_time", "data_time", "pairs_per_s")
@@ -223,12 +223,14 @@ def stands_at(run: Path) -> tuple[Path | None, int]:
     return None, 0
 
 
-def judged(run: Path, uncut: Uncut, status: str) -> tuple[str, int]:
+def judged(run: Path, uncut: Uncut, status: str, said: str) -> tuple[str, int]:
     """What is wrong with what a program left, or nothing; and how many steps it left undone."""
     newest, step = stands_at(run)
     twice = max([event["step"] for event in events(run)], default=0) - step
     if not status.lstrip("-").isdecimal():
         return status, twice
+    if status == "2" and not said.splitlines()[-1].startswith("train.py: error: "):
+        return "no line for its end", twice
     if newest and digest(newest) not in uncut.states:
         return "another state than that of the uncut run", twice
     if twice > SAVE_STEP:
@@ -252,7 +254,7 @@ def cycles(options: Options, folder: Path) -> Iterator[Report]:
         process.start()
         most = expected.seconds * (1 - stands_at(run)[1] / STEPS)
         status = cut_off(process, run, way, most, chance)
-        problem, twice = judged(run, expected, status)
+        problem, twice = judged(run, expected, status, said.read_text())
         report.note(way, status, twice if written_at(run) != before else 0)
         if problem:
             tail = said.read_text()[-2000:]
