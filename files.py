@@ -133,6 +133,8 @@ def read_torch(path: Path) -> Any:
         except Exception as error:  # a damaged file can fail in any way; none of them is ours
             if out_of_memory(error):
                 raise
+            if isinstance(error, OSError) and error.errno:  # the disk, not what is on it
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from error
             raise Damaged(f"{path}: truncated or no checkpoint: {_reason(error)}") from error
 
 
@@ -303,11 +305,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file. Raises InputError where that cannot be done."""
-    header = io.BytesIO()
+    array, header = np.ascontiguousarray(array), io.BytesIO()
     npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
     with whole_file(path, header.tell() + array.nbytes) as file:
         file.write(header.getvalue())
-        file.write(np.ascontiguousarray(array).data)
+        file.write(array.data)
 
 
 def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:

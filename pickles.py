@@ -98,6 +98,8 @@ class _Machine:
 
     def made(self, function: Any, arguments: Any) -> str:
         """The shadow of what a function of ALLOWED makes."""
+        if not isinstance(function, str):
+            raise ValueError("calls what cannot be called")
         if function in TENSORS:
             storage, offset, shape, strides = arguments[:4]
             sizes = (offset, *shape, *strides)

@@ -80,9 +80,10 @@ def safetensors(folder: Path) -> None:
         lambda folder: rewrite(folder, old_names),
         lambda folder: rewrite(folder, lambda w: dict(reversed(w.items()))),
         lambda folder: rewrite(folder, lambda w: {k: v.double() for k, v in w.items()}),
+        lambda folder: rewrite(folder, lambda w: {k: torch.nn.Parameter(v) for k, v in w.items()}),
         safetensors,
     ],
-    ids=["old names", "other order", "doubles", "safetensors"],
+    ids=["old names", "other order", "doubles", "parameters", "safetensors"],
 )
 def test_one_bert_in_any_files_has_one_fingerprint(
     bert_folder: Path, change: Callable[[Path], None]
@@ -144,6 +145,7 @@ BAD_BERTS = {
         "4 entries",
     ),
     "other size": (lambda f: configure(f, vocab_size=54), "vocab_size 54"),
+    "many layers": (lambda f: configure(f, num_hidden_layers=5000), "5000 layers; expected 100"),
     "other layers": (lambda f: configure(f, num_hidden_layers=3), "holds 2 layers, its"),
     "negative": (lambda f: configure(f, hidden_size=-24), "hidden_size is -24"),
     "heads": (lambda f: configure(f, num_attention_heads=5), "5 attention heads"),
@@ -257,7 +259,22 @@ def option(name: str, value: object) -> Callable[[dict], dict]:
 
 CONV, QUERY_2 = "convs1.1.weight", "dynamic_itr_l1.imrc.sa.att_layer.linears.1.weight"
 GUIDE = "dynamic_itr_l1.glgc.fc_1.weight"
+
+
+def laughs() -> list:
+    """A list whose text would fill any memory."""
+    found: list = ["ha"]
+    for _ in range(60):
+        found = [found, found]
+    return found
+
+
 BAD_CHECKPOINTS = {
+    "a list for an option": (option("embed_size", laughs()), "option embed_size is list"),
+    "a list for a path": (option("data_path", laughs()), "option data_path is list"),
+    "no text": (option("bert_path", "a\0b"), "bert_path is a text that cannot be printed"),
+    "no number": (option("lambda_softmax_CMRC", float("nan")), "nan; expected a finite number"),
+    "no float": (option("lambda_softmax_CMRC", 10**400), "expected a finite number"),
     "code": (lambda c: c | {"epoch": Evil()}, "asks for code, posix.mkdir"),
     "an expression": (lambda c: c | {"epoch": Evil(True)}, "eval, which is not executed"),
     "code in opt": (option("x", Evil()), "asks for code, posix.mkdir"),

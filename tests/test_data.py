@@ -135,6 +135,7 @@ BAD = {
         lambda p: (p / "dev_caps.txt").write_text("a\n" * 6 + " \n" + "a\n" * 13),
         "line 7",
     ),
+    "endless": (lambda p: (p / "dev_caps.txt").write_text("a" * 10_001), "line 1 has 10001 char"),
     "uneven": (lambda p: (p / "dev_caps.txt").write_text("a\n" * 19), "4 rows for 19 captions"),
 }
 

@@ -236,3 +236,26 @@ def test_a_model_is_required(
 ) -> None:
     assert run_evaluate() == 2
     assert "--model_path" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_result_takes_no_ones_place(
+    tiny: Path, run_evaluate: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    model, other = tiny / "model.pth.tar", tiny / "x"
+    model.write_bytes(b"precious")
+    for more in (
+        ["--json", model],
+        ["--save_scores", model],
+        ["--json", other, "--save_scores", other],
+    ):
+        assert run_evaluate("--model_path", model, *more) == 2
+        assert "is a model or another result" in capsys.readouterr().err
+    assert model.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("option", ["data_path", "bert_path", "json", "save_scores"])
+def test_an_empty_option_is_a_slip(
+    run_evaluate: Callable[..., int], capsys: pytest.CaptureFixture, option: str
+) -> None:
+    assert run_evaluate("--model_path", "x", f"--{option}", "") == 2
+    assert f"--{option}: invalid text value: ''" in capsys.readouterr().err

@@ -4,14 +4,17 @@ import errno
 import hashlib
 import io
 import os
+import pickletools
 import resource
 import signal
 import struct
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,8 +22,10 @@ from files import (
     has_checksum,
     read_json,
     read_safetensors,
+    read_text,
     read_torch,
     whole_file,
+    write_array,
     write_json,
     write_torch,
 )
@@ -219,6 +224,132 @@ def repacked(data: bytes, old: bytes, new: bytes) -> bytes:
         for record in records.infolist():
             out.writestr(record.filename, records.read(record).replace(old, new))
     return buffer.getvalue()
+
+
+def pickled(folder: Path, *parts: bytes) -> Path:
+    """A torch file of the old format whose content is that pickle."""
+    path = saved(folder / "x", {}, _use_new_zipfile_serialization=False)
+    source = io.BytesIO(path.read_bytes())
+    for _ in range(3):  # magic number, version, system
+        list(pickletools.genops(source))
+    path.write_bytes(source.getvalue()[: source.tell()] + b"".join(parts))
+    return path
+
+
+TUPLES = b"q\x00h\x00\x86"  # remember, fetch, pair
+HOSTILE = {
+    # hashing it takes 2 to the 60 steps
+    "shared key": (b"\x80\x02})" + TUPLES * 60 + b"Ns.", "has a key that is neither"),
+    # hashing it takes the whole stack
+    "deep key": (b"\x80\x02})" + b"\x85" * 10**5 + b"Ns.", "has a key that is neither"),
+    "key in an OrderedDict": (
+        b"\x80\x02ccollections\nOrderedDict\n]](" + b")K\x01e" + b"a\x85R.",
+        "has a key that is neither",
+    ),
+    "bytes without number": (
+        b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x01\x85R.",
+        "asks for code, __builtin__.bytearray",
+    ),
+    "tensor without number": (
+        b"\x80\x02ctorch\nTensor\n\x8a\x05\0\0\0\0\x01\x85R.",
+        "asks for code, torch.Tensor",
+    ),
+    "storage": (
+        b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
+        b"\x8a\x05\0\0\0\0\x01NtQ.",
+        "claims numbers that a file of",
+    ),
+    "attributes of a list": (b"\x80\x02]}b.", "gives attributes to what has none"),
+    "call of a list": (b"\x80\x02])R.", "calls what cannot be called"),
+    "empty stack": (b"\x80\x02a.", "stack is empty"),
+    "popped": (b"\x80\x02NN0.", "holds the instruction POP"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_pickle_that_would_take_time_or_memory_is_not_loaded(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instructions, said = HOSTILE[fault]
+    path = pickled(tmp_path, instructions, b"\x80\x02].")
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(InputError, match=r"x: ") as error:
+        read_torch(path)
+    assert said in str(error.value)
+
+
+def test_attributes_of_dictionaries_and_parameters_do_not_come_in(tmp_path: Path) -> None:
+    content = OrderedDict(a=torch.nn.Parameter(torch.ones(2)), b=[3])
+    for zipped in (True, False):
+        path = saved(tmp_path / "x", content, _use_new_zipfile_serialization=zipped)
+        found = read_torch(path)
+        assert type(found) is dict and found["b"] == found.get("b") == [3]
+        assert type(found["a"]) is torch.Tensor and not found["a"].requires_grad
+
+
+def test_a_dictionary_whose_functions_are_taken_from_it(tmp_path: Path) -> None:
+    made = b"\x80\x02ccollections\nOrderedDict\n)R}X\x03\0\0\0getK\x03sb."
+    found = read_torch(pickled(tmp_path, made, b"\x80\x02]."))
+    assert found == {} and found.get("a") is None
+
+
+def test_what_python_2_wrote_of_an_ordered_dictionary_is_read(tmp_path: Path) -> None:
+    """Its pairs are given to the constructor."""
+    made = b"\x80\x02ccollections\nOrderedDict\n]](X\x01\0\0\0aK\x07ea\x85R."
+    assert read_torch(pickled(tmp_path, made, b"\x80\x02].")) == {"a": 7}
+
+
+def test_a_second_list_of_records_is_refused(tmp_path: Path) -> None:
+    """Python would read the last one, torch the one that the end record points to."""
+    data = saved(tmp_path / "x", torch.zeros(99)).read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as records:
+        listed = records.start_dir
+    end = data.rindex(b"PK\x06\x06")
+    (tmp_path / "x").write_bytes(data[:end] + data[listed:end] + data[end:])
+    with pytest.raises(InputError, match=r"records (is|are) not where"):
+        read_torch(tmp_path / "x")
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        for read in (lambda path: read_text(path, "a text"), read_torch, read_safetensors):
+            with pytest.raises(InputError, match=f"{name}: is a pipe or a device; expected a"):
+                read(tmp_path / name)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    for name in ("a\0b", "a\ud800b"):
+        with pytest.raises(InputError, match=r"expected a text"):
+            read_text(tmp_path / name, "a text")
+
+
+def test_a_text_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("files.LONGEST_TEXT", 9)
+    (tmp_path / "x").write_text("0123456789")
+    with pytest.raises(InputError, match="x: 10 bytes; expected words, 9 at most"):
+        read_text(tmp_path / "x", "words")
+
+
+def test_no_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, CONTENT)
+
+    def failing(*args: object, **more: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(MemoryError):
+        read_torch(path)
+
+
+def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).random((5, 7), dtype=np.float32)
+    for given in (array, array.T):
+        write_array(tmp_path / "x.npy", given)
+        np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), given)
+    with largest_file(100), pytest.raises(InputError, match="268 bytes are needed"):
+        write_array(tmp_path / "x.npy", array)
 
 
 def test_compressed_records_are_refused(tmp_path: Path) -> None:

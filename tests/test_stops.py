@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import options
 import runfolder
 import trainer
 from data import Batch, load
+from evaluation import Recall, Retrieval
 from files import write_torch
 from model import DIME, Output
 from options import InputError
@@ -82,6 +84,30 @@ def test_a_signal_finishes_the_step_and_saves(tiny: Path, name: str) -> None:
     assert "finishing what is begun" in said
     log = (tiny / "runs/i2t/train.log").read_text().splitlines()
     assert f"[{steps}] stopped by {name}" in log[-1]
+
+
+def test_a_signal_with_nobody_at_the_other_end_of_stderr_saves(tiny: Path) -> None:
+    """Ctrl-C also ends the tee of `train.py 2>&1 | tee log`; a terminal can be closed."""
+    argv = tiny_train(tiny, *LONG, "--num_epochs", "100000", "--save_step", "40000")
+    process = started(argv, "step 4/")
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    folder = tiny / "runs/i2t"
+    assert state(folder / NEWEST)["step"] == events(folder)[-1]["step"] >= 4
+    assert "stopped by SIGINT" in (folder / "train.log").read_text().splitlines()[-1]
+
+
+def test_the_line_of_an_error_has_nothing_that_a_terminal_obeys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def program() -> None:
+        raise InputError("a\x1b[2Jb\0c\nd")
+
+    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    with pytest.raises(SystemExit):
+        options.run(program)
+    assert last_line(capsys).endswith(r": error: a\x1b[2Jb\x00c d")
 
 
 def test_ctrl_c_before_training_has_begun_is_one_line(tmp_path: Path) -> None:
@@ -238,6 +264,58 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_good_checkpoint(
     assert not list(folder.glob("*.partial"))
 
 
+def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_set_aside(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, folder = tiny_train(tiny, "--save_step", "1"), tiny / "runs/i2t"
+    assert run_train(*argv, "--max_steps", "2") == 0
+    load = torch.load
+    for error in (MemoryError(), OSError(5, "Input/output error")):
+        failing = [error]
+
+        def once(*args: object, failing: list = failing, **more: object) -> object:
+            if failing:
+                raise failing.pop()
+            return load(*args, **more)
+
+        monkeypatch.setattr(torch, "load", once)
+        assert run_train(*argv, "--max_steps", "3", "--resume", "auto") == 2
+        assert not list(folder.glob("*.damaged"))
+    assert run_train(*argv, "--max_steps", "3", "--resume", "auto") == 0
+
+
+def test_a_worse_model_does_not_take_the_best_ones_place(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fallback may stand before the validation that found the best model."""
+    results = iter([90.0, 80.0])
+
+    def result(*_: object) -> Retrieval:
+        value = next(results)
+        recall = Recall(value, value, value, 1.0, 1.0)
+        return Retrieval(recall, recall)
+
+    monkeypatch.setattr(trainer, "retrieval", result)
+    argv, folder = tiny_train(tiny, "--save_step", "2"), tiny / "runs/i2t"
+    assert run_train(*argv, "--max_steps", "3") == 0
+    damage(folder / NEWEST)
+    assert state(folder / PREVIOUS)["best_rsum"] == -1
+    assert run_train(*argv, "--max_steps", "6", "--resume", "auto") == 0
+    assert state(folder / BEST)["step"] == 3
+    assert state(folder / NEWEST)["best_rsum"] == 360
+
+
+def test_a_damaged_best_model_is_replaced_with_a_warning(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    argv, folder = tiny_train(tiny), tiny / "runs/i2t"
+    assert run_train(*argv, "--max_steps", "2") == 0
+    damage(folder / BEST)
+    assert run_train(*argv, "--max_steps", "4", "--resume", "auto") == 0
+    assert "checksum do not fit; the next one takes its place" in caplog.text
+    assert state(folder / BEST)["step"] == 4
+
+
 # One writer
 
 
@@ -268,6 +346,19 @@ def test_a_second_training_is_refused_while_the_first_runs(
         process.stderr.close()
 
 
+def test_nothing_is_written_through_links_in_a_runs_folder(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    argv, folder = tiny_train(tiny, "--max_steps", "1"), tiny / "runs/i2t"
+    folder.mkdir(parents=True)
+    for name in ("lock", "metrics.jsonl", "train.log"):
+        (folder / name).symlink_to(tiny / "outside")
+        assert run_train(*argv, "--resume", "auto") == 2
+        assert f"{name}: is a link; expected a file" in last_line(capsys)
+        assert not (tiny / "outside").exists()
+        (folder / name).unlink()
+
+
 def test_a_folder_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,6 +371,18 @@ def test_a_folder_without_locks_is_a_warning(
 
 
 # Workers
+
+
+def test_workers_that_cannot_be_started_are_one_line(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 6, before[1]))
+    try:
+        assert run_train(*tiny_train(tiny, "--workers", "2", "--max_steps", "1")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "--workers 2: cannot be started: Too many open files" in last_line(capsys)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds workers in Linux's /proc")
