@@ -18,7 +18,7 @@ from transformers import BertConfig, BertModel
 
 from files import has_checksum, read_json, read_safetensors, read_torch, write_torch
 from model import DIME, ModelConfig
-from options import LARGEST_FLOAT, InputError, require, some
+from options import LARGEST_FLOAT, InputError, require, short, some
 from published import own_names
 from vocab import Vocabulary
 
@@ -164,16 +164,16 @@ def _one_of(folder: Path, *names: str) -> Path:
 def _bert_sizes(path: Path) -> dict[str, Any]:
     config = read_json(path, "the configuration of BERT")
     kind = config.get("model_type", "bert")
-    require(kind == "bert", f"{path}: model_type is {kind!r}; expected 'bert'")
+    require(kind == "bert", f"{path}: model_type is {short(kind)}; expected 'bert'")
     for name, expected in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-12)):
         found = config.get(name, expected)
-        require(found == expected, f"{path}: {name} is {found!r}; expected {expected!r}")
+        require(found == expected, f"{path}: {name} is {short(found)}; expected {expected!r}")
     sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
     for name, value in sizes.items():
         fits = type(value) is int and 0 < value < 2**24
         if name.endswith("_prob"):
             fits = type(value) in (int, float) and 0 <= value < 1
-        require(fits, f"{path}: {name} is {value!r}; expected a size or a probability")
+        require(fits, f"{path}: {name} is {short(value)}; expected a size or a probability")
     layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
     require(layers <= MOST_LAYERS, f"{path}: {layers} layers; expected {MOST_LAYERS} at most")
     require(
@@ -196,7 +196,7 @@ def _check_named(weights: Any, path: Path) -> None:
     require(isinstance(weights, dict), f"{path}: expected a dictionary of named weights")
     for name, value in weights.items():
         fits = isinstance(name, str) and isinstance(value, Tensor)
-        require(fits, f"{path}: {name!r} is {type(value).__name__}; expected a weight")
+        require(fits, f"{path}: {short(name)} is {type(value).__name__}; expected a weight")
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
         expected = f"one of {', '.join(choices)}" if choices else kind.__name__
         require(
             fits and (not choices or value in choices),
-            f"{source}: option {field.name} is {value!r}; expected {expected}",
+            f"{source}: option {field.name} is {short(value)}; expected {expected}",
         )
         finite = kind is not float or abs(value) <= LARGEST_FLOAT
         require(finite, f"{source}: option {field.name} is {value}; expected a finite number")

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import shutil
@@ -150,8 +151,10 @@ def _check_container(file: IO[bytes], size: int) -> None:
     start = file.read(len(ZIP_START))
     file.seek(0)
     if start != ZIP_START:
-        for _ in range(OLD_PICKLES):
-            check_pickle(file, size)
+        # by memory map: a file's own read would take the memory that a text claims
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for _ in range(OLD_PICKLES):
+                check_pickle(data, size)
         return
     sealed = not _ends_plainly(file)
     if sealed:

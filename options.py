@@ -67,6 +67,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def short(value: object) -> str:
+    """What is said of a value that a file holds: of a list of lists of lists its type."""
+    return repr(value)[:99] if isinstance(value, str | int | float | None) else type(value).__name__
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message} (see --help)")

@@ -7,6 +7,7 @@ stack of shadows, and allows what checkpoints are made of.
 
 import math
 import pickletools
+from mmap import mmap
 from typing import IO, Any
 
 KINDS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -127,7 +128,7 @@ def _check_key(key: Any) -> None:
         raise ValueError("has a key that is neither text nor number")
 
 
-def check_pickle(file: IO[bytes], size: int) -> None:
+def check_pickle(file: IO[bytes] | mmap, size: int) -> None:
     """Go through a pickle in a file of `size` bytes, to its end.
 
     Raises CodeAsked, which names it, or ValueError, IndexError, KeyError or TypeError.

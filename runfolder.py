@@ -17,7 +17,7 @@ from typing import Any
 import runlog
 from checkpoint import Checkpoint, read_checkpoint
 from files import Damaged, naming
-from options import InputError, require
+from options import InputError, require, short
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Place:
         for field in fields(cls):
             value = getattr(place, field.name)
             if type(value) is not type(field.default) or not math.isfinite(value):
-                raise ValueError(f"{field.name} is {value!r}")
+                raise ValueError(f"{field.name} is {short(value)}")
         if not (0 <= place.position < length and place.epoch >= 0):
             raise ValueError(f"position {place.position} of epoch {place.epoch}")
         if place.step != place.epoch * length + place.position:

@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -65,7 +66,11 @@ class Options:
 # What fuzzing has found so far, each with a test of its own since.
 MENDED = {
     "features": ["tokenize.TokenError from numpy's reader of headers"],
-    "resume": ["RuntimeError where an option or a count was a tensor"],
+    "published_checkpoint": ["4 GB taken where a text of the pickle claimed them"],
+    "resume": [
+        "RuntimeError where an option or a count was a tensor",
+        "the text of a list that holds itself many times over, in an error's line",
+    ],
 }
 
 
@@ -73,6 +78,7 @@ MENDED = {
 
 NUMBERS = [0, 1, -1, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64]
 WORDS = [b"", b"\0", b"\n", b"\r", b"\xff", b"\xe2\x80\xa8", b"[", b"{", b'"', b"-1", b"1e999"]
+WORDS += [b"\xed\xa0\x80", b"\x85" * 50, b"q\x00h\x00\x86" * 40, b"u", b"b", b"R", b"Q", b"t."]
 WORDS += [b"NaN", b"null", b"9" * 30, b"PK\x05\x06", b"PK\x03\x04", b"cos\nsystem\n", b"(F4)", b"O"]
 CHANGES = ("bit", "bytes", "number", "word", "insert", "delete", "double", "cut", "swap")
 change = st.tuples(
@@ -113,9 +119,28 @@ def changed(data: bytes, changes: list[tuple[str, int, int, bytes]]) -> bytes:
 
 # Changing values
 
+
+def laughs() -> list[Any]:
+    """A list whose text would fill any memory."""
+    found: list[Any] = ["ha"]
+    for _ in range(40):
+        found = [found, found]
+    return found
+
+
+def dressed() -> OrderedDict[str, Any]:
+    """A dictionary with attributes in place of its functions."""
+    found: OrderedDict[str, Any] = OrderedDict(a=1)
+    vars(found).update(get=3, pop=None, values="x")
+    return found
+
+
 ODD: list[Callable[[], Any]] = [
     *(lambda v=v: v for v in (None, True, -1, 0, 3, 2**63, 10**30, 0.5, 1e308, "", "x" * 50)),
     *(lambda v=v: v for v in (float("nan"), float("inf"), b"x", 1j, [], {}, (), [[]], {"a": {}})),
+    *(lambda v=v: v for v in ("a\0b", "a\ud800", "\x1b[2J", -(10**400), ("a", ("b",)))),
+    laughs,
+    dressed,
     lambda: torch.zeros(0),
     lambda: torch.zeros(3),
     lambda: torch.tensor(3.0),
@@ -130,7 +155,7 @@ ODD: list[Callable[[], Any]] = [
 value_change = st.tuples(
     st.lists(st.integers(0, 2**16), max_size=6),
     st.integers(0, len(ODD) - 1),
-    st.sampled_from(("set", "remove", "rename", "reshape")),
+    st.sampled_from(("set", "remove", "rename", "reshape", "type")),
 )
 
 
@@ -146,8 +171,12 @@ def replaced(content: Any, path: list[int], odd: int, kind: str) -> Any:
         at = path[0] % len(content)
         inner = replaced(content[at], path[1:], odd, kind)
         return [*content[:at], inner, *content[at + 1 :]]
-    if kind == "reshape" and isinstance(content, torch.Tensor):
-        return content.unsqueeze(0) if odd % 2 or content.numel() > 10**6 else content.double()
+    if kind == "reshape" and isinstance(content, torch.Tensor) and content.numel() < 10**6:
+        return content.unsqueeze(0) if odd % 2 else content.double()
+    if kind == "type" and isinstance(content, torch.Tensor) and content.numel() < 10**6:
+        kinds = (torch.bool, torch.int64, torch.complex64, torch.float16, torch.uint16)
+        parameter = odd % 6 == 0 and content.is_floating_point()
+        return torch.nn.Parameter(content) if parameter else content.to(kinds[odd % len(kinds)])
     return ODD[odd]()
 
 
