@@ -228,7 +228,8 @@ class _Plain:
     def __init__(self, size: int) -> None:
         self.size = size
         self.done: dict[int, Any] = {}
-        self.held: dict[int, int] = {}  # bytes of each storage
+        self.storages: set[int] = set()
+        self.held = 0  # bytes of all of them
 
     def of(self, value: Any) -> Any:
         """Raises ValueError where an array is not plain, or larger than what the file holds."""
@@ -252,9 +253,11 @@ class _Plain:
 
     def array(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self.held[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in self.storages:
+            self.storages.add(storage.data_ptr())
+            self.held += storage.nbytes()
         fits = tensor.numel() * tensor.element_size() <= storage.nbytes()
-        if not fits or sum(self.held.values()) > self.size or tensor.dtype not in DTYPES:
+        if not fits or self.held > self.size or tensor.dtype not in DTYPES:
             shape = list(tensor.shape)
             raise ValueError(f"claims an array of shape {shape} in a file of {self.size} bytes")
         return tensor.detach()

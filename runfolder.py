@@ -74,20 +74,21 @@ def only_writer(folder: Path) -> Iterator[None]:
     for name in (LOCK, runlog.METRICS, runlog.LOG):  # written in place
         require(not (folder / name).is_symlink(), f"{folder / name}: is a link; expected a file")
     with naming(folder, "a folder to write to"):
-        file = (folder / LOCK).open("a+", encoding="utf-8")
+        file = (folder / LOCK).open("ab+", buffering=0)
     with file:
         try:
             # not flock, which a worker would inherit and hold after its parent's death
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            raise InputError(f"{folder}: another run writes there ({file.read(99)})") from error
+            raise InputError(
+                f"{folder}: another run writes there ({file.read(99).decode()})"
+            ) from error
         except OSError as error:
             log.warning("%s: has no locks (%s); start no second run there", folder, error.strerror)
         with naming(folder / LOCK, "a file to write"):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

@@ -11,6 +11,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -67,6 +68,7 @@ class RunLog:
             self.run["resumed_at"] = [*steps, step]
         cut(folder / METRICS, lambda line: reached(line, step, validated))
         cut(folder / LOG, lambda line: said(line, step))
+        threading.excepthook = _hand_over
         with naming(folder, "a folder to write to"):
             self.handler = _LogFile(self)
             self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
@@ -81,6 +83,7 @@ class RunLog:
         self.handler.close()
         with naming(self.folder, "a folder to write to"):
             self.board.close()
+        threading.excepthook = threading.__excepthook__
 
     def record(self, **figures: float) -> None:
         """One event at the present step: a line of metrics.jsonl, and a scalar for each figure."""
@@ -97,6 +100,12 @@ class RunLog:
         self.run["seconds"] = round(self.seconds_before + time.monotonic() - self.began, 1)
         self.run["peak_memory_bytes"] = peak_memory(self.device)
         write_json(self.folder / RUN, self.run)
+
+
+def _hand_over(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread gives what the disk said to the next call; it needs no traceback."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 class _LogFile(logging.FileHandler):
