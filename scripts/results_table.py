@@ -89,10 +89,12 @@ def chaos(found: dict[str, Any] | None) -> str:
     if found is None:
         return "Runs that were cut off: not run.\n"
     ways = ", ".join(f"{count} {way}" for way, count in sorted(found["ways"].items()))
+    ended = sum(count for end, count in found["exits"].items() if end.endswith(" 0"))
     return (
-        f"{about(found)}: {found['survived']} of {found['cycles']} cut-off runs ({ways}) left the "
-        f"state of an uncut run, bit for bit; {found['runs_completed']} runs were completed that "
-        f"way, with its logs and its best model. Steps done twice: "
+        f"{about(found)}: {found['survived']} of {found['cycles']} cycles ({ways}) left the state "
+        f"of an uncut run, bit for bit; {found['cycles'] - ended} of them cut the program off, in "
+        f"the others it came to its end. {found['runs_completed']} runs were completed that way, "
+        f"with the logs and the best model of an uncut one. Steps done twice: "
         f"{found['steps_done_twice']} in all, {found['most_steps_done_twice']} at most after one "
         f"cut (`--save_step {found['save_step']}`). {found['seconds'] / 60:.0f} minutes.\n"
     )

@@ -169,8 +169,9 @@ def same(a: object, b: object) -> bool:
 
 def report(part: str, found: dict[str, object], path: Path) -> None:
     """Write what a program by hand found into its part of a JSON file, and how it was found."""
+    module = sys.modules["__main__"].__spec__.name  # they are run as `python -m tests.NAME`
     about = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": runlog.commit(),
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
