@@ -319,15 +319,15 @@ def test_a_damaged_best_model_is_replaced_with_a_warning(
 @pytest.mark.parametrize("size", [5, 60, 3000])
 def test_a_disk_that_is_full_from_the_start_is_one_line(tiny: Path, size: int) -> None:
     """For the lock, for TensorBoard's first event, for the logs."""
-    command = [sys.executable, ROOT / "train.py", *tiny_train(tiny, "--max_steps", "9")]
-    done = subprocess.run(
-        command,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-        **{"stderr": subprocess.PIPE, "text": True, "check": False},
+    program = (
+        "import resource, options, train; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); options.run(train.main)"
     )
+    command = [sys.executable, "-c", program, *tiny_train(tiny, "--max_steps", "9")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search(r"train\.py: error: .*File too large", done.stderr)
+    assert re.search(r"-c: error: .*File too large", done.stderr)
 
 
 # One writer
