@@ -18,14 +18,13 @@ from transformers import BertConfig, BertModel
 
 from files import has_checksum, read_json, read_safetensors, read_torch, write_torch
 from model import DIME, ModelConfig
-from options import LARGEST_FLOAT, InputError, require, short, some
+from options import LARGEST_FLOAT, PLAIN, InputError, require, short, some
 from published import own_names
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
 
 FORMAT = "dime-1"  # of own checkpoints; another number would mean other names or meanings
-PLAIN = str | int | float | None  # what an option can be
 # The options of a published checkpoint that count; it may hold others, of any kind.
 KNOWN = {field.name for field in fields(ModelConfig)} | {"data_path", "data_name", "bert_path"}
 BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
@@ -116,14 +115,14 @@ def fingerprint(bert: Weights, vocabulary: Vocabulary) -> str:
 
 
 def filled(make: Callable[[], Module], weights: Weights, source: Path, keep: str = "") -> Module:
-    """The module that `make` makes, with these weights, as `load_strictly` has it.
+    """The module that `make` makes, with these weights, held to them as `load_strictly` does.
 
     A file's word for its sizes is not taken: they are compared before memory is.
     """
     with torch.device("meta"):
         check_fit(make(), weights, source, keep)
     module = make()
-    load_strictly(module, weights, source, keep)
+    module.load_state_dict(weights, strict=False)
     return module
 
 

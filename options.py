@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
 Precision = Literal["fp32", "bf16"]
+PLAIN = str | int | float | None  # what an option can be
 
 DEVICES = ("cpu", "cuda", "mps")  # kinds that torch has autocast for
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
@@ -69,7 +70,7 @@ def some(names: Sequence[str]) -> str:
 
 def short(value: object) -> str:
     """What is said of a value that a file holds: of a list of lists of lists its type."""
-    return repr(value)[:99] if isinstance(value, str | int | float | None) else type(value).__name__
+    return repr(value)[:99] if isinstance(value, PLAIN) else type(value).__name__
 
 
 class _Parser(argparse.ArgumentParser):
