@@ -6,6 +6,7 @@ Nothing that a file holds is executed. Knows nothing of training or of data.
 import argparse
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from files import has_checksum, read_json, read_safetensors, read_torch, write_torch
+from files import has_checksum, read_json, read_safetensors, read_torch, size_of, write_torch
 from model import DIME, ModelConfig
 from options import LARGEST_FLOAT, PLAIN, InputError, require, short, some
 from published import own_names
@@ -64,7 +65,7 @@ def load_bert(folder: str | Path) -> Bert:
     Raises InputError that names the file, and the key that is missing or too many.
     """
     folder = Path(folder)
-    require(folder.is_dir(), f"{folder}: no such folder; --bert_path must name a BERT folder")
+    require(os.path.isdir(folder), f"{folder}: no such folder; --bert_path must name a BERT folder")
     source = _one_of(folder, "model.safetensors", "pytorch_model.bin")
     return _assembled(folder, _read_weights(source), source)
 
@@ -100,8 +101,12 @@ def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         require(name not in normal, f"{source}: holds {name} twice, under two names")
         require(value.is_floating_point(), f"{source}: {key} is {value.dtype}; expected floats")
-        normal[name] = value.float()
-    return normal
+        normal[name] = value
+    # weights that share their numbers in the file would have their own in float32
+    held = sum(value.numel() * value.element_size() for value in normal.values())
+    size = size_of(source, "the weights of BERT")
+    require(held <= size, f"{source}: {held} bytes of weights in a file of {size} bytes")
+    return {name: value.float() for name, value in normal.items()}
 
 
 def fingerprint(bert: Weights, vocabulary: Vocabulary) -> str:
@@ -155,7 +160,7 @@ def check_fit(model: nn.Module, weights: Weights, source: Path, keep: str = "") 
 
 def _one_of(folder: Path, *names: str) -> Path:
     for name in names:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return folder / name
     raise InputError(f"{folder}: holds no {' and no '.join(names)}; a BERT folder needs one")
 

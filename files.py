@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import re
@@ -17,7 +18,7 @@ import shutil
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from options import InputError, out_of_memory, require
+from memory import out_of_memory
+from options import InputError, require
 from pickles import CodeAsked, check_pickle
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says where no more bytes fit
@@ -170,7 +172,11 @@ def _check_container(file: IO[bytes], size: int) -> None:
             raise ValueError("its records are compressed; torch writes them plain")
         if sum(record.file_size for record in listed) > size or len(pickles) != 1:
             raise ValueError(f"its records are more than a file of {size} bytes holds")
-        check_pickle(io.BytesIO(records.read(pickles[0])), size)
+        claimed = check_pickle(io.BytesIO(records.read(pickles[0])), size)
+        sizes = {record.filename: record.file_size for record in listed}
+        root = pickles[0].removesuffix("data.pkl")
+        if any(sizes.get(f"{root}data/{key}") != held for key, held in claimed.items()):
+            raise ValueError("claims numbers that its records do not hold")
 
 
 def _check_end(file: IO[bytes], end: int) -> None:
@@ -270,15 +276,15 @@ def whole_file(path: Path, size: int, keep: Path | None = None) -> Iterator[IO[b
     What had the name before is then found at `keep`, if one is given. Raises InputError where the
     folder cannot be written to, or is full; what had the name before stays.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = beside(path)
     with naming(path, "a file to write"):
         try:
-            partial.unlink(missing_ok=True)
+            _begin(path, partial)
             with partial.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if keep is not None and path.exists():
+            if keep is not None and os.path.lexists(path):
                 path.replace(keep)
             partial.replace(path)
             _sync(path.parent)
@@ -291,6 +297,26 @@ def whole_file(path: Path, size: int, keep: Path | None = None) -> Iterator[IO[b
             raise
         finally:
             partial.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written until it is whole."""
+    return path.with_name(path.name + ".partial")
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where `whole_file` could not write a file of that name."""
+    with naming(path, "a file to write"):
+        _begin(path, beside(path))
+        beside(path).open("xb").close()
+        beside(path).unlink()
+
+
+def _begin(path: Path, partial: Path) -> None:
+    """Make room for a file; what is none, a pipe or a device, is left alone."""
+    if os.path.exists(path):
+        size_of(path, "a file to write")
+    partial.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:
@@ -311,11 +337,20 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file. Raises InputError where that cannot be done."""
-    array, header = np.ascontiguousarray(array), io.BytesIO()
-    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
-    with whole_file(path, header.tell() + array.nbytes) as file:
+    write_blocks(path, array.shape, array.dtype, [array])
+
+
+def write_blocks(
+    path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]
+) -> None:
+    """Write a .npy file from consecutive blocks of its rows. Raises InputError like write_array."""
+    header = io.BytesIO()
+    about = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(header, about)
+    with whole_file(path, header.tell() + math.prod(shape) * dtype.itemsize) as file:
         file.write(header.getvalue())
-        file.write(array.data)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block).data)
 
 
 def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:

@@ -27,9 +27,9 @@ from checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from evaluation import score_split
 from model import DIME, ModelConfig
 from options import InputError
+from scoring import score_split
 
 BERT = GOLDEN / "i2t/bert"
 PUBLISHED = GOLDEN / "i2t/checkpoint.pth.tar"
@@ -410,3 +410,19 @@ def test_more_words_than_bert_can_read(own: Path) -> None:
         InputError, match=r"own\.pth\.tar: --max_words 65: this BERT reads 64 at most"
     ):
         load_model(own)
+
+
+def test_weights_that_share_their_numbers_do_not_multiply(tmp_path: Path) -> None:
+    """A megabyte of names for one array would take gigabytes in float32."""
+    shutil.copytree(GOLDEN / "i2t/bert", tmp_path / "bert")
+    shared = torch.zeros(2**16, dtype=torch.float16)
+    torch.save({f"x{i}": shared for i in range(60)}, tmp_path / "bert/pytorch_model.bin")
+    with pytest.raises(InputError, match=r"bytes of weights in a file of"):
+        load_bert(tmp_path / "bert")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "loop"])
+def test_a_folder_that_no_system_call_takes_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match="no such folder"):
+        load_bert(tmp_path / name)

@@ -7,6 +7,7 @@ import os
 import pickletools
 import resource
 import signal
+import stat
 import struct
 import zipfile
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from files import (
+    check_writable,
     has_checksum,
     read_json,
     read_safetensors,
@@ -181,7 +183,7 @@ def wider(size: int) -> torch.Tensor:
 LOOP: list = []
 LOOP.append(LOOP)
 BAD = {
-    "expanded": (lambda: {"a": wider(2**40)}, "claims an array of shape [1099511627776]"),
+    "expanded": (lambda: {"a": wider(2**40)}, "claims an array that"),
     "nested": (lambda: [{"b": (1, {"c": wider(9)})}], "claims an array of shape [9]"),
     "meta": (lambda: torch.zeros(3, device="meta"), "meta_tensor_no_storage, which is not exec"),
     "sparse": (lambda: torch.zeros(3, 3).to_sparse(), "_rebuild_sparse_tensor, which is not exec"),
@@ -236,6 +238,8 @@ def pickled(folder: Path, *parts: bytes) -> Path:
     return path
 
 
+# BINPERSID of ("storage", FloatStorage, "0", "cpu", 1)
+STORAGE_OF_1 = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ"
 TUPLES = b"q\x00h\x00\x86"  # remember, fetch, pair
 HOSTILE = {
     # hashing it takes 2 to the 60 steps
@@ -261,6 +265,51 @@ HOSTILE = {
     ),
     "attributes of a list": (b"\x80\x02]}b.", "gives attributes to what has none"),
     "call of a list": (b"\x80\x02])R.", "calls what cannot be called"),
+    "entries of a list": (b"\x80\x02]NNs.", "sets entries of what is no dictionary"),
+    "entries of a tensor": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE_OF_1 + b"K\x00))NNtRK\x00Ns.",
+        "sets entries of what is no dictionary",
+    ),
+    # what is asked for again and again would take memory as the square of the file
+    "shared pairs": (
+        b"\x80\x02]("
+        + b"".join(b"J%bN\x86" % struct.pack("<i", n) for n in range(300))
+        + b"e\x85q\x00ccollections\nOrderedDict\nq\x01]("
+        + b"h\x01h\x00R" * 300
+        + b"e.",
+        "entries in a file of",
+    ),
+    "shared attributes": (
+        b"\x80\x02}("
+        + b"".join(b"J%bN" % struct.pack("<i", n) for n in range(300))
+        + b"uq\x00ccollections\nOrderedDict\nq\x01]("
+        + b"h\x01)Rh\x00b" * 300
+        + b"e.",
+        "entries in a file of",
+    ),
+    # multiplied out, they would take time as the square of the file
+    "many axes": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        + STORAGE_OF_1
+        + b"K\x00("
+        + b"K\x01q\x05"
+        + b"h\x05" * 70
+        + b"tq\x06h\x06NNtR.",
+        "an array without numbers or shape",
+    ),
+    "a long axis": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        + STORAGE_OF_1
+        + b"K\x00"
+        + b"\x8a\xff"
+        + b"\xff" * 254
+        + b"\x7f\x85K\x01\x85NNtR.",
+        "claims an array that",
+    ),
+    "two sizes of one storage": (
+        b"\x80\x02]" + STORAGE_OF_1 + STORAGE_OF_1.replace(b"K\x01tQ", b"K\x02tQ") + b"aa.",
+        "the same numbers twice",
+    ),
     "empty stack": (b"\x80\x02a.", "stack is empty"),
     "popped": (b"\x80\x02NN0.", "holds the instruction POP"),
 }
@@ -276,6 +325,27 @@ def test_a_pickle_that_would_take_time_or_memory_is_not_loaded(
     with pytest.raises(InputError, match=r"x: ") as error:
         read_torch(path)
     assert said in str(error.value)
+
+
+def test_numbers_that_a_record_does_not_hold_are_not_read(tmp_path: Path) -> None:
+    """A storage's size is held to its record, not to the file: torch before 2.10 believes it."""
+    path = saved(tmp_path / "x", [torch.zeros(4), torch.zeros(5000)])
+    size, more = b"K\x04tq", b"K\x60tq"  # BININT1 4, TUPLE, and what refers to it
+    data = repacked(path.read_bytes(), size, more)
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="claims numbers that its records do not hold"):
+        read_torch(path)
+
+
+@pytest.mark.parametrize("write", [write_json, check_writable])
+def test_pipes_and_devices_are_not_replaced_by_files(tmp_path: Path, write) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(InputError, match=f"{name}: is a pipe or a device"):
+            write(tmp_path / name, *([{}] if write is write_json else []))
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_attributes_of_dictionaries_and_parameters_do_not_come_in(tmp_path: Path) -> None:
