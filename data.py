@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from files import naming, read_text, size_of
-from options import LARGEST, InputError, check_range, out_of_memory, require
+from memory import out_of_memory
+from options import LARGEST, InputError, check_range, require
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,11 @@ class DataConfig:
         check_range(self, ("seed",), 0, 2**63 - 1)
 
 
+def split_files(folder: str | Path, name: SplitName) -> tuple[Path, Path]:
+    """The files of a split: features and captions."""
+    return Path(folder) / f"{name}_ims.npy", Path(folder) / f"{name}_caps.txt"
+
+
 @dataclass(frozen=True)
 class Split:
     """Images and captions of one split; features stay on the disk until they are asked for."""
@@ -75,9 +81,8 @@ class Split:
         Raises InputError that names the file, what was found and what was expected. In training
         an empty caption is an error too.
         """
-        folder = Path(folder)
-        path = folder / f"{name}_ims.npy"
-        captions = read_captions(folder / f"{name}_caps.txt", allow_empty=not training)
+        path, captions_path = split_files(folder, name)
+        captions = read_captions(captions_path, allow_empty=not training)
         features = _map_features(path)
         rows, width = features.shape[0], features.shape[2]
         require(width == img_dim, f"{path}: features are {width} wide, --img_dim is {img_dim}")
@@ -113,11 +118,15 @@ class Split:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the captions, the features' shape and type, and some of their rows."""
+        """SHA-256 of the captions, the features' shape and type, and their rows.
+
+        Of a file above CHEAP_BYTES it is some of the rows.
+        """
         features = self._features
         digest = hashlib.sha256("\n".join(self.captions).encode())
         digest.update(f"{features.shape} {features.dtype.str}".encode())
-        for row in np.linspace(0, len(features) - 1, SAMPLED_ROWS, dtype=int):
+        count = len(features) if features.nbytes <= CHEAP_BYTES else SAMPLED_ROWS
+        for row in np.linspace(0, len(features) - 1, count, dtype=int):
             digest.update(np.ascontiguousarray(features[row]).data)
         return digest.hexdigest()
 
@@ -196,6 +205,7 @@ class Batch:
     mask: Tensor  # [T, M] bool, True = a real token
     captions: Tensor  # [T] index in the split
     pairs: int
+    states: Tensor | None = None  # [T, M, hidden] of BERT, where they are kept
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -219,6 +229,7 @@ class TrainingBatches(Dataset):
     config: DataConfig
     max_words: int
     skip_single: bool  # leave out a batch of one item, which batch normalisation cannot take
+    states: Path | None = None  # BERT's states of all captions, see textcache.py
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -245,7 +256,11 @@ class TrainingBatches(Dataset):
             [self.split.captions[c] for c in captions], self.max_words
         )
         pairs = len(captions) - len(more)
-        return Batch(self.split.regions(rows), ids, mask, torch.from_numpy(captions), pairs)
+        states = None
+        if self.states is not None:
+            states = torch.from_numpy(open_memmap(self.states, mode="r")[captions])
+        regions = self.split.regions(rows)
+        return Batch(regions, ids, mask, torch.from_numpy(captions), pairs, states)
 
     def epoch(self, epoch: int, start: int, pin: bool) -> Iterator[Batch]:
         """The batches of an epoch from position `start` on, read by the workers."""

@@ -6,9 +6,7 @@ is looked up (`pick_device`), and long work tells how far it is (`progress`).
 """
 
 import argparse
-import ctypes
 import dataclasses
-import errno
 import logging
 import math
 import os
@@ -25,6 +23,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from tqdm import tqdm
 
+from memory import keep_memory, no_memory, out_of_memory
+
 log = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
@@ -33,14 +33,13 @@ PLAIN = str | int | float | None  # what an option can be
 
 DEVICES = ("cpu", "cuda", "mps")  # kinds that torch has autocast for
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
 LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip
-# What libraries call it: torch, Python's threads, oneDNN.
-NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread", "could not create a primitive")
 FINISHING = "finishing what is begun; a second signal, a second later, ends at once"
+SLOW = 4.0  # times that a product in bfloat16 may take of one in float32 before it is said
 SAME_SECONDS = 1.0  # a launcher that passes a signal on may double it
 LARGEST_FLOAT = 1e30  # whose products still are numbers
+LONGEST_LINE = 4000  # characters of an error's text
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
 
 
@@ -158,34 +157,19 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: cannot be used here: {reason}") from error
 
 
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory: a training step on a CPU is three times as fast with it.
-
-    By default every step gives gigabytes back to the system and faults them in again (20 s against
-    7 s on two cores). Other C libraries lack `mallopt` and go without.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_MAX, 0)
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that the machine's memory, or a GPU's, is used up, or comes of it."""
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            return True
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def no_memory(error: BaseException) -> str:
-    """What is said of it, in one line."""
-    return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
+def warn_of_slow(precision: Precision, device: torch.device) -> None:
+    """Say so where a processor has no units for bfloat16 and imitates them."""
+    if precision == "bf16" and device.type == "cpu":
+        seconds = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.ones(256, 256, dtype=dtype)
+            a @ a  # what is done once is not timed
+            since = time.perf_counter()
+            a @ a
+            seconds[dtype] = time.perf_counter() - since
+        factor = seconds[torch.bfloat16] / seconds[torch.float32]
+        if factor > SLOW:
+            log.warning("--precision bf16: on this processor %.0f times slower than fp32", factor)
 
 
 class Stopped(Exception):
@@ -282,8 +266,22 @@ def run(program: Callable[[], None]) -> None:
 
 
 def _one_line(text: str) -> str:
-    """A text without line feeds, and without what a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    """A text without line feeds, and without what a terminal would obey, of bearable length."""
+    line = " ".join(text[:LONGEST_LINE].split()) + "..." * (len(text) > LONGEST_LINE)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def say(text: str) -> None:
+    """Write to standard output. Raises InputError where nobody takes it."""
+    try:
+        if sys.stdout is None:
+            raise OSError("is closed")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is not None:  # Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(f"standard output: {error.strerror or error}") from error
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:

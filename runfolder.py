@@ -5,7 +5,6 @@ Kept apart from trainer.py, which is the loop, and runlog.py, which writes the l
 
 import fcntl
 import logging
-import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 import runlog
 from checkpoint import Checkpoint, read_checkpoint
-from files import Damaged, naming
+from files import Damaged, naming, size_of
 from options import InputError, require, short
 
 log = logging.getLogger(__name__)
@@ -24,6 +23,8 @@ log = logging.getLogger(__name__)
 NEWEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint_previous.pth.tar"
 BEST = "model_best.pth.tar"
 DAMAGED = f"{NEWEST}.damaged"
+MOST_STEPS = 2**62  # and more than any score; a larger number is none of a run's
+STATES = "text_states.npy"  # of BERT, see textcache.py
 LOCK = "lock"
 
 
@@ -48,7 +49,7 @@ class Place:
         place = cls(**{field.name: state.get(field.name) for field in fields(cls)})
         for field in fields(cls):
             value = getattr(place, field.name)
-            if type(value) is not type(field.default) or not math.isfinite(value):
+            if type(value) is not type(field.default) or not abs(value) <= MOST_STEPS:
                 raise ValueError(f"{field.name} is {short(value)}")
         if not (0 <= place.position < length and place.epoch >= 0):
             raise ValueError(f"position {place.position} of epoch {place.epoch}")
@@ -72,7 +73,12 @@ def only_writer(folder: Path) -> Iterator[None]:
     with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     for name in (LOCK, runlog.METRICS, runlog.LOG):  # written in place
-        require(not (folder / name).is_symlink(), f"{folder / name}: is a link; expected a file")
+        with naming(folder, "a folder to write to"):
+            if os.path.lexists(path := folder / name):
+                require(not path.is_symlink(), f"{path}: is a link; expected a file")
+                size_of(path, "a file to write")
+                alone = path.stat().st_nlink == 1
+                require(alone, f"{path}: is a link; expected a file of its own")
     with naming(folder, "a folder to write to"):
         file = (folder / LOCK).open("ab+", buffering=0)
     with file:
@@ -97,14 +103,14 @@ def to_resume(folder: Path, resume: str, overwrite: bool) -> Checkpoint | None:
 
     Raises InputError where the folder holds a run that is neither gone on with nor given up.
     """
-    written = any((folder / name).exists() for name in (NEWEST, PREVIOUS, BEST))
+    written = any(os.path.lexists(folder / name) for name in (NEWEST, PREVIOUS, BEST))
     held = written or runlog.held_by_run(folder)
     if resume == "auto":
         return newest_whole(folder)
     if resume:
         path = Path(resume)
         require(
-            not held or path.resolve().parent == folder.resolve(),
+            not held or os.path.dirname(os.path.realpath(path)) == os.path.realpath(folder),
             f"{folder}: holds another run than {path}; give another --logger_name",
         )
         return read_checkpoint(path)
@@ -125,7 +131,7 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     problem = None
     for name in (NEWEST, PREVIOUS, BEST):
         path = folder / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
             checkpoint = read_checkpoint(path)
@@ -144,13 +150,13 @@ def newest_whole(folder: Path) -> Checkpoint | None:
 
 def _set_aside(path: Path, problem: InputError | None) -> None:
     """Rename a damaged newest checkpoint, which would be kept in place of a whole one else."""
-    if problem is not None and path.exists():
+    if problem is not None and os.path.lexists(path):
         with naming(path, "a file to rename"):
             path.replace(path.with_name(DAMAGED))
 
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left."""
-    for name in (NEWEST, PREVIOUS, BEST):
+    for name in (NEWEST, PREVIOUS, BEST, STATES):
         runlog.remove(folder / name)
     runlog.clear(folder)

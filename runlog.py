@@ -5,9 +5,9 @@
 
 import json
 import logging
+import os
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import Retrieval
-from files import naming, read_json, whole_file, write_json
+from files import naming, read_json, size_of, whole_file, write_json
+from memory import peak_memory
 from options import InputError
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
-LOG_LINE = re.compile(rb"\S+ \S+ \[(\d+)\] ")  # date, time and step
+LOG_LINE = re.compile(rb"\S+ \S+ \[(\d{1,18})\] ")  # date, time and step
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
-KILOBYTE = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
 
 
 class RunLog:
@@ -160,8 +160,14 @@ def tags(result: Retrieval) -> dict[str, float]:
 
 def clear(folder: Path) -> None:
     """Delete the logs of an earlier run."""
-    for path in [folder / METRICS, folder / RUN, folder / LOG, *folder.glob(EVENTS)]:
+    for path in _logs(folder):
         remove(path)
+
+
+def _logs(folder: Path) -> list[Path]:
+    """The logs of a run that are there."""
+    named = [folder / name for name in (METRICS, RUN, LOG)]
+    return [path for path in [*named, *folder.glob(EVENTS)] if os.path.lexists(path)]
 
 
 def remove(path: Path) -> None:
@@ -172,19 +178,12 @@ def remove(path: Path) -> None:
 
 def held_by_run(folder: Path) -> bool:
     """Whether a run has written its logs into the folder."""
-    return any((folder / name).exists() for name in (METRICS, RUN)) or any(folder.glob(EVENTS))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process held: on the GPU where it uses one, else in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
+    return bool(_logs(folder))
 
 
 def earlier_sessions(path: Path) -> tuple[list[int], float]:
     """The steps that a run was resumed at, and its seconds so far."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return [], 0.0
     run = read_json(path, "what an earlier session of the run wrote")
     try:
@@ -195,8 +194,9 @@ def earlier_sessions(path: Path) -> tuple[list[int], float]:
 
 def cut(path: Path, kept: Callable[[bytes], bool]) -> None:
     """Keep a log's whole lines that are to be kept."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    size_of(path, "the log of an earlier session")
     with naming(path, "the log of an earlier session"):
         lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line feed is nothing whole
     data = b"".join(line + b"\n" for line in lines if kept(line))

@@ -1,6 +1,7 @@
 """runlog.py: names, means and what is left of a torn log."""
 
 import json
+import os
 import re
 import subprocess
 import time
@@ -107,3 +108,16 @@ def test_figures_may_be_tensors_or_numbers() -> None:
     figures: dict[str, Tensor] = {"Rank": torch.tensor(3.0)}
     window.stepped(figures)
     assert type(window.mean()["Rank"]) is float
+
+
+def test_a_step_of_a_thousand_digits_is_none(tmp_path: Path) -> None:
+    path = tmp_path / runlog.LOG
+    path.write_bytes(b"2026-01-01 10:00 [2] a\n2026-01-01 10:00 [" + b"9" * 5000 + b"] b\n")
+    runlog.cut(path, lambda line: runlog.said(line, 3))
+    assert path.read_bytes() == b"2026-01-01 10:00 [2] a\n"
+
+
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / runlog.METRICS)
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        runlog.cut(tmp_path / runlog.METRICS, lambda line: True)
