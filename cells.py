@@ -1,9 +1,8 @@
 """cells.py — the four interaction cells of DIME (SPEC §5): RIC, GLGC, IMRC, CMRC.
 
-A cell refines query tokens `[Q, C, L, D]` in the light of a context, and its router says how open
-each path onward is. It knows nothing of the layer it sits in, of direction or of loss. The axes
-are those of `router.py`; where C = 1 nothing depends on the context yet, and broadcasting does
-the rest.
+A cell refines query tokens `[Q, C, L, D]` in the light of its view of the contexts. It knows
+nothing of the layer it sits in, of direction or of loss. The axes are those of `router.py`; where
+C = 1 nothing depends on the context yet, and broadcasting does the rest.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router import Modality, Router
+from router import Cell, Modality, Router
 
 LEAK = 0.1  # slope of the leaky ReLU in the affinities, as in SCAN
 NO_LENGTH = 1e-12  # a vector shorter than this is divided by this, as torch's normalize does
@@ -27,38 +26,36 @@ CellName = Literal["ric", "glgc", "imrc", "cmrc"]
 CELLS: tuple[CellName, ...] = get_args(CellName)  # the paper's order, and that of the out-paths
 
 
-class RectifiedIdentity(nn.Module):
+class RectifiedIdentity(Cell):
     """RIC (§5.0): keep what is there, rectified."""
 
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
+    skips = False  # it has no product to save
 
-    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
-        return x.relu(), self.router(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
 
 
-class GlobalLocalGuidance(nn.Module):
+class GlobalLocalGuidance(Cell):
     """GLGC (§5.1): the whole of the other modality guides each token."""
 
     def __init__(self, dim: int, router: Router) -> None:
-        super().__init__()
-        self.router = router
+        super().__init__(router)
         self.fc = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
+    def view(self, context: Modality) -> tuple[Tensor, ...]:
+        return (context.pooled.sign()[None, :, None, :],)  # [1, C, 1, D]
+
+    def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         # REFERENCE: norm_L(fc(x) * guide), over tokens and not over channels. The guide is
         # constant along L, so only its sign is left, and no gradient reaches it.
-        guide = context.pooled.sign()[None, :, None, :].to(x.dtype)  # [1, C, 1, D]
-        return (1 + guide * _unit_over_tokens(self.fc(x))) * x, self.router(x)
+        return (1 + guide.to(x.dtype) * _unit_over_tokens(self.fc(x))) * x
 
 
-class IntraModalReasoning(nn.Module):
+class IntraModalReasoning(Cell):
     """IMRC (§5.2): self-attention among the tokens, then a feed-forward layer."""
 
     def __init__(self, dim: int, heads: int, hidden: int, router: Router) -> None:
-        super().__init__()
-        self.router = router
+        super().__init__(router)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # query, key and value in one product
         start = nn.Linear(dim, dim)
@@ -68,9 +65,9 @@ class IntraModalReasoning(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         y = x + self._attend(x)
-        return y + self.fc2(self.fc1(y).relu()), self.router(x)
+        return y + self.fc2(self.fc1(y).relu())
 
     def _attend(self, x: Tensor) -> Tensor:
         # Two batched products: with 16 channels a head the fused attention is slower on a CPU.
@@ -82,31 +79,32 @@ class IntraModalReasoning(nn.Module):
         return (weights @ value).transpose(-3, -2).flatten(-2)  # [Q, C, L, D]
 
 
-class CrossModalRefinement(nn.Module):
+class CrossModalRefinement(Cell):
     """CMRC (§5.3): each token attends to the other modality's tokens and is refined by them."""
 
     def __init__(self, dim: int, norm: AffinityNorm, smooth: float, router: Router) -> None:
-        super().__init__()
-        self.router = router
+        super().__init__(router)
         self.norm = AFFINITY_NORMS[norm]
         self.smooth = smooth
         self.scale_shift = nn.Linear(dim, 2 * dim)
         self.fc1 = nn.Linear(dim, dim)
         self.fc2 = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
-        weights = self.attention(x, context)  # [Q, C, L, M]
+    def view(self, context: Modality) -> tuple[Tensor, ...]:
         # The weights sum to one, so Linear(P c) = P Linear(c): the context is projected once
         # per item and not once per pair.
         projected = self.scale_shift(context.tokens)  # [C, M, 2D]
-        scale, shift = (weights @ projected).chunk(2, -1)  # [Q, C, L, D] each
-        return x + self.fc2(self.fc1(x * scale.tanh() + shift).relu()), self.router(x)
+        return context.tokens[None], context.mask[None, :, None, :], projected[None]
 
-    def attention(self, x: Tensor, context: Modality) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor, projected: Tensor) -> Tensor:
+        weights = self.attention(x, tokens, mask)  # [Q, C, L, M]
+        scale, shift = (weights @ projected).chunk(2, -1)  # [Q, C, L, D] each
+        return x + self.fc2(self.fc1(x * scale.tanh() + shift).relu())
+
+    def attention(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """What each query token looks at: weights `[Q, C, L, M]`, 0 on masked context tokens."""
-        affinity = self.norm(x @ context.tokens.to(x.dtype).mT)  # [Q, C, L, M]
-        hidden = ~context.mask[None, :, None, :]
-        return (self.smooth * affinity).masked_fill(hidden, -torch.inf).softmax(-1)
+        affinity = self.norm(x @ tokens.to(x.dtype).mT)  # [Q, C, L, M]
+        return (self.smooth * affinity).masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def _unit_over_tokens(x: Tensor) -> Tensor:
@@ -153,7 +151,7 @@ class CellSizes:
     affinity_norm: AffinityNorm
     smooth: float  # inverse temperature of CMRC's attention (lambda_softmax)
 
-    def cell(self, name: CellName, paths: int) -> nn.Module:
+    def cell(self, name: CellName, paths: int) -> Cell:
         """A new cell with a router for `paths` out-paths."""
         router = Router(self.dim, self.router_hidden, paths)
         if name == "ric":

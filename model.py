@@ -5,9 +5,8 @@ the context; `DIME.score` swaps them in one place. Knows nothing of files or met
 those of `router.py`.
 """
 
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,15 +16,12 @@ from torch import Tensor, nn
 
 from cells import CELLS, AffinityNorm, CellName, CellSizes
 from options import LARGEST, Precision, check_range, require
-from router import MergeLayer, Modality, RoutingLayer
-
-log = logging.getLogger(__name__)
+from router import Modality
+from space import LAYERS, RoutingSpace
 
 Direction = Literal["i2t", "t2i"]
 
-LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
-PATH_SIZE = 128  # width of the embedding that path vectors are compared in
 WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
 
 
@@ -126,48 +122,6 @@ class TextEncoder(nn.Module):
         return conv(F.pad(hidden.mT, (before, window - 1 - before))).relu()  # [T, D, M]
 
 
-class RoutingSpace(nn.Module):
-    """Layers of cells, densely connected, then one score a pair (§6)."""
-
-    def __init__(
-        self, sizes: CellSizes, layers: int = LAYERS, cells: Sequence[CellName] = CELLS
-    ) -> None:
-        super().__init__()
-        count = len(cells)
-        self.layers = nn.ModuleList(
-            RoutingLayer({name: sizes.cell(name, count) for name in cells})
-            for _ in range(layers - 1)
-        )
-        self.merge = MergeLayer({name: sizes.cell(name, 1) for name in cells})
-        self.norm = nn.BatchNorm1d(sizes.dim)
-        self.path_mapping = nn.Linear((layers - 1) * count * count + count, PATH_SIZE)
-
-    def forward(self, query: Modality, context: Modality) -> tuple[Tensor, Tensor]:
-        """Scores `[Q, C]` and path vectors `[Q, C, K]`, both float32."""
-        xs = (query.tokens.unsqueeze(1),) * len(self.merge.cells)  # N x [Q, 1, L, D]
-        gates = []
-        for layer in self.layers:
-            xs, layer_gates = layer(xs, context)
-            gates.append(layer_gates)
-        refined, layer_gates = self.merge(xs, context)  # [Q, C, L, D], [Q, C, 1, N]
-        gates.append(layer_gates)
-        shape = (len(query), len(context), -1)
-        paths = torch.cat([g.flatten(2).expand(shape) for g in gates], -1)  # [Q, C, K]
-        return self._compare(refined.expand(*shape[:2], -1, -1), context.pooled), paths
-
-    def _compare(self, refined: Tensor, pooled: Tensor) -> Tensor:
-        """Scores `[Q, C]` of refined tokens `[Q, C, L, D]` with contexts `[C, D]`."""
-        refined = refined.float()
-        # Statistics over every pair and position, extra negatives included.
-        normed = self.norm(refined.flatten(0, 2)).view_as(refined)
-        whole = F.normalize(normed.mean(-2) + normed.amax(-2), dim=-1)  # [Q, C, D]
-        return (whole * pooled).sum(-1)
-
-    def embed_paths(self, paths: Tensor) -> Tensor:
-        """Path embeddings `[Q, PATH_SIZE]` of path vectors `[Q, C, K]`, unit length."""
-        return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
-
-
 @dataclass(frozen=True)
 class Output:
     """What a training batch gives."""
@@ -207,22 +161,15 @@ class DIME(nn.Module):
         )
         self.space = RoutingSpace(sizes, layers, cells)
         self.precision: Precision = "fp32"
-        self._compiled: Callable[[Modality, Modality], tuple[Tensor, Tensor]] | None = None
 
-    def compile_routing(self) -> None:
-        """Compile the routing space at its first use; go on without where that fails."""
-        compiled = torch.compile(self.space.forward)
+    @property
+    def direction(self) -> Direction:
+        """Which modality is refined."""
+        return self.config.direction
 
-        def route(query: Modality, context: Modality) -> tuple[Tensor, Tensor]:
-            try:
-                return compiled(query, context)
-            except Exception as error:  # no compiler, or one that cannot: many types, one remedy
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                log.warning("not compiled, going on without: %s", reason)
-                self._compiled = None
-                return self.space(query, context)
-
-        self._compiled = route
+    def closed(self, paths: Tensor) -> Tensor:
+        """How many pairs have all gates of a cell closed, `[layers, cells]`."""
+        return self.space.closed(paths)
 
     def encode_images(self, regions: Tensor) -> Modality:
         """Region features `[I, L, img_dim]`, encoded."""
@@ -234,32 +181,36 @@ class DIME(nn.Module):
         with self._autocast(ids):
             return self.text(self.text.read(ids, mask), mask)
 
-    def score(self, images: Modality, captions: Modality) -> tuple[Tensor, Tensor]:
-        """Scores `[I, T]` and path vectors `[Q, C, K]` of all pairs."""
+    def score(
+        self, images: Modality, captions: Modality, pairs: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores `[I, T]` and path vectors `[Q, C, K]` of all pairs, about `pairs` at a time."""
         if self.config.direction == "i2t":
-            return self._pair(images, _trim(captions))
+            return self._pair(images, _trim(captions), pairs)
         # REFERENCE: in t2i every word position counts, padding too, so nothing is trimmed.
-        scores, paths = self._pair(captions, images)
+        scores, paths = self._pair(captions, images, pairs)
         return scores.T, paths
 
-    def forward(self, regions: Tensor, ids: Tensor, mask: Tensor, pairs: int) -> Output:
+    def forward(
+        self, regions: Tensor, ids: Tensor, mask: Tensor, pairs: int, states: Tensor | None = None
+    ) -> Output:
         """A training batch, whose first `pairs` images and captions match one to one.
 
         Further captions (i2t) or images (t2i) are negatives only; the modality that is refined
-        has none, so there is one path embedding a pair.
+        has none, so there is one path embedding a pair. `states` are BERT's, where they are known.
         """
         with self._autocast(ids):
-            hidden = self.text.read(ids, mask)
+            hidden = self.text.read(ids, mask) if states is None else states
             captions = self.text(hidden, mask)
         scores, paths = self.score(self.encode_images(regions), captions)
         meanings = F.normalize(hidden[:pairs].mean(1), dim=-1)
         return Output(scores, self.space.embed_paths(paths), meanings)
 
-    def _pair(self, query: Modality, context: Modality) -> tuple[Tensor, Tensor]:
+    def _pair(self, query: Modality, context: Modality, pairs: int | None) -> tuple[Tensor, Tensor]:
         with self._autocast(query.tokens):
             if self.precision == "bf16":
                 query = Modality(query.tokens.bfloat16(), query.pooled, query.mask)
-            return (self._compiled or self.space)(query, context)
+            return self.space(query, context, pairs)
 
     def _autocast(self, example: Tensor) -> torch.autocast:
         return torch.autocast(example.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is born dead
 CLOSED = 1e-4  # an out-path whose gates sum to less carries the skip instead
 EPSILON = 1e-8  # keeps the division finite where every gate of an out-path is 0
+WORTH_SKIPPING = 0.1  # share of closed pairs from which picking the open ones out pays
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class Modality:
 
     def __getitem__(self, items: slice | Tensor) -> "Modality":
         return Modality(self.tokens[items], self.pooled[items], self.mask[items])
+
+    def to(self, device: torch.device) -> "Modality":
+        """The same items on another device; of pinned ones without waiting for it."""
+        return Modality(*(part.to(device, non_blocking=True) for part in vars(self).values()))
+
+    def pinned(self) -> "Modality":
+        """The same items where a GPU can fetch them."""
+        return Modality(*(part.pin_memory() for part in vars(self).values()))
+
+    def split(self, size: int) -> list["Modality"]:
+        """In parts of that many items, the last one smaller."""
+        return [self[first : first + size] for first in range(0, len(self), size)]
 
 
 class Router(nn.Module):
@@ -50,16 +63,52 @@ class Router(nn.Module):
             return self.mlp(x.mean(-2, dtype=torch.float32)).tanh().relu()
 
 
-class RoutingLayer(nn.Module):
-    """A dense layer (§6): every cell feeds every cell of the next layer."""
+class Cell(nn.Module):
+    """What a layer needs of a cell: its router, its view of the contexts, and its refinement.
 
-    def __init__(self, cells: Mapping[str, nn.Module]) -> None:
+    `forward(x, *view)` refines tokens `[Q, C, L, D]`; C = 1 where they do not depend on the
+    context yet. What a cell does is in cells.py.
+    """
+
+    skips = True  # whether it is worth while to leave out what has closed gates
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def view(self, context: Modality) -> tuple[Tensor, ...]:
+        """What the cell needs of contexts, made once for all queries: tensors `[1, C, ...]`."""
+        return ()
+
+
+Views = Sequence[tuple[Tensor, ...]]  # of the cells of a layer
+
+
+class Layer(nn.Module):
+    """Cells side by side, each on its own input."""
+
+    def __init__(self, cells: Mapping[str, Cell]) -> None:
         super().__init__()
         self.cells = nn.ModuleDict(cells)
 
-    def forward(self, xs: Sequence[Tensor], context: Modality) -> tuple[tuple[Tensor, ...], Tensor]:
+    def views(self, context: Modality) -> Views:
+        """What each cell needs of contexts."""
+        return [cell.view(context) for cell in self.cells.values()]
+
+    def _run(self, xs: Sequence[Tensor], views: Views) -> tuple[tuple[Tensor, ...], Tensor]:
+        """N outputs `[Q, C, L, D]` and their gates `[Q, C, O, N]`."""
+        cells = self.cells.values()
+        gates = [cell.router(x) for cell, x in zip(cells, xs, strict=True)]
+        ys = map(_refine, cells, xs, views, gates)
+        return tuple(ys), torch.stack(gates, -1)
+
+
+class RoutingLayer(Layer):
+    """A dense layer (§6): every cell feeds every cell of the next layer."""
+
+    def forward(self, xs: Sequence[Tensor], views: Views) -> tuple[tuple[Tensor, ...], Tensor]:
         """Out-paths, O tensors `[Q, C, L, D]`, and normalised gates `[Q, C, O, N]`."""
-        ys, gates = _run(self.cells, xs, context)
+        ys, gates = self._run(xs, views)
         total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
         dead = total < CLOSED
         gates = gates / (total + EPSILON)
@@ -68,16 +117,12 @@ class RoutingLayer(nn.Module):
         return tuple(_blend(parts, path) for path in weights.unbind(2)), gates
 
 
-class MergeLayer(nn.Module):
+class MergeLayer(Layer):
     """The last layer (§6): one out-path, the mean of the cells weighted by their gates."""
 
-    def __init__(self, cells: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.cells = nn.ModuleDict(cells)
-
-    def forward(self, xs: Sequence[Tensor], context: Modality) -> tuple[Tensor, Tensor]:
+    def forward(self, xs: Sequence[Tensor], views: Views) -> tuple[Tensor, Tensor]:
         """The refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
-        ys, gates = _run(self.cells, xs, context)
+        ys, gates = self._run(xs, views)
         open_ = gates.squeeze(2)  # [Q, C, N]
         dead = (open_ < CLOSED / len(self.cells)).to(open_)  # such a cell passes its input on
         total = (open_ + dead).sum(-1, keepdim=True)  # [Q, C, 1]
@@ -85,13 +130,22 @@ class MergeLayer(nn.Module):
         return _blend([*ys, *xs], weights), gates
 
 
-def _run(
-    cells: nn.ModuleDict, xs: Sequence[Tensor], context: Modality
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Each cell on its own input: N outputs `[Q, C, L, D]` and their gates `[Q, C, O, N]`."""
-    done = [cell(x, context) for cell, x in zip(cells.values(), xs, strict=True)]
-    ys, gates = zip(*done, strict=True)
-    return ys, torch.stack(gates, -1)
+def _refine(cell: Cell, x: Tensor, view: tuple[Tensor, ...], gates: Tensor) -> Tensor:
+    """The cell's output, for gates `[Q, C, O]`; zeros where all are 0, for nothing takes it there.
+
+    What has closed gates is not sent through the cell, which changes no score and no gradient.
+    """
+    if not cell.skips or torch.compiler.is_compiling():  # whose shapes cannot depend on gates
+        return cell(x, *view)
+    open_ = gates.any(-1)  # [Q, C]
+    if open_.float().mean() > 1 - WORTH_SKIPPING:
+        return cell(x, *view)
+    query, context = open_.nonzero(as_tuple=True)  # P open pairs, or queries where C = 1
+    if x.shape[1] == 1:
+        y = cell(x[query], *view)  # [P, C, L, D]
+        return y.new_zeros(len(x), *y.shape[1:]).index_put((query,), y)
+    y = cell(x[query, context].unsqueeze(1), *(part[0, context].unsqueeze(1) for part in view))
+    return y.new_zeros(x.shape).index_put((query, context), y.squeeze(1))  # y was [P, 1, L, D]
 
 
 def _blend(parts: Sequence[Tensor], weights: Tensor) -> Tensor:

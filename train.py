@@ -4,6 +4,7 @@ The command line: it opens what the options name and hands it to the trainer.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from data import Split, TrainingBatches
 from model import DIME
 from options import parse, pick_device, require, run
 from runfolder import clear, only_writer, to_resume
+from textcache import cached_text
 from trainconfig import TrainConfig
 from trainer import Trainer
 
@@ -46,6 +48,10 @@ def train(config: TrainConfig, device: torch.device) -> None:
     else:
         trainer.restore(found)
         del found  # its copy of the weights
+    if config.cache_text:
+        encoder, captions = trainer.model.text, split.captions
+        path = cached_text(config.folder, encoder, bert, captions, config.max_words)
+        trainer.batches = replace(batches, states=path)
     trainer.train()
 
 

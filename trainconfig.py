@@ -17,6 +17,7 @@ NO_EFFECT = "accepted for the published command lines; changes nothing with prec
 FREE = {
     *("num_epochs", "max_steps", "logger_name", "data_path", "bert_path", "workers", "device"),
     *("log_step", "val_step", "save_step", "skip_bad_batches", "resume", "overwrite", "compile"),
+    "memory",
     *("drop", "measure", "finetune", "use_restval", "reset_train"),
 }
 
@@ -50,7 +51,16 @@ class TrainConfig(DataConfig, ModelConfig):
     precision: Annotated[Precision, "bf16 computes products in bfloat16, weights stay float32"] = (
         "fp32"
     )
-    compile: Annotated[bool, "compile the routing space (takes minutes, needs a compiler)"] = False
+    cache_text: Annotated[
+        bool, "let BERT read the captions once, without its dropout: faster, not the paper's method"
+    ] = False
+    compile: Annotated[
+        bool | None, "compile the routing (default: where a compiler is found and it pays)"
+    ] = None
+    memory: Annotated[
+        float,
+        "gigabytes that training may take; activations beyond are computed twice (0: what is free)",
+    ] = 0.0
     drop: Annotated[float, NO_EFFECT] = 0.0
     measure: Annotated[str, NO_EFFECT] = "cosine"
     finetune: Annotated[bool, NO_EFFECT] = False
@@ -64,7 +74,15 @@ class TrainConfig(DataConfig, ModelConfig):
         check_range(self, ("num_epochs", "lr_update", "log_step", "val_step", "save_step"), 1)
         check_range(
             self,
-            ("max_steps", "skip_bad_batches", "grad_clip", "learning_rate", "margin", "trade_off"),
+            (
+                "max_steps",
+                "skip_bad_batches",
+                "grad_clip",
+                "learning_rate",
+                "margin",
+                "trade_off",
+                "memory",
+            ),
             0,
         )
         i2t = self.direction == "i2t"

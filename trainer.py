@@ -5,14 +5,15 @@ mathematics is in model.py, the options in trainconfig.py, the logs in runlog.py
 """
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,15 +30,19 @@ from checkpoint import (
     write_checkpoint,
 )
 from data import CAPTIONS_PER_IMAGE, Batch, Split, TrainingBatches
-from evaluation import owners, retrieval, score_split
+from evaluation import owners, retrieval
+from memory import no_memory, out_of_memory
 from model import DIME, path_loss, triplet_loss
-from options import InputError, Signals, Stopped, no_memory, out_of_memory, require
+from options import InputError, Signals, Stopped, require, warn_of_slow
 from runfolder import BEST, NEWEST, PREVIOUS, Place
+from scoring import BadScores, score_split
 from trainconfig import FREE, TrainConfig
 
 log = logging.getLogger(__name__)
 
 LR_DECAY = 0.1
+LONGEST_TIME = 1e9  # seconds that are told
+STEP_IN_SCORES = 3  # a training step's work on a pair, in scorings of one
 
 
 class BadBatch(InputError):
@@ -61,25 +66,14 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
         self.place = Place()
+        self.restored: Path | None = None  # the checkpoint that is gone on from
         model.precision = config.precision
-        if config.compile:
-            model.compile_routing()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written. Raises InputError where the run is another."""
         path, state = checkpoint.path, checkpoint.state
         require("optimizer" in state, f"{path}: holds no optimiser, so it cannot be gone on with")
-        for field in fields(self.config):
-            then = checkpoint.options.get(field.name, field.default)
-            now = getattr(self.config, field.name)
-            if field.name not in FREE:
-                require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
-        check_same_bert(checkpoint, self.bert)
-        split, trained = self.batches.split, state.get("train_data")
-        require(
-            type(trained) is str and trained == split.fingerprint,
-            f"{path}: was trained on other data than {split.path.parent} holds",
-        )
+        self._check_same_run(checkpoint)
         load_strictly(self.model, checkpoint.weights, path, keep=BERT_KEYS)
         # DEVIATION: a resumed run goes on exactly where it was (the published one started again at
         # epoch 0, its optimiser and best scores forgotten).
@@ -93,17 +87,34 @@ class Trainer:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: cannot be gone on with: {reason}") from error
         self._restore_best()
+        self.restored = path
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        """Raise InputError where a checkpoint is of a run with other options, data or BERT."""
+        path = checkpoint.path
+        for field in fields(self.config):
+            then = checkpoint.options.get(field.name, field.default)
+            now = getattr(self.config, field.name)
+            if field.name not in FREE:
+                require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
+        check_same_bert(checkpoint, self.bert)
+        for name, split in (("train_data", self.batches.split), ("dev_data", self.dev)):
+            found = checkpoint.state.get(name)
+            same = type(found) is str and found == split.fingerprint
+            require(same, f"{path}: was trained on other data than {split.path} and its captions")
 
     def _restore_best(self) -> None:
         """Have the best scores be those of the best model that is there."""
         path = self.config.folder / BEST
         try:
-            best = Place.read(read_checkpoint(path).state, len(self.batches))
+            checkpoint = read_checkpoint(path)
+            self._check_same_run(checkpoint)
+            best = Place.read(checkpoint.state, len(self.batches))
             rsum, r1 = best.best_rsum, best.best_r1
             # it may be newer than the checkpoint, where a run was cut off between the two
             rsum, r1 = max(rsum, self.place.best_rsum), max(r1, self.place.best_r1)
         except (InputError, ValueError) as error:
-            if path.exists():
+            if os.path.lexists(path):
                 log.warning("%s; the next one takes its place", error)
             rsum, r1 = -1.0, -1.0
         self.place = replace(self.place, best_rsum=rsum, best_r1=r1)
@@ -147,6 +158,7 @@ class Trainer:
         if self.finished and not self._unvalidated:
             log.info("%s: complete at step %d", self.config.folder, self.place.step)
             return
+        self._give_up_later_steps()
         place, terminal = self.place, sys.stderr.isatty()
         validated = place.validated == place.step
         options = asdict(self.config)
@@ -155,6 +167,11 @@ class Trainer:
         redirected = logging_redirect_tqdm() if terminal else nullcontext()
         with self.log, self.bar, redirected, Signals() as self.signals:
             self._announce()
+            refined = self.batches.split.regions_per_image
+            if self.config.direction == "t2i":
+                refined = self.config.max_words
+            # steps of the whole run, so that a resumed one computes as one never stopped
+            self.fit(refined, self.last_step)
             try:
                 if self._unvalidated:  # cut off in the middle of it
                     self._validate()
@@ -170,6 +187,14 @@ class Trainer:
                 raise InputError(said) from error
             log.info("done: the best model is %s", self.config.folder / BEST)
 
+    def _give_up_later_steps(self) -> None:
+        """Have the newest checkpoint be the one that is gone on from, before the logs are cut."""
+        folder = self.config.folder
+        if self.restored is not None and self.restored != folder / NEWEST:
+            self._write(NEWEST, keep=None)
+            if self.restored != folder / PREVIOUS:
+                runlog.remove(folder / PREVIOUS)
+
     def _announce(self) -> None:
         c, data = self.config, self.batches.split
         weights = sum(p.numel() for p in self.parameters)
@@ -179,6 +204,18 @@ class Trainer:
         if self.batches.skip_single and len(data.captions) % c.batch_size == 1:
             log.info("the last batch of an epoch holds one item and is skipped: it needs two")
         log.info("step %d of %d, %d an epoch", self.place.step, self.last_step, len(self.batches))
+
+    def fit(self, tokens: int, steps: int) -> None:
+        """Fit the work to the machine: compiled where that pays, within the memory there is.
+
+        A run of `steps` refines `tokens` of each pair.
+        """
+        config = self.config
+        warn_of_slow(config.precision, self.device)
+        pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
+        space, itemsize = self.model.space, 2 if config.precision == "bf16" else 4
+        space.compile_where_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
+        space.keep_within(config.memory * 1e9 or None, pairs, tokens, itemsize)
 
     def _epoch(self) -> None:
         """From the run's place to the end of its epoch, or of the run."""
@@ -262,7 +299,7 @@ class Trainer:
         """
         config = self.config
         self.model.train()
-        output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs)
+        output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.states)
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
         path = path_loss(output.paths, output.meanings, config.batch_size)
         loss = rank + config.trade_off * path
@@ -284,12 +321,11 @@ class Trainer:
 
     def _kept(self) -> str:
         newest = self.config.folder / NEWEST
-        if not newest.exists():
-            return "no checkpoint yet"
-        return f"the last checkpoint is {newest}"
+        return f"the last checkpoint is {newest}" if newest.exists() else "no checkpoint yet"
 
     def _further(self) -> str:
-        return f"{self._kept()}; the same command with --resume auto goes on"
+        instead = " in place of --overwrite" if self.config.overwrite else ""
+        return f"{self._kept()}; the same command with --resume auto{instead} goes on"
 
     def _report(self, epoch: int, lr: float, window: runlog.Window) -> None:
         figures = window.mean()
@@ -299,7 +335,7 @@ class Trainer:
         self.bar.set_postfix_str(f"{loss}, {speed:.0f} pairs/s")
         if self.bar.disable:
             seconds = (self.last_step - step) * figures["batch_time"]
-            left = timedelta(seconds=round(seconds))
+            left = timedelta(seconds=round(min(seconds, LONGEST_TIME)))
             progress = f"epoch {epoch} step {step}/{self.last_step}"
             parts = f"rank {figures['Rank']:.3f}, path {figures['Path']:.3f}"
             log.info("%s %s (%s), %.0f pairs/s, %s left", progress, loss, parts, speed, left)
@@ -309,22 +345,25 @@ class Trainer:
         config, place = self.config, self.place
         images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
         log.info("step %d: validating on %d dev images", place.step, images)
-        with self.signals.at_once():  # the checkpoint of this step is written
-            scores = score_split(
-                self.model,
-                self.dev,
-                self.bert.vocabulary,
-                config.max_words,
-                device=self.device,
-                images=images,
-                workers=config.workers,
-            )
-        best = config.folder / BEST
-        require(
-            bool(np.isfinite(scores).all()),
-            f"step {place.step}: the scores of dev hold NaN or inf, so its checkpoint is no good; "
-            f"{f'the best one before it is {best}' if best.exists() else 'there is no other'}",
-        )
+        try:
+            with self.signals.at_once():  # the checkpoint of this step is written
+                scores = score_split(
+                    self.model,
+                    self.dev,
+                    self.bert.vocabulary,
+                    config.max_words,
+                    device=self.device,
+                    images=images,
+                    workers=config.workers,
+                )
+        except BadScores as error:
+            best = config.folder / BEST
+            other = f"the best one before it is {best}" if best.exists() else "there is no other"
+            message = f"step {place.step}: {error}, so its checkpoint is no good; {other}"
+            raise InputError(message) from error
+        except InputError as error:
+            self.signals.obey()  # one that ends a worker, too
+            raise InputError(f"{error}; {self._further()}") from error
         result = retrieval(scores, owners(scores.shape[1]))
         better = result.selection > place.best_rsum
         self.place = replace(
@@ -343,15 +382,18 @@ class Trainer:
         self._save(NEWEST)
 
     def _save(self, name: str) -> None:
+        self._write(name, self.config.folder / PREVIOUS if name == NEWEST else None)
+        self.log.write_run()
+
+    def _write(self, name: str, keep: Path | None) -> None:
+        """Write a checkpoint; what had the name before is then found at `keep`."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {
             **asdict(self.place),
             "optimizer": self.optimizer.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "train_data": self.batches.split.fingerprint,
+            "dev_data": self.dev.fingerprint,
         }
-        folder = self.config.folder
-        keep = folder / PREVIOUS if name == NEWEST else None
-        options = asdict(self.config)
-        write_checkpoint(folder / name, self.model, options, self.bert, keep, **state)
-        self.log.write_run()
+        path, options = self.config.folder / name, asdict(self.config)
+        write_checkpoint(path, self.model, options, self.bert, keep, **state)

@@ -2,16 +2,22 @@
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, GOLDEN, Case, run_program, tiny_train, write_split
+from conftest import CASES, GOLDEN, ROOT, Case, run_program, tiny_train, write_split
+from test_files import largest_file
 
+import evaluate_models
 from evaluate_models import evaluate
 from evaluation import owners, retrieval
+from options import InputError
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")
 
@@ -38,7 +44,8 @@ def test_golden_checkpoints_give_the_published_metrics(case: Case, tmp_path: Pat
         found = [result["metrics"][side][name] for name in NAMES]
         np.testing.assert_allclose(found, expected[side], rtol=0, atol=1e-9)
     assert result.keys() == {
-        *("models", "data_name", "split", "images", "captions", "metrics", "folds")
+        *("models", "data_name", "split", "images", "captions", "metrics", "folds"),
+        *("seconds", "closed", "shortlist"),
     }
     assert result["data_name"] == "f30k_precomp" and result["split"] == "test"
     assert (result["images"], result["captions"]) == scores.shape and result["folds"] == []
@@ -166,6 +173,47 @@ def test_short_captions_are_evaluated(tiny: Path, run_train: Callable[..., int])
         assert evaluate(tiny / f"runs/{direction}/model_best.pth.tar")["captions"] == 15
 
 
+@pytest.mark.parametrize("fold5", [False, True])
+def test_a_shortlist_of_all_changes_nothing(tiny: Path, run_train, fold5: bool) -> None:
+    models = []
+    for direction in ("i2t", "t2i"):
+        assert run_train(*tiny_train(tiny, "--max_steps", "1", direction=direction)) == 0
+        models.append(tiny / f"runs/{direction}/model_best.pth.tar")
+    found = []
+    for options in ({}, {"shortlist": 50}):
+        path = tiny / f"{len(found)}.npy"
+        result = evaluate(models, fold5=fold5, save_scores=path, **options)
+        found.append((np.load(path), result["metrics"]))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=0, atol=1e-6)
+    assert found[0][1] == found[1][1]
+    assert result["shortlist"] == {
+        "count": 50,
+        "share": 1.0,
+        "ceiling": {"i2t": 100.0, "t2i": 100.0},
+    }
+
+
+def test_a_shortlist_is_called_approximate(
+    tiny: Path, run_train: Callable[..., int], run_evaluate, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    capsys.readouterr()
+    files = {"--json": tiny / "result.json", "--save_scores": tiny / "scores.npy"}
+    outputs = [part for option in files.items() for part in option]
+    model = tiny / "runs/i2t/model_best.pth.tar"
+    assert run_evaluate("--model_path", model, "--shortlist", 1, *outputs) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    limits = json.loads(files["--json"].read_text())["shortlist"]
+    scores = np.load(files["--save_scores"])
+    known = scores > -2
+    assert limits["share"] == known.mean() < 0.5
+    own = known[np.arange(50) // 5, np.arange(50)]
+    assert limits["ceiling"]["t2i"] == pytest.approx(100 * own.mean())
+    assert limits["ceiling"]["i2t"] == pytest.approx(100 * own.reshape(10, 5).any(1).mean())
+    assert said.startswith("Approximate: only the best 1 each way")
+    assert f"{limits['ceiling']['i2t']:.1f} (image to text)" in said
+
+
 def no_model(tmp_path: Path) -> list[str]:
     return ["--model_path", str(tmp_path / "none.pth.tar")]
 
@@ -200,14 +248,15 @@ REFUSED = {
     "no model": (no_model, "none.pth.tar: not found"),
     "truncated": (truncated, "cut.pth.tar: truncated"),
     "two data sets": (two_data_sets, "--data_name is needed"),
-    "NaN scores": (nan_scores, "nan.pth.tar: gives scores of NaN"),
+    "NaN scores": (nan_scores, "nan.pth.tar gives scores of NaN"),
     "no fold": (lambda t: ["--fold5"], "--fold5: 12 images"),
     "no split": (lambda t: ["--split", "testall"], "testall_caps.txt: not found"),
     "other split": (lambda t: ["--split", "train2"], "train2"),
     "no data": (lambda t: ["--data_path", str(t)], "test_caps.txt: not found"),
     "workers": (lambda t: ["--workers", "-1"], "--workers -1"),
+    "shortlist": (lambda t: ["--shortlist", "0"], "--shortlist 0"),
     "training split": (lambda t: ["--split", "train"], "'train'"),
-    "a folder to write": (lambda t: ["--json", str(t)], "expected a file in a folder"),
+    "a folder to write": (lambda t: ["--json", str(t)], "Is a directory; expected a file to write"),
     "no folder": (lambda t: ["--save_scores", str(t / "no/a.npy")], "--save_scores"),
     "no report": (lambda t: ["--json", str(t / "no/a.json")], "--json"),
     "other BERT": (lambda t: ["--bert_path", str(GOLDEN / "i2t/data")], "vocab.txt: not found"),
@@ -249,7 +298,7 @@ def test_a_result_takes_no_ones_place(
         ["--json", other, "--save_scores", other],
     ):
         assert run_evaluate("--model_path", model, *more) == 2
-        assert "is a model or another result" in capsys.readouterr().err
+        assert "is a model, its data or another result" in capsys.readouterr().err
     assert model.read_bytes() == b"precious"
 
 
@@ -259,3 +308,60 @@ def test_an_empty_option_is_a_slip(
 ) -> None:
     assert run_evaluate("--model_path", "x", f"--{option}", "") == 2
     assert f"--{option}: invalid text value: ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
+def test_each_output_is_tried(
+    case: Case, tmp_path: Path, run_evaluate: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """A matrix that cannot be written loses neither the printed results nor the others."""
+    args = [*golden_args(case), "--workers", "0", "--save_scores", tmp_path / "s.npy"]
+    args += ["--json", tmp_path / "s.json"]
+    with largest_file(1100):
+        assert run_evaluate(*args) == 2
+    captured = capsys.readouterr()
+    assert "s.npy: File too large" in captured.err.splitlines()[-1]
+    assert "rsum: " in captured.out
+    assert (tmp_path / "s.json").exists() or "s.json: File too large" in captured.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
+@pytest.mark.parametrize("target", [">/dev/full", ">&-", "| true"])
+def test_a_standard_output_that_takes_nothing_is_one_line(
+    case: Case, tmp_path: Path, target: str
+) -> None:
+    command = [sys.executable, ROOT / "evaluate_models.py", *golden_args(case)]
+    words = shlex.join(map(str, [*command, "--json", tmp_path / "s.json"]))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words} {target}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: standard output: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["metrics"]
+
+
+def test_a_result_does_not_take_the_place_of_its_data_or_a_models_neighbour(
+    tiny: Path, run_train: Callable[..., int], run_evaluate, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    model = tiny / "runs/i2t/model_best.pth.tar"
+    data = tiny / "data/tiny/test_ims.npy"
+    before = data.read_bytes()
+    beside = model.rename(tiny / "m.json.partial")
+    for more in (["--json", tiny / "m.json"], ["--save_scores", data], ["--json", data]):
+        assert run_evaluate("--model_path", beside, *more) == 2
+        assert "is a model, its data or another result" in capsys.readouterr().err
+    assert beside.exists() and data.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a" * 252, "a" * 300 + "/b", "loop/b"])
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.setattr(evaluate_models, "read_checkpoint", None)
+    with pytest.raises(InputError, match="--save_scores"):
+        evaluate(case.model_path, save_scores=tmp_path / name)

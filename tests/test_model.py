@@ -161,15 +161,17 @@ def test_bfloat16_keeps_gates_and_scores_in_float32(direction: str) -> None:
     with torch.no_grad():
         exact, _ = model.score(model.encode_images(regions), model.encode_captions(ids, mask))
         model.precision = "bf16"
-        seen = {}
-        normed = []
+        seen, gates, normed = {}, {}, []
         model.space.norm.register_forward_hook(lambda _, given, __: normed.append(given[0].dtype))
         for name, cell in model.space.merge.cells.items():
             cell.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+            cell.router.register_forward_hook(
+                lambda _, __, out, name=name: gates.update({name: out})
+            )
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
         scores, paths = model.score(images, captions)
-    assert {out.dtype for out, _ in seen.values()} == {torch.bfloat16}
-    assert {gates.dtype for _, gates in seen.values()} == {torch.float32}
+    assert {out.dtype for out in seen.values()} == {torch.bfloat16}
+    assert {gate.dtype for gate in gates.values()} == {torch.float32}
     assert normed == [torch.float32]
     floats = (scores, paths, images.tokens, images.pooled, captions.tokens, captions.pooled)
     assert {tensor.dtype for tensor in floats} == {torch.float32}
@@ -211,7 +213,7 @@ def test_without_a_compiler_a_warning_and_the_same_scores(
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
         eager, _ = model.score(images, captions)
-        model.compile_routing()
+        model.space.compile_routes()
         for _ in range(2):
             assert torch.equal(model.score(images, captions)[0], eager)
     assert [record.getMessage() for record in caplog.records] == [

@@ -42,26 +42,17 @@ def test_the_layout_is_there() -> None:
 
 def test_imports_point_one_way() -> None:
     """options below all; router, cells, model, checkpoint; the two programs on top."""
-    order = [
-        "options",
-        "pickles",
-        "files",
-        "vocab",
-        "data",
-        "router",
-        "cells",
-        "model",
-        "published",
-    ]
-    order += ["checkpoint", "evaluation", "runlog", "runfolder", "trainconfig", "trainer"]
-    order += ["train", "evaluate_models"]
+    order = ["memory", "options", "pickles", "files", "vocab", "data", "router", "cells", "space"]
+    order += ["model", "published", "checkpoint", "evaluation", "scoring", "runlog", "runfolder"]
+    order += ["textcache", "trainconfig", "trainer", "train", "evaluate_models"]
     for path in MODULES:
         imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
         above = set(order[order.index(path.stem) :])
         assert not above & set(imported), path.name
-    assert "model" not in re.findall(
-        r"^(?:from|import) (\w+)", (ROOT / "evaluation.py").read_text(), re.MULTILINE
-    )
+    for name in ("evaluation.py", "scoring.py"):
+        text = (ROOT / name).read_text()
+        imported = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
+        assert not {"model", "space", "cells"} & set(imported)
 
 
 def test_every_script_is_in_the_readme() -> None:

@@ -5,20 +5,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from router import CLOSED, MergeLayer, Modality, Router, RoutingLayer
+from router import CLOSED, Cell, MergeLayer, Modality, Router, RoutingLayer
 
 CONTEXT = Modality(torch.zeros(3, 4, 5), torch.zeros(3, 5), torch.ones(3, 4, dtype=torch.bool))
 
 
-class FixedCell(nn.Module):
+class Gates(nn.Module):
+    """A router whose gates a test gives."""
+
+    def __init__(self, gates: Tensor) -> None:
+        super().__init__()
+        self.gates = gates
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gates
+
+
+class FixedCell(Cell):
     """A cell that adds a number to its input and has the gates that a test gives it."""
 
     def __init__(self, number: float, gates: Tensor) -> None:
-        super().__init__()
-        self.number, self.gates = number, gates
+        super().__init__(Gates(gates))
+        self.number = number
+        self.worked_on = 0
 
-    def forward(self, x: Tensor, context: Modality) -> tuple[Tensor, Tensor]:
-        return x + self.number, self.gates
+    def forward(self, x: Tensor) -> Tensor:
+        self.worked_on += x.shape[0] * x.shape[1]
+        return x + self.number
 
 
 def test_gates_equal_the_equation_and_some_are_closed() -> None:
@@ -45,7 +58,7 @@ def test_gates_stay_in_float32_under_autocast() -> None:
 
 
 def routed(layer: RoutingLayer | MergeLayer, xs: list[Tensor]) -> tuple:
-    return layer(xs, CONTEXT)
+    return layer(xs, layer.views(CONTEXT))
 
 
 @pytest.mark.parametrize("total", [0.0, 0.9 * CLOSED, 1.1 * CLOSED, 1.7])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, same, tiny_train
@@ -282,6 +283,162 @@ def test_a_newest_checkpoint_that_cannot_be_read_now_is_not_set_aside(
         assert run_train(*argv, "--max_steps", "3", "--resume", "auto") == 2
         assert not list(folder.glob("*.damaged"))
     assert run_train(*argv, "--max_steps", "3", "--resume", "auto") == 0
+
+
+SMALL_STEPS = ("--save_step", "3", "--val_step", "5", "--log_step", "1", "--extra_stc", "1")
+
+
+def logged(folder: Path) -> list[tuple[int, bool]]:
+    """The steps of a run's log, and which of them are validations."""
+    return [(event["step"], "rsum" in event) for event in events(folder)]
+
+
+def test_a_run_gone_on_with_from_an_older_checkpoint_gives_up_what_came_after_it(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is killed before it has saved anything: log and checkpoints stay together."""
+    argv, folder = tiny_train(tiny, *SMALL_STEPS), tiny / "runs/i2t"
+    assert run_train(*argv, "--max_steps", "14") == 0
+    uncut = logged(folder)
+    (folder / NEWEST).rename(folder / "later.pth.tar")
+    assert state(folder / PREVIOUS)["step"] > 10
+    assert run_train(*argv, "--max_steps", "10", "--overwrite") == 0
+    older = (folder / NEWEST).rename(folder / "older.pth.tar")
+    (folder / "later.pth.tar").rename(folder / NEWEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
+        assert run_train(*argv, "--max_steps", "14", "--resume", older) == 2
+    assert state(folder / NEWEST)["step"] == 10
+    assert not (folder / PREVIOUS).exists()
+    assert run_train(*argv, "--max_steps", "14", "--resume", "auto") == 0
+    assert logged(folder) == uncut
+
+
+def test_what_ends_a_run_in_another_folder_finds_its_checkpoint_there(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert run_train(*tiny_train(tiny, "--max_steps", "4")) == 0
+    argv = tiny_train(tiny, "--max_steps", "9", "--logger_name", tiny / "new")
+    at_step(monkeypatch, 5, lambda: torch.empty(2**50))
+    assert run_train(*argv, "--resume", tiny / "runs/i2t" / NEWEST) == 2
+    assert f"the last checkpoint is {tiny / 'new/i2t' / NEWEST}" in last_line(capsys)
+    assert state(tiny / "new/i2t" / NEWEST)["step"] == 4
+
+
+def test_the_way_on_leaves_overwrite_out(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    at_step(monkeypatch, 3, lambda: torch.empty(2**50))
+    assert run_train(*tiny_train(tiny, "--overwrite")) == 2
+    assert "with --resume auto in place of --overwrite goes on" in last_line(capsys)
+
+
+def test_what_ends_a_validation_names_the_checkpoint(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def lost(*given: object, **more: object) -> None:
+        raise InputError("a process of --workers 1 is gone")
+
+    monkeypatch.setattr(trainer, "score_split", lost)
+    assert run_train(*tiny_train(tiny, "--max_steps", "3")) == 2
+    said = last_line(capsys)
+    assert "a process of --workers 1 is gone; the last checkpoint is" in said
+    assert "--resume auto goes on" in said
+
+
+@pytest.mark.parametrize("name", ["dev", "train"])
+def test_other_data_is_refused(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture, name: str
+) -> None:
+    """One number of any row is enough."""
+    argv = tiny_train(tiny, "--max_steps", "3")
+    assert run_train(*argv) == 0
+    features = np.load(tiny / f"data/tiny/{name}_ims.npy")
+    features[3, 2, 1] += 1
+    np.save(tiny / f"data/tiny/{name}_ims.npy", features)
+    assert run_train(*argv, "--resume", "auto") == 2
+    said = last_line(capsys)
+    assert "was trained on other data" in said and f"{name}_ims.npy" in said
+
+
+def test_the_best_model_of_another_run_is_not_believed(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    argv, folder = tiny_train(tiny, "--max_steps", "3"), tiny / "runs/i2t"
+    assert run_train(*argv) == 0
+    content = torch.load(folder / BEST, weights_only=True)
+    content["options"]["margin"] = 0.3
+    write_torch(folder / BEST, content | {"best_rsum": 399.0})
+    argv[argv.index("--max_steps") + 1] = "4"
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert "was trained with --margin 0.3" in caplog.text
+    assert state(folder / BEST)["step"] == 4
+
+
+def test_a_link_to_nothing_is_no_missing_checkpoint(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """A disk that is not mounted must not make the run start afresh."""
+    argv, folder = tiny_train(tiny, "--max_steps", "3"), tiny / "runs/i2t"
+    assert run_train(*argv) == 0
+    for name in (NEWEST, PREVIOUS, BEST):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tiny / "unmounted")
+    assert run_train(*argv, "--resume", "auto") == 2
+    assert f"{NEWEST}: not found" in last_line(capsys)
+    assert (folder / "metrics.jsonl").exists()
+
+
+def test_the_lock_is_no_one_elses_file(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    (tiny / "runs/i2t").mkdir(parents=True)
+    (tiny / "precious").write_text("precious")
+    os.link(tiny / "precious", tiny / "runs/i2t/lock")
+    assert run_train(*tiny_train(tiny)) == 2
+    assert "lock: is a link" in last_line(capsys)
+    assert (tiny / "precious").read_text() == "precious"
+
+
+def test_a_best_model_with_a_step_beyond_all_numbers_is_no_bug(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    argv, folder = tiny_train(tiny, "--max_steps", "3"), tiny / "runs/i2t"
+    assert run_train(*argv) == 0
+    content = torch.load(folder / BEST, weights_only=True)
+    write_torch(folder / BEST, content | {"epoch": 2**1100})
+    argv[argv.index("--max_steps") + 1] = "4"
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert "the next one takes its place" in caplog.text
+
+
+def test_epochs_without_end_can_be_told(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time left is more than a timedelta holds."""
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run_train(*tiny_train(tiny, "--num_epochs", str(10**15), "--log_step", "1")) == 143
+
+
+def test_an_error_is_told_in_a_line_of_bearable_length(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def program() -> None:
+        raise InputError("x" * 3_000_000)
+
+    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    with pytest.raises(SystemExit):
+        options.run(program)
+    assert 1000 < len(last_line(capsys)) < 5000
 
 
 def test_a_worse_model_does_not_take_the_best_ones_place(

@@ -1,0 +1,303 @@
+"""benchmark.py — how fast pairs are scored and trained on, and what of the possible that is.
+
+    python -m scripts.benchmark                                # a table, within 15 minutes
+    python -m scripts.benchmark --only i2t fp32 score          # some rows
+    python -m scripts.benchmark --json results/speed.json      # the rows, with how they came about
+
+Each row gives its share of the matrix-product bound: the time that the floating-point operations of
+its pairs would take at the rate of one large product, in the same precision and process, divided by
+the time taken. Run it on an idle machine: another program beside it makes every figure worthless.
+Sizes: 256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches of 32 with 32 extra
+negatives, a BERT of MiniLM's size. Each case runs in a process of its own, whose peak memory it is.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Annotated, Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from data import Batch
+from memory import keep_memory, peak_memory
+from model import DIME, Direction
+from options import Precision, parse, run
+from router import CLOSED, EPSILON, Modality
+from scripts.results_table import table
+from trainconfig import TrainConfig
+from trainer import Trainer
+
+# Of a pair, fixed so that rows can be compared; in a training step three times as many, however
+# often something is computed again.
+FLOPS = {"i2t": 111e6, "t2i": 102e6}
+TRAINING = 3
+RUNS = 5  # of which a row is the median
+PRODUCT = (36 * 1024, 256, 256)
+LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
+BATCH = 32
+IMAGES, CAPTIONS = 32, 96  # scored at a time
+PLAIN = 24  # images and captions of the plain formulation
+LIMIT_GB = 2.5
+KINDS = ("score", "train", "train_under_2.5GB", "plain")
+
+
+@dataclass(frozen=True)
+class Options:
+    only: Annotated[
+        list[str] | None, f"i2t, t2i, fp32, bf16, eager, compiled, {', '.join(KINDS)}"
+    ] = None
+    json: Annotated[str, "write the rows here; rows of this machine that are there stay"] = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures."""
+
+    direction: Direction
+    precision: Precision
+    compiled: bool
+    kinds: tuple[str, ...]
+
+
+def cases(only: list[str] | None) -> Iterator[Case]:
+    """Scoring and training share a process, since scoring takes less memory and comes first."""
+    together = [("score", "train"), ("train_under_2.5GB",), ("plain",)]
+    for kinds, direction, precision, compiled in product(
+        together, get_args(Direction), get_args(Precision), (False, True)
+    ):
+        if kinds == ("plain",) and compiled:
+            continue
+        words = {direction, precision, "compiled" if compiled else "eager"}
+        asked = [word for word in only or [] if word not in KINDS]
+        groups = [{"i2t", "t2i"}, {"fp32", "bf16"}, {"eager", "compiled"}]
+        if any(group & set(asked) and not group & set(asked) & words for group in groups):
+            continue
+        chosen = tuple(
+            kind for kind in kinds if kind in (only or ()) or not set(only or ()) & set(KINDS)
+        )
+        if chosen:
+            yield Case(direction, precision, compiled, chosen)
+
+
+def measured(case: Case) -> list[dict[str, Any]]:
+    """The rows of a case; called in a new process."""
+    keep_memory()
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    rate = product_rate(dtype)
+    rows = []
+    for kind in case.kinds:
+        for bert in (False, True) if kind == "train" else (False,):
+            pairs, seconds = KIND[kind](case, bert)
+            flops = FLOPS[case.direction] * pairs * (TRAINING if kind.startswith("train") else 1)
+            rows.append(
+                {
+                    "direction": case.direction,
+                    "precision": case.precision,
+                    "compiled": case.compiled,
+                    "bert": bert,
+                    "what": kind,
+                    "pairs_per_s": round(pairs / seconds, 1),
+                    "seconds": round(seconds, 4),
+                    "share": round(flops / rate / seconds, 4),
+                    "peak_gb": round(peak_memory(torch.device("cpu")) / 1e9, 3),
+                    "product_gflops": round(rate / 1e9, 1),
+                }
+            )
+    return rows
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of one large product, the best of RUNS."""
+    m, k, n = PRODUCT
+    a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
+    return 2 * m * k * n / min(timed(lambda: a @ b) for _ in range(RUNS))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    since = time.perf_counter()
+    work()
+    return time.perf_counter() - since
+
+
+def median(work: Callable[[], Any]) -> float:
+    """Seconds, after one run that warms up."""
+    work()
+    return statistics.median(timed(work) for _ in range(RUNS))
+
+
+def trainer_of(case: Case, memory: float = 0.0) -> Trainer:
+    """A new model in its trainer, with random weights, and a BERT of MiniLM's size."""
+    i2t = case.direction == "i2t"
+    config = TrainConfig(
+        direction=case.direction,
+        precision=case.precision,
+        compile=case.compiled,
+        extra_stc=int(i2t),
+        extra_img=int(not i2t),
+        batch_size=BATCH,
+        memory=memory,
+    )
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    bert = BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
+    trainer = Trainer(config, DIME(config, bert), None, None, None, torch.device("cpu"))
+    trainer.fit(tokens=36 if i2t else 32, steps=1)
+    return trainer
+
+
+def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality]:
+    """Random images and captions of the usual lengths, encoded."""
+    hidden = torch.randn(captions, 32, 384)
+    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
+    mask = torch.arange(32) < lengths[:, None]
+    with torch.no_grad():
+        return model.encode_images(torch.rand(images, 36, 2048)), model.text(hidden, mask)
+
+
+def scoring(case: Case, bert: bool) -> tuple[int, float]:
+    """Pairs, and the seconds that scoring them takes."""
+    model = trainer_of(case).model.eval()
+    images, captions = encoded(model, IMAGES, CAPTIONS)
+    with torch.no_grad():
+        return IMAGES * CAPTIONS, median(lambda: model.score(images, captions))
+
+
+def training(case: Case, bert: bool, memory: float = 0.0) -> tuple[int, float]:
+    """Pairs of a training step, and its seconds."""
+    trainer = trainer_of(case, memory)
+    images, captions = (BATCH, 2 * BATCH) if case.direction == "i2t" else (2 * BATCH, BATCH)
+    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
+    mask = torch.arange(32) < lengths[:, None]
+    ids = torch.where(mask, torch.randint(1, 30522, mask.shape), 0)
+    states = None if bert else torch.randn(captions, 32, 384)
+    batch = Batch(torch.rand(images, 36, 2048), ids, mask, torch.arange(captions), BATCH, states)
+    return images * captions, median(lambda: trainer.step(batch))
+
+
+def plain(case: Case, bert: bool) -> tuple[int, float]:
+    """The same scores in the plain formulation, caption by caption and cell by cell."""
+    model = trainer_of(replace(case, compiled=False)).model.eval()
+    images, captions = encoded(model, PLAIN, PLAIN)
+    with torch.no_grad(), model._autocast(images.tokens):
+        found = plain_scores(model, images, captions)
+        exact = model.score(images, captions)[0]
+        torch.testing.assert_close(
+            found, exact, atol=0.05 if case.precision == "bf16" else 1e-5, rtol=0
+        )
+        return PLAIN * PLAIN, median(lambda: plain_scores(model, images, captions))
+
+
+KIND = {
+    "score": scoring,
+    "train": training,
+    "train_under_2.5GB": lambda case, bert: training(case, bert, LIMIT_GB),
+    "plain": plain,
+}
+
+
+# The plain formulation: for each item of the context, every cell on every query anew.
+
+
+def plain_scores(model: DIME, images: Modality, captions: Modality) -> Tensor:
+    """Scores `[I, T]`."""
+    i2t = model.direction == "i2t"
+    queries, contexts = (images, captions) if i2t else (captions, images)
+    columns = []
+    for words, pooled, mask in zip(contexts.tokens, contexts.pooled, contexts.mask, strict=True):
+        columns.append(plain_column(model.space, queries.tokens, words[mask], pooled))
+    scores = torch.stack(columns, 1)
+    return scores if i2t else scores.T
+
+
+def plain_column(space: torch.nn.Module, tokens: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
+    """Scores `[Q]` of all queries with one context."""
+    xs = [tokens] * 4
+    for layer in space.layers:
+        cells = list(layer.cells.values())
+        ys = [plain_cell(cell, x, words, pooled) for cell, x in zip(cells, xs, strict=True)]
+        gates = torch.stack([cell.router(x) for cell, x in zip(cells, xs, strict=True)], 2)
+        total = gates.sum(2)  # [Q, O]
+        shares = gates / (total[:, :, None] + EPSILON)
+        mixed = []
+        for k in range(4):
+            y = (total[:, k] < CLOSED)[:, None, None] * ys[0]
+            for j in range(4):
+                y = y + shares[:, k, j, None, None] * ys[j]
+            mixed.append(y)
+        xs = mixed
+    cells = list(space.merge.cells.values())
+    gates = torch.cat([cell.router(x) for cell, x in zip(cells, xs, strict=True)], 1)
+    dead = (gates < CLOSED / 4).float()
+    z = 0
+    for j, cell in enumerate(cells):
+        y = plain_cell(cell, xs[j], words, pooled)
+        z = z + gates[:, j, None, None] * y + dead[:, j, None, None] * xs[j]
+    z = z / (gates + dead).sum(1)[:, None, None]
+    z = space.norm(z.float().flatten(0, 1)).view_as(z)
+    return F.normalize(z.mean(1) + z.amax(1), dim=-1) @ pooled
+
+
+def plain_cell(cell: torch.nn.Module, x: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
+    """A cell's output `[Q, L, D]`, its products made pair by pair."""
+    if hasattr(cell, "qkv"):
+        parts = cell.qkv(x).chunk(3, -1)
+        heads = [part.unflatten(-1, (cell.heads, -1)).transpose(1, 2) for part in parts]
+        y = x + F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return y + cell.fc2(cell.fc1(y).relu())
+    if hasattr(cell, "scale_shift"):
+        affinity = F.normalize(F.leaky_relu(x @ words.T, 0.1), dim=1)
+        attended = (cell.smooth * affinity).softmax(-1) @ words  # [Q, L, D]
+        scale, shift = cell.scale_shift(attended).chunk(2, -1)
+        return x + cell.fc2(cell.fc1(x * scale.tanh() + shift).relu())
+    if hasattr(cell, "fc"):
+        return (1 + F.normalize(cell.fc(x) * pooled, dim=1)) * x
+    return x.relu()
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table."""
+    head = [
+        "",
+        "precision",
+        "",
+        "BERT",
+        "what",
+        "pairs/s",
+        "seconds",
+        "share",
+        "GB",
+        "product GFLOP/s",
+    ]
+    return table(
+        head,
+        [
+            [
+                *(r["direction"], r["precision"], "compiled" if r["compiled"] else "eager"),
+                *("with" if r["bert"] else "", r["what"], f"{r['pairs_per_s']:.0f}"),
+                *(f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %", f"{r['peak_gb']:.1f}"),
+                f"{r['product_gflops']:.0f}",
+            ]
+            for r in rows
+        ],
+    )
+
+
+def main() -> None:
+    chosen = parse(Options, None, __doc__)
+    rows = []
+    for case in cases(chosen.only):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            rows += pool.submit(measured, case).result()
+        sys.stdout.write(text(rows[-1:]).splitlines()[-1] + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
