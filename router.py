@@ -110,11 +110,13 @@ class RoutingLayer(Layer):
         """Out-paths, O tensors `[Q, C, L, D]`, and normalised gates `[Q, C, O, N]`."""
         ys, gates = self._run(xs, views)
         total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
-        dead = total < CLOSED
+        dead = (total < CLOSED).to(gates)
         gates = gates / (total + EPSILON)
-        # A dead out-path carries the first cell's input, rectified: RIC's output where RIC leads.
-        parts, weights = [*ys, xs[0].relu()], torch.cat([gates, dead], -1)  # [Q, C, O, N+1]
-        return tuple(_blend(parts, path) for path in weights.unbind(2)), gates
+        if "ric" in self.cells:  # a dead out-path carries RIC's output, which has no gate then
+            weights = torch.cat([gates[..., :1] + dead, gates[..., 1:]], -1)
+        else:
+            ys, weights = (*ys, xs[0].relu()), torch.cat([gates, dead], -1)
+        return _mix(ys, weights).unbind(2), gates
 
 
 class MergeLayer(Layer):
@@ -123,11 +125,12 @@ class MergeLayer(Layer):
     def forward(self, xs: Sequence[Tensor], views: Views) -> tuple[Tensor, Tensor]:
         """The refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
         ys, gates = self._run(xs, views)
-        open_ = gates.squeeze(2)  # [Q, C, N]
-        dead = (open_ < CLOSED / len(self.cells)).to(open_)  # such a cell passes its input on
-        total = (open_ + dead).sum(-1, keepdim=True)  # [Q, C, 1]
-        weights = torch.cat([open_, dead], -1) / total  # [Q, C, 2N]
-        return _blend([*ys, *xs], weights), gates
+        dead = (gates < CLOSED / len(self.cells)).to(gates)  # such a cell passes its input on
+        total = (gates + dead).sum(-1, keepdim=True)  # [Q, C, 1, 1]
+        mixed = _mix(ys, gates / total)
+        if torch.compiler.is_compiling() or dead.any():
+            mixed = mixed + _mix(xs, dead / total)
+        return mixed.squeeze(2), gates
 
 
 def _refine(cell: Cell, x: Tensor, view: tuple[Tensor, ...], gates: Tensor) -> Tensor:
@@ -148,10 +151,9 @@ def _refine(cell: Cell, x: Tensor, view: tuple[Tensor, ...], gates: Tensor) -> T
     return y.new_zeros(x.shape).index_put((query, context), y.squeeze(1))  # y was [P, 1, L, D]
 
 
-def _blend(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """The sum over parts of weight times part: `[Q, C, L, D]` for weights `[Q, C, parts]`."""
-    scaled = (
-        weight[..., None, None].to(part.dtype) * part
-        for weight, part in zip(weights.unbind(-1), parts, strict=True)
-    )
-    return sum(scaled)
+def _mix(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Sums of parts `[Q, C, L, D]`, N of them, by weights `[Q, C, O, N]`: `[Q, C, O, L, D]`."""
+    # One product a pair, several times as fast as adding N parts O times, backward too.
+    stacked = torch.stack(torch.broadcast_tensors(*parts), 2)  # [Q, C, N, L, D]
+    weights = weights.to(stacked.dtype).expand(*stacked.shape[:2], -1, -1)
+    return (weights @ stacked.flatten(3)).unflatten(-1, stacked.shape[3:])
