@@ -18,6 +18,7 @@ from torch import Tensor, nn
 OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is born dead
 CLOSED = 1e-4  # an out-path whose gates sum to less carries the skip instead
 EPSILON = 1e-8  # keeps the division finite where every gate of an out-path is 0
+CONTIGUOUS = torch.contiguous_format
 WORTH_SKIPPING = 0.1  # share of closed pairs from which picking the open ones out pays
 
 
@@ -43,9 +44,9 @@ class Modality:
         """The same items where a GPU can fetch them."""
         return Modality(*(part.pin_memory() for part in vars(self).values()))
 
-    def split(self, size: int) -> list["Modality"]:
-        """In parts of that many items, the last one smaller."""
-        return [self[first : first + size] for first in range(0, len(self), size)]
+    def copied(self) -> "Modality":
+        """The same items, contiguous and no views of others."""
+        return Modality(*(part.clone(memory_format=CONTIGUOUS) for part in vars(self).values()))
 
 
 class Router(nn.Module):

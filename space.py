@@ -9,13 +9,13 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cells import CELLS, CellName, CellSizes
 from memory import free_memory, most_pairs, out_of_memory, used_memory
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 PATH_SIZE = 128  # width of the embedding that path vectors are compared in
 WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of compiling are won back
-# A training batch's memory, in tensors [L, D] a pair: what the routing keeps for the backward
-# pass, and what is made of all pairs at once.
-KEPT, WHOLE = 70, 8
+# What training takes, in tensors [L, D] a pair: what is kept of one for the backward pass, and what
+# one of the slice at work takes; and in bytes: gradients, Adam's moments, buffers of libraries.
+KEPT, AT_WORK, BESIDE = 78, 100, 800e6
 SAFE_SHARE = 0.7  # of the free memory that training takes
 
 
@@ -62,44 +62,84 @@ class RoutingSpace(nn.Module):
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
         columns = []
-        for some in context.split(pairs):
+        for some in self._parts(context, pairs):
             views = [layer.views(some) for layer in layers]
             rows = []
-            for part in query.split(max(1, pairs // len(some))):
+            for part in self._parts(query, max(1, pairs // len(some))):
                 keep = left <= self.kept_pairs or not torch.is_grad_enabled()
-                rows.append(self._slice(part.tokens, views, some.pooled, keep))
+                rows.append(self._slice(part.tokens, views, len(some), keep))
                 left -= len(part) * len(some)
-            columns.append([torch.cat(found) for found in zip(*rows, strict=True)])
-        found, paths = (torch.cat(parts, 1) for parts in zip(*columns, strict=True))
-        return self._compare(found, context.pooled) if self.training else found, paths
+            columns.append([torch.cat(found, 1) for found in zip(*rows, strict=True)])
+        summary, (paths,) = (torch.cat(parts, 2) for parts in zip(*columns, strict=True))
+        positions = query.tokens[..., 0].numel() * len(context)
+        return (self._pooled(*summary, positions) * context.pooled).sum(-1), paths
+
+    def _parts(self, items: Modality, size: int) -> Iterator[Modality]:
+        """Items by parts of that many, the last one smaller."""
+        for first in range(0, len(items), size):
+            part = items[first : first + size]
+            # compiled code is bound to what its inputs are views of
+            yield part.copied() if self._compiled else part
 
     def _slice(
-        self, tokens: Tensor, views: Sequence[Views], pooled: Tensor, keep: bool
+        self, tokens: Tensor, views: Sequence[Views], contexts: int, keep: bool
     ) -> tuple[Tensor, Tensor]:
         """What `_route` gives, its activations kept for the backward pass, or computed again."""
         route = self._compiled or self._route
         if keep:
-            return route(tokens, views, pooled)
-        return checkpoint(
-            route, tokens, views, pooled, use_reentrant=False, preserve_rng_state=False
-        )
+            return route(tokens, views, contexts)
+        with set_checkpoint_early_stop(False):  # by an exception, which is none to fall back for
+            return checkpoint(
+                route, tokens, views, contexts, use_reentrant=False, preserve_rng_state=False
+            )
 
     def _route(
-        self, tokens: Tensor, views: Sequence[Views], pooled: Tensor
+        self, tokens: Tensor, views: Sequence[Views], contexts: int
     ) -> tuple[Tensor, Tensor]:
-        """Query tokens `[Q, L, D]` through all layers; path vectors `[Q, C, K]`, and the scores.
+        """Query tokens `[Q, L, D]` through all layers with C contexts.
 
-        In training the refined tokens `[Q, C, L, D]` stand for the scores, which need them all.
+        Of the refined tokens, mean, variance, maximum and minimum over L, `[4, Q, C, D]`; and path
+        vectors `[1, Q, C, K]`.
         """
         xs = (tokens.unsqueeze(1),) * len(self.merge.cells)  # N x [Q, 1, L, D]
         gates = []
         for layer, view in zip([*self.layers, self.merge], views, strict=True):
             xs, layer_gates = layer(xs, view)
             gates.append(layer_gates)
-        shape = (len(tokens), len(pooled), -1)
+        shape = (len(tokens), contexts, -1)
         paths = torch.cat([g.flatten(2).expand(shape) for g in gates], -1)  # [Q, C, K]
-        refined = xs.expand(*shape[:2], -1, -1)
-        return (refined if self.training else self._compare(refined, pooled)), paths
+        refined = xs.float()  # [Q, C, L, D], or [Q, 1, L, D] where no cell has seen a context
+        variance, mean = torch.var_mean(refined, -2, correction=0)
+        summary = torch.stack([mean, variance, refined.amax(-2), refined.amin(-2)])
+        return summary.expand(-1, *shape), paths.unsqueeze(0)
+
+    def _pooled(
+        self, mean: Tensor, variance: Tensor, high: Tensor, low: Tensor, positions: int
+    ) -> Tensor:
+        """Refined queries `[Q, C, D]` of unit length: normalised, mean and maximum over tokens.
+
+        Batch normalisation is a scale and a shift of each channel, so these figures of the tokens,
+        each `[Q, C, D]`, are all that it needs of them. Its statistics run over every pair and
+        position, extra negatives included.
+        """
+        norm = self.norm
+        if self.training:
+            centre = mean.mean((0, 1))
+            spread = (variance + (mean - centre).square()).mean((0, 1))
+            self._observe(centre.detach(), spread.detach() * positions / (positions - 1))
+        else:
+            centre, spread = norm.running_mean, norm.running_var
+        scale = norm.weight * (spread + norm.eps).rsqrt()
+        shift = norm.bias - centre * scale
+        extreme = torch.where(scale > 0, high, low)  # a negative scale turns them around
+        return F.normalize((mean + extreme) * scale + 2 * shift, dim=-1)
+
+    @torch.no_grad()
+    def _observe(self, centre: Tensor, spread: Tensor) -> None:
+        """Move the running statistics towards those of a batch."""
+        self.norm.running_mean.lerp_(centre, self.norm.momentum)
+        self.norm.running_var.lerp_(spread, self.norm.momentum)
+        self.norm.num_batches_tracked += 1
 
     def compile_routes(self) -> None:
         """Compile the routing at its first use; go on without where that fails."""
@@ -135,22 +175,14 @@ class RoutingSpace(nn.Module):
         `tokens` tokens, whose numbers take `itemsize` bytes. What is not kept is computed again, to
         the same gradients.
         """
-        weight = self.path_mapping.weight
+        device = self.path_mapping.weight.device
         size = tokens * self.norm.num_features * itemsize
-        free = free_memory(weight.device) if limit is None else limit - used_memory(weight.device)
-        room = SAFE_SHARE * free if limit is None else free
-        self.kept_pairs = max(0, int((room - pairs * size * WHOLE) / (size * KEPT)))
+        room = SAFE_SHARE * free_memory(device) if limit is None else limit - used_memory(device)
+        room -= min(pairs, most_pairs(device)) * size * AT_WORK + BESIDE
+        self.kept_pairs = max(0, int(room / (size * KEPT)))
         if self.kept_pairs < pairs:
             share = 100 * (1 - self.kept_pairs / pairs)
             log.info("activations of %.0f %% of the pairs are computed twice, to fit memory", share)
-
-    def _compare(self, refined: Tensor, pooled: Tensor) -> Tensor:
-        """Scores `[Q, C]` of refined tokens `[Q, C, L, D]` with contexts `[C, D]`."""
-        refined = refined.float()
-        # Statistics over every pair and position, extra negatives included.
-        normed = self.norm(refined.flatten(0, 2)).view_as(refined)
-        whole = F.normalize(normed.mean(-2) + normed.amax(-2), dim=-1)  # [Q, C, D]
-        return (whole * pooled).sum(-1)
 
     def closed(self, paths: Tensor) -> Tensor:
         """How many pairs of path vectors `[Q, C, K]` a cell has no part in: `[layers, N]`.

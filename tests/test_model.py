@@ -155,14 +155,22 @@ def test_a_closed_cell_gets_a_zero_gradient_and_not_none() -> None:
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_bfloat16_keeps_gates_and_scores_in_float32(direction: str) -> None:
+def test_bfloat16_keeps_gates_and_scores_in_float32(
+    direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small_model(direction)
     regions, ids, mask = small_batch()
     with torch.no_grad():
         exact, _ = model.score(model.encode_images(regions), model.encode_captions(ids, mask))
         model.precision = "bf16"
         seen, gates, normed = {}, {}, []
-        model.space.norm.register_forward_hook(lambda _, given, __: normed.append(given[0].dtype))
+        pooled = model.space._pooled
+
+        def noted(*given: object) -> Tensor:
+            normed.append(given[0].dtype)
+            return pooled(*given)
+
+        monkeypatch.setattr(model.space, "_pooled", noted)
         for name, cell in model.space.merge.cells.items():
             cell.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
             cell.router.register_forward_hook(

@@ -1,0 +1,195 @@
+"""space.py: slices, what is kept of them, and compilation change no score and no gradient."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import same
+from test_model import small_batch, small_model
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+import space
+from model import DIME
+from space import KEPT, has_compiler
+
+CPU = torch.device("cpu")
+
+
+def trained(model: DIME, pairs: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores of a batch in training mode, and gradients and statistics after it."""
+    regions, ids, mask = small_batch()
+    model.train().text.bert.eval()
+    images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+    scores, paths = model.score(images, captions, pairs)
+    weights = torch.arange(scores.numel()).view_as(scores) - 4.0
+    ((scores * weights).sum() + model.space.embed_paths(paths).sum()).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return scores.detach(), found | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize("pairs", [1, 2, 4, 7])
+def test_slices_change_no_score_gradient_or_statistic(direction: str, pairs: int) -> None:
+    expected = trained(seeded(direction))
+    scores, found = trained(seeded(direction), pairs)
+    torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
+    assert found.keys() == expected[1].keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[1][name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def seeded(direction: str) -> DIME:
+    torch.manual_seed(3)
+    return small_model(direction)
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize("kept", [0, 4, 8, math.inf])
+def test_what_is_computed_again_has_the_same_gradients_to_the_last_bit(
+    direction: str, kept: float
+) -> None:
+    """So a run may be gone on with on a machine with less memory."""
+    expected = trained(seeded(direction), 2)
+    model = seeded(direction)
+    model.space.kept_pairs = kept
+    assert same(trained(model, 2), expected)
+
+
+def test_skipping_changes_no_gradient() -> None:
+    expected = trained(seeded("i2t"))
+    model = seeded("i2t")
+    for layer in [*model.space.layers, model.space.merge]:
+        for cell in layer.cells.values():
+            cell.skips = False
+    scores, found = trained(model)
+    torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[1][name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_what_is_kept_of_a_pair_is_what_memory_is_reckoned_with(direction: str) -> None:
+    sizes = {"embed_size": 256, "num_head_IMRC": 16, "hid_IMRC": 512, "hid_router": 512}
+    model = small_model(direction, **sizes).train()
+    images, captions = (torch.randn(4, n, 256, requires_grad=True) for n in (36, 32))
+    mask = torch.ones(4, 32, dtype=torch.bool)
+    query, context = (images, captions) if direction == "i2t" else (captions, images)
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept = model.space(
+            space.Modality(query, query.mean(1), mask[:, : query.shape[1]]),
+            space.Modality(context, context.mean(1), mask.new_ones(4, context.shape[1])),
+        )
+    assert kept[0].shape == (4, 4)
+    tensors = sum(held.values()) / (16 * query[0].numel() * 4)
+    assert 0.8 * KEPT < tensors < KEPT
+
+
+def test_a_limit_of_memory_decides_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = small_model("i2t").space
+    monkeypatch.setattr(space, "used_memory", lambda device: 1e9)
+    monkeypatch.setattr(space, "free_memory", lambda device: 100e9)
+    with caplog.at_level(logging.INFO):
+        room.keep_within(None, 2048, 36, 4)
+        assert room.kept_pairs >= 2048 and not caplog.records
+        most = room.kept_pairs
+        room.keep_within(1.9e9, most, 36, 4)
+        assert 0 < room.kept_pairs < most
+        room.keep_within(0.5e9, 2048, 36, 4)
+    assert room.kept_pairs == 0
+    assert "activations of 100 % of the pairs are computed twice" in caplog.text
+
+
+@pytest.fixture
+def compiled_frames(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """Counts what is compiled, in place of the compiler."""
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **more: compile_(function, backend=counter, **more)
+    )
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_compiled_once_for_every_number_of_images_captions_and_words(
+    direction: str, compiled_frames: CompileCounter
+) -> None:
+    model = small_model(direction)
+    regions, ids, mask = small_batch()
+    with torch.no_grad():
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        whole, _ = model.score(images, captions, 6)
+        short = captions[captions.mask.sum(1) <= 5]
+        expected, _ = model.score(images, short, 6)
+        model.space.compile_routes()
+        found, _ = model.score(images, captions, 6)
+        torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
+        once = compiled_frames.frame_count
+        assert once > 0
+        # fewer images, fewer captions, and captions of fewer words
+        found, _ = model.score(images, short, 6)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        found, _ = model.score(images[:2], captions[:4], 6)
+        torch.testing.assert_close(found, whole[:2, :4], atol=1e-6, rtol=0)
+    assert compiled_frames.frame_count == once
+
+
+def test_compiled_training_has_the_same_gradients(compiled_frames: CompileCounter) -> None:
+    expected = trained(seeded("i2t"), 6)
+    model = seeded("i2t")
+    model.space.compile_routes()
+    model.space.kept_pairs = 6
+    scores, found = trained(model, 6)
+    assert compiled_frames.frame_count > 0
+    torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[1][name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("choice", "pairs", "compiler", "compiled"),
+    [
+        (None, 10**9, True, True),
+        (None, 10**9, False, False),
+        (None, 1000, True, False),
+        (True, 1000, False, True),
+        (False, 10**9, True, False),
+    ],
+)
+def test_compiled_where_it_pays(
+    choice: bool | None,
+    pairs: int,
+    compiler: bool,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    done: list[Callable] = []
+    monkeypatch.setattr(space, "has_compiler", lambda device: compiler)
+    room = small_model("i2t").space
+    monkeypatch.setattr(room, "compile_routes", lambda: done.append(room))
+    with caplog.at_level(logging.INFO):
+        room.compile_where_it_pays(choice, pairs)
+    assert bool(done) == compiled == ("compiling the routing" in caplog.text)
+
+
+def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not has_compiler(CPU)
+    monkeypatch.setenv("CXX", "sh")
+    assert has_compiler(CPU)
