@@ -63,6 +63,9 @@ class EvaluateConfig:
         "approximate: score only the best N captions of an image and images of a caption, as the "
         "product of their pooled vectors ranks them",
     ] = None
+    skip: Annotated[
+        bool, "send no pair through a cell whose gates are closed for it (exact; not if compiled)"
+    ] = True
     compile: Annotated[
         bool | None, "compile the routing (default: where a compiler is found and it pays)"
     ] = None
@@ -111,6 +114,7 @@ def evaluate(
     device: str = "auto",
     workers: int = 2,
     shortlist: int | None = None,
+    skip: bool = True,
     compile: bool | None = None,
     save_scores: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -123,7 +127,7 @@ def evaluate(
     """
     paths = [model_paths] if isinstance(model_paths, str | Path) else model_paths
     given = (paths, data_path, data_name, bert_path, split, fold5, precision, device, workers)
-    config = EvaluateConfig(*given, shortlist, compile, save_scores)
+    config = EvaluateConfig(*given, shortlist, skip, compile, save_scores)
     result, scores = _evaluated(config)
     if save_scores:
         write_array(Path(save_scores), scores)
@@ -202,6 +206,8 @@ def _scorer(
         check_folds(split.images)  # before the long work, not after it
     bert = bert_of(checkpoint, config.bert_path)
     model = build_model(checkpoint, bert, device)
+    if not config.skip:
+        model.space.skip_nothing()
     model.precision = config.precision or checkpoint.options.get("precision", "fp32")
     require(
         model.precision in get_args(Precision),

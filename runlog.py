@@ -236,5 +236,13 @@ def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, check=False)
 
 
+def processor() -> str:
+    """What Linux calls the processor, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def _processor() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{processor()}, {torch.get_num_threads()} threads"

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -143,6 +144,8 @@ class RoutingSpace(nn.Module):
 
     def compile_routes(self) -> None:
         """Compile the routing at its first use; go on without where that fails."""
+        # of the compiler's own, which looks at every tensor's gradient
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
         # One compilation serves every number of queries, contexts and context words.
         compiled = torch.compile(self._route, dynamic=True)
 
@@ -158,6 +161,17 @@ class RoutingSpace(nn.Module):
                 return self._route(*given)
 
         self._compiled = route
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it is compiled, or to be at its first use, and has not failed to be."""
+        return self._compiled is not None
+
+    def skip_nothing(self) -> None:
+        """Send every pair through every cell, also where its gates are closed."""
+        for layer in [*self.layers, self.merge]:
+            for cell in layer.cells.values():
+                cell.skips = False
 
     def compile_where_it_pays(self, choice: bool | None, pairs: int) -> None:
         """Compile the routing if `choice` is so, or if it is left open and `pairs` are many."""

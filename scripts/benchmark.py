@@ -11,7 +11,10 @@ Sizes: 256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches o
 negatives, a BERT of MiniLM's size. Each case runs in a process of its own, whose peak memory it is.
 """
 
+import logging
 import multiprocessing
+import os
+import shlex
 import statistics
 import sys
 import time
@@ -19,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
@@ -26,14 +30,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+import runlog
 from data import Batch
+from files import read_json, write_json
 from memory import keep_memory, peak_memory
 from model import DIME, Direction
-from options import Precision, parse, run
+from options import Precision, parse, pick_device, run, say
 from router import CLOSED, EPSILON, Modality
 from scripts.results_table import table
 from trainconfig import TrainConfig
 from trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 # Of a pair, fixed so that rows can be compared; in a training step three times as many, however
 # often something is computed again.
@@ -46,6 +54,8 @@ BATCH = 32
 IMAGES, CAPTIONS = 32, 96  # scored at a time
 PLAIN = 24  # images and captions of the plain formulation
 LIMIT_GB = 2.5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SLOW = 4  # times slower than in float32: a processor without units for bfloat16, which is left out
 KINDS = ("score", "train", "train_under_2.5GB", "plain")
 
 
@@ -54,7 +64,8 @@ class Options:
     only: Annotated[
         list[str] | None, f"i2t, t2i, fp32, bf16, eager, compiled, {', '.join(KINDS)}"
     ] = None
-    json: Annotated[str, "write the rows here; rows of this machine that are there stay"] = ""
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    json: Annotated[str, "write the rows here; what else the file holds stays"] = ""
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,10 @@ class Case:
     precision: Precision
     compiled: bool
     kinds: tuple[str, ...]
+    device: torch.device
 
 
-def cases(only: list[str] | None) -> Iterator[Case]:
+def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
     """Scoring and training share a process, since scoring takes less memory and comes first."""
     together = [("score", "train"), ("train_under_2.5GB",), ("plain",)]
     for kinds, direction, precision, compiled in product(
@@ -84,15 +96,14 @@ def cases(only: list[str] | None) -> Iterator[Case]:
             kind for kind in kinds if kind in (only or ()) or not set(only or ()) & set(KINDS)
         )
         if chosen:
-            yield Case(direction, precision, compiled, chosen)
+            yield Case(direction, precision, compiled, chosen, device)
 
 
 def measured(case: Case) -> list[dict[str, Any]]:
     """The rows of a case; called in a new process."""
     keep_memory()
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    rate = product_rate(dtype)
+    rate = product_rate(DTYPES[case.precision], case.device)
     rows = []
     for kind in case.kinds:
         for bert in (False, True) if kind == "train" else (False,):
@@ -108,30 +119,33 @@ def measured(case: Case) -> list[dict[str, Any]]:
                     "pairs_per_s": round(pairs / seconds, 1),
                     "seconds": round(seconds, 4),
                     "share": round(flops / rate / seconds, 4),
-                    "peak_gb": round(peak_memory(torch.device("cpu")) / 1e9, 3),
+                    "peak_gb": round(peak_memory(case.device) / 1e9, 3),
                     "product_gflops": round(rate / 1e9, 1),
                 }
             )
     return rows
 
 
-def product_rate(dtype: torch.dtype) -> float:
+def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations a second of one large product, the best of RUNS."""
     m, k, n = PRODUCT
-    a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
-    return 2 * m * k * n / min(timed(lambda: a @ b) for _ in range(RUNS))
+    a, b = (torch.randn(*size, dtype=dtype, device=device) for size in ((m, k), (k, n)))
+    return 2 * m * k * n / min(timed(lambda: a @ b, device) for _ in range(RUNS))
 
 
-def timed(work: Callable[[], Any]) -> float:
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds."""
     since = time.perf_counter()
     work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - since
 
 
-def median(work: Callable[[], Any]) -> float:
+def median(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds, after one run that warms up."""
-    work()
-    return statistics.median(timed(work) for _ in range(RUNS))
+    timed(work, device)
+    return statistics.median(timed(work, device) for _ in range(RUNS))
 
 
 def trainer_of(case: Case, memory: float = 0.0) -> Trainer:
@@ -148,18 +162,20 @@ def trainer_of(case: Case, memory: float = 0.0) -> Trainer:
     )
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
     bert = BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
-    trainer = Trainer(config, DIME(config, bert), None, None, None, torch.device("cpu"))
+    trainer = Trainer(config, DIME(config, bert).to(case.device), None, None, None, case.device)
     trainer.fit(tokens=36 if i2t else 32, steps=1)
     return trainer
 
 
 def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality]:
     """Random images and captions of the usual lengths, encoded."""
-    hidden = torch.randn(captions, 32, 384)
+    device = model.text.fc.weight.device
+    hidden = torch.randn(captions, 32, 384).to(device)
     lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
     mask = torch.arange(32) < lengths[:, None]
     with torch.no_grad():
-        return model.encode_images(torch.rand(images, 36, 2048)), model.text(hidden, mask)
+        regions = torch.rand(images, 36, 2048).to(device)
+        return model.encode_images(regions), model.text(hidden, mask.to(device))
 
 
 def scoring(case: Case, bert: bool) -> tuple[int, float]:
@@ -167,7 +183,7 @@ def scoring(case: Case, bert: bool) -> tuple[int, float]:
     model = trainer_of(case).model.eval()
     images, captions = encoded(model, IMAGES, CAPTIONS)
     with torch.no_grad():
-        return IMAGES * CAPTIONS, median(lambda: model.score(images, captions))
+        return IMAGES * CAPTIONS, median(lambda: model.score(images, captions), case.device)
 
 
 def training(case: Case, bert: bool, memory: float = 0.0) -> tuple[int, float]:
@@ -179,7 +195,8 @@ def training(case: Case, bert: bool, memory: float = 0.0) -> tuple[int, float]:
     ids = torch.where(mask, torch.randint(1, 30522, mask.shape), 0)
     states = None if bert else torch.randn(captions, 32, 384)
     batch = Batch(torch.rand(images, 36, 2048), ids, mask, torch.arange(captions), BATCH, states)
-    return images * captions, median(lambda: trainer.step(batch))
+    batch = batch.to(case.device)
+    return images * captions, median(lambda: trainer.step(batch), case.device)
 
 
 def plain(case: Case, bert: bool) -> tuple[int, float]:
@@ -192,7 +209,7 @@ def plain(case: Case, bert: bool) -> tuple[int, float]:
         torch.testing.assert_close(
             found, exact, atol=0.05 if case.precision == "bf16" else 1e-5, rtol=0
         )
-        return PLAIN * PLAIN, median(lambda: plain_scores(model, images, captions))
+        return PLAIN * PLAIN, median(lambda: plain_scores(model, images, captions), case.device)
 
 
 KIND = {
@@ -242,7 +259,7 @@ def plain_column(space: torch.nn.Module, tokens: Tensor, words: Tensor, pooled: 
         z = z + gates[:, j, None, None] * y + dead[:, j, None, None] * xs[j]
     z = z / (gates + dead).sum(1)[:, None, None]
     z = space.norm(z.float().flatten(0, 1)).view_as(z)
-    return F.normalize(z.mean(1) + z.amax(1), dim=-1) @ pooled
+    return (F.normalize(z.mean(1) + z.amax(1), dim=-1) * pooled).sum(-1)
 
 
 def plain_cell(cell: torch.nn.Module, x: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
@@ -292,11 +309,37 @@ def text(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     chosen = parse(Options, None, __doc__)
-    rows = []
-    for case in cases(chosen.only):
+    device = pick_device(chosen.device)
+    keep_memory()
+    rows: list[dict[str, Any]] = []
+    rates = {name: product_rate(dtype, device) for name, dtype in DTYPES.items()}
+    slow = rates["bf16"] < rates["fp32"] / SLOW
+    for case in cases(chosen.only, device):
+        if case.precision == "bf16" and slow:
+            continue
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows += pool.submit(measured, case).result()
-        sys.stdout.write(text(rows[-1:]).splitlines()[-1] + "\n")
+        log.info("%s", text(rows[-1:]).splitlines()[-1])
+    where = f"{runlog.processor()}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    about = f"{where}, torch {torch.__version__}"
+    missing = (
+        f"bfloat16: not run, its products are {rates['fp32'] / rates['bf16']:.0f} times slower "
+        "than float32's on this processor"
+    )
+    found = {
+        "command": shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]]),
+        "machine": about,
+        "commit": runlog.commit(),
+        "not_run": missing if slow else "",
+        "rows": rows,
+    }
+    if chosen.json:
+        path = Path(chosen.json)
+        before = read_json(path, "an earlier report") if path.exists() else {}
+        write_json(path, before | found)
+    say(f"{about}\n\n{text(rows)}{found['not_run']}\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -173,15 +172,8 @@ def report(part: str, found: dict[str, object], path: Path) -> None:
     about = {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": runlog.commit(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "machine": f"{runlog.processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
     }
     parts = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, parts | {part: about | found})
-
-
-def processor() -> str:
-    """What Linux calls the processor."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()

@@ -173,6 +173,25 @@ def test_short_captions_are_evaluated(tiny: Path, run_train: Callable[..., int])
         assert evaluate(tiny / f"runs/{direction}/model_best.pth.tar")["captions"] == 15
 
 
+@pytest.mark.parametrize("option", ["skip", "compile"])
+def test_skipping_and_compiling_are_left_off(
+    case: Case, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And change no score: the golden models have gates open and closed."""
+    monkeypatch.setattr("space.RoutingSpace.compile_routes", None)
+    path = tmp_path / "scores.npy"
+    found = evaluate(
+        case.model_path,
+        case.data_path,
+        bert_path=case.bert_path,
+        save_scores=path,
+        **{option: False},
+    )
+    np.testing.assert_allclose(np.load(path), case.expected("eval")["sims"], rtol=0, atol=1e-5)
+    (closed,) = found["closed"]
+    assert np.array(closed).shape == (3, 4) and 0 < np.max(closed) <= 1
+
+
 @pytest.mark.parametrize("fold5", [False, True])
 def test_a_shortlist_of_all_changes_nothing(tiny: Path, run_train, fold5: bool) -> None:
     models = []

@@ -61,9 +61,7 @@ def test_what_is_computed_again_has_the_same_gradients_to_the_last_bit(
 def test_skipping_changes_no_gradient() -> None:
     expected = trained(seeded("i2t"))
     model = seeded("i2t")
-    for layer in [*model.space.layers, model.space.merge]:
-        for cell in layer.cells.values():
-            cell.skips = False
+    model.space.skip_nothing()
     scores, found = trained(model)
     torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
     for name, value in found.items():

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import trainer
 from evaluation import owners, retrieval
-from options import parse
+from options import parse, warn_of_slow
 from runfolder import BEST, NEWEST
 from trainconfig import FREE, TrainConfig
 
@@ -541,3 +542,78 @@ def test_compiled_training_goes_on_with_or_without_a_compiler(tiny: Path) -> Non
     done = run_program("train.py", *tiny_train(tiny, "--compile", "--max_steps", "2"))
     assert done.returncode == 0, done.stderr
     assert state(tiny / "runs/i2t" / NEWEST)["step"] == 2
+
+
+def test_cached_text_is_what_bert_says_without_dropout(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A BERT that has no dropout gives the same run, cached or not, workers or not."""
+    path = tiny / "bert/bert_config.json"
+    config = json.loads(path.read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    path.write_text(json.dumps(config | still))
+    argv = tiny_train(tiny, "--max_steps", "7", "--extra_stc", "1")
+    assert run_train(*argv) == 0
+    plain = state(tiny / "runs/i2t" / NEWEST)["weights"]
+    for workers in ("0", "2"):
+        assert run_train(*argv, "--cache_text", "--overwrite", "--workers", workers) == 0
+        cached = state(tiny / "runs/i2t" / NEWEST)["weights"]
+        for name, value in plain.items():
+            torch.testing.assert_close(cached[name], value, atol=2e-4, rtol=1e-3, msg=name)
+    states = np.load(tiny / "runs/i2t/text_states.npy", mmap_mode="r")
+    assert states.shape == (55, 12, 24) and states.dtype == np.float32
+    assert "reading all captions once, into" in caplog.text
+
+
+def test_cached_text_is_read_once_and_goes_with_its_run(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """BERT's dropout is not what it was, so a run without the cache is another run."""
+    argv = tiny_train(tiny, "--cache_text", "--val_step", "50", direction="t2i")
+    assert run_train(*argv, "--max_steps", "4") == 0
+    assert run_train(*tiny_train(tiny, "--resume", "auto", direction="t2i")) == 2
+    assert "--cache_text" in last_line(capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr("textcache.write_blocks", None)
+        assert run_train(*argv, "--max_steps", "9", "--resume", "auto") == 0
+    resumed = state(tiny / "runs/t2i" / NEWEST)
+    assert run_train(*argv, "--max_steps", "9", "--overwrite") == 0
+    assert same(resumed["weights"], state(tiny / "runs/t2i" / NEWEST)["weights"])
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_not_begun(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
+    assert run_train(*tiny_train(tiny, "--cache_text")) == 2
+    assert "text_states.npy needs 63360 bytes, 100 are free" in last_line(capsys)
+
+
+def test_little_memory_gives_the_same_weights(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    argv = tiny_train(tiny, "--max_steps", "6", "--extra_stc", "1")
+    assert run_train(*argv) == 0
+    plain = state(tiny / "runs/i2t" / NEWEST)
+    assert run_train(*argv, "--overwrite", "--memory", "0.1") == 0
+    assert "activations of 100 % of the pairs are computed twice" in caplog.text
+    assert same(state(tiny / "runs/i2t" / NEWEST)["weights"], plain["weights"])
+
+
+def test_an_imitated_bfloat16_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ticks = iter([0.0, 1.0, 2.0, 22.0, 0.0, 1.0, 2.0, 3.5])
+    monkeypatch.setattr("options.time.perf_counter", lambda: next(ticks))
+    warn_of_slow("bf16", torch.device("cpu"))
+    assert "--precision bf16: on this processor 20 times slower than fp32" in caplog.text
+    caplog.clear()
+    warn_of_slow("bf16", torch.device("cpu"))
+    warn_of_slow("fp32", torch.device("cpu"))
+    assert not caplog.records

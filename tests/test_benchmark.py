@@ -1,0 +1,101 @@
+"""scripts/benchmark.py: what a pair costs, and the rows of a small run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_here
+from test_model import tiny_bert
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import DIME, ModelConfig
+from router import Modality
+from scripts import benchmark
+from scripts.benchmark import FLOPS, Case, cases
+
+D, CPU = 256, torch.device("cpu")
+
+
+def flops(model: DIME, queries: int, contexts: int, tokens: int, words: int) -> int:
+    """Floating-point operations of the products that scoring so many pairs takes."""
+    query, context = (
+        Modality(torch.randn(n, m, D), torch.randn(n, D), torch.ones(n, m, dtype=torch.bool))
+        for n, m in ((queries, tokens), (contexts, words))
+    )
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.space(query, context, queries * contexts)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("direction", "tokens", "words"), [("i2t", 36, 16), ("t2i", 32, 36)])
+def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> None:
+    """What a further pair of known items adds; attention, mixing and routers beside them."""
+    # a new one, whose gates are all open
+    model = DIME(ModelConfig(direction=direction, img_dim=9), tiny_bert()).eval()
+    a, b, c, d = (flops(model, q, n, tokens, words) for q, n in ((2, 3), (2, 5), (4, 3), (4, 5)))
+    found = (d - c - b + a) / 4  # of a pair, without what is done once an item
+    product = 2 * tokens * D * D
+    attention = 2 * 2 * 2 * tokens * tokens * D  # two layers; weights and what they sum
+    crossed = 3 * (2 * tokens * words * D + 2 * tokens * words * 2 * D)
+    mixing = 2 * (4 * 4) * 2 * tokens * D + 4 * 2 * tokens * D
+    routers = 4 * 2 * D * 512 * 2 + 4 * 2 * 512 * (4 + 1)
+    assert found == 22 * product + attention + crossed + mixing + routers
+    assert found == pytest.approx(FLOPS[direction], rel=0.03)
+
+
+def test_rows_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    sizes = {"BATCH": 2, "IMAGES": 2, "CAPTIONS": 3, "PLAIN": 2, "RUNS": 1, "PRODUCT": (64, 8, 8)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(benchmark, "SLOW", 10**9)
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps({"kept": 1}))
+    assert run_here(monkeypatch, benchmark.main, ["--only", "eager", "fp32", "--json", path]) == 0
+    found = json.loads(path.read_text())
+    assert found["kept"] == 1 and found["machine"] and "--only eager fp32" in found["command"]
+    kinds = {(r["direction"], r["precision"], r["what"], r["bert"]) for r in found["rows"]}
+    assert len(kinds) == len(found["rows"]) == 2 * 5
+    names = {"direction", "precision", "compiled", "bert", "what", "pairs_per_s", "seconds"}
+    for row in found["rows"]:
+        assert row.keys() == names | {"share", "peak_gb", "product_gflops"}
+        assert row["pairs_per_s"] > 0 and row["peak_gb"] > 0.1
+    assert "| plain |" in capsys.readouterr().out
+
+
+class Here:
+    """A pool of no process."""
+
+    def __init__(self, *given: object) -> None: ...
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def submit(self, function, *given):
+        self.found = function(*given)
+        return self
+
+    def result(self):
+        return self.found
+
+
+def test_a_processor_without_bfloat16_leaves_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rates = {torch.float32: 100e9, torch.bfloat16: 2e9}
+    monkeypatch.setattr(benchmark, "product_rate", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
+    assert run_here(monkeypatch, benchmark.main, ["--only", "bf16", "score"]) == 0
+    assert "bfloat16: not run, its products are 50 times slower" in capsys.readouterr().out
+
+
+def test_some_cases() -> None:
+    assert list(cases(["i2t", "fp32", "score"], CPU)) == [
+        Case("i2t", "fp32", False, ("score",), CPU),
+        Case("i2t", "fp32", True, ("score",), CPU),
+    ]
+    assert len(list(cases(None, CPU))) == 8 + 8 + 4
