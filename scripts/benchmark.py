@@ -37,7 +37,7 @@ from memory import keep_memory, peak_memory
 from model import DIME, Direction
 from options import Precision, parse, pick_device, run, say
 from router import CLOSED, EPSILON, Modality
-from scripts.results_table import table
+from scripts.results_table import about, speed_rows
 from trainconfig import TrainConfig
 from trainer import Trainer
 
@@ -279,34 +279,6 @@ def plain_cell(cell: torch.nn.Module, x: Tensor, words: Tensor, pooled: Tensor) 
     return x.relu()
 
 
-def text(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
-    head = [
-        "",
-        "precision",
-        "",
-        "BERT",
-        "what",
-        "pairs/s",
-        "seconds",
-        "share",
-        "GB",
-        "product GFLOP/s",
-    ]
-    return table(
-        head,
-        [
-            [
-                *(r["direction"], r["precision"], "compiled" if r["compiled"] else "eager"),
-                *("with" if r["bert"] else "", r["what"], f"{r['pairs_per_s']:.0f}"),
-                *(f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %", f"{r['peak_gb']:.1f}"),
-                f"{r['product_gflops']:.0f}",
-            ]
-            for r in rows
-        ],
-    )
-
-
 def main() -> None:
     chosen = parse(Options, None, __doc__)
     device = pick_device(chosen.device)
@@ -319,18 +291,18 @@ def main() -> None:
             continue
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows += pool.submit(measured, case).result()
-        log.info("%s", text(rows[-1:]).splitlines()[-1])
+        log.info("%s", speed_rows(rows[-1:]).splitlines()[-1])
     where = f"{runlog.processor()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
-    about = f"{where}, torch {torch.__version__}"
     missing = (
         f"bfloat16: not run, its products are {rates['fp32'] / rates['bf16']:.0f} times slower "
         "than float32's on this processor"
     )
     found = {
         "command": shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]]),
-        "machine": about,
+        "machine": where,
+        "torch": torch.__version__,
         "commit": runlog.commit(),
         "not_run": missing if slow else "",
         "rows": rows,
@@ -339,7 +311,7 @@ def main() -> None:
         path = Path(chosen.json)
         before = read_json(path, "an earlier report") if path.exists() else {}
         write_json(path, before | found)
-    say(f"{about}\n\n{text(rows)}{found['not_run']}\n")
+    say(f"{about(found)}:\n\n{speed_rows(rows)}{found['not_run']}\n")
 
 
 if __name__ == "__main__":

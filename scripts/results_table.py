@@ -116,13 +116,43 @@ def fuzz(found: dict[str, Any] | None) -> str:
     return f"{about(found)}:\n\n{table(head, rows)}"
 
 
+def speed(folder: Path) -> str:
+    """What the benchmark found."""
+    path = folder / "speed.json"
+    if not path.exists():
+        return "Benchmark: not run.\n"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return f"{about(found)}:\n\n{speed_rows(found['rows'])}{found['not_run']}\n"
+
+
+def speed_rows(rows: list[dict[str, Any]]) -> str:
+    """The benchmark's rows as a table."""
+    head = ["", "precision", "", "BERT", "what", "pairs/s", "seconds", "share", "GB", "GFLOP/s"]
+    return table(
+        head,
+        [
+            [
+                *(r["direction"], r["precision"], "compiled" if r["compiled"] else "eager"),
+                *("with" if r["bert"] else "", r["what"], f"{r['pairs_per_s']:.0f}"),
+                *(f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %", f"{r['peak_gb']:.1f}"),
+                f"{r['product_gflops']:.0f}",
+            ]
+            for r in rows
+        ],
+    )
+
+
 def about(found: dict[str, Any]) -> str:
     """How a report came about."""
     commit = (found["commit"] or "unknown")[:12]
     return f"`{found['command']}` ({found['machine']}, torch {found['torch']}, commit {commit})"
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"results": results, "reliability": reliability}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "results": results,
+    "reliability": reliability,
+    "speed": speed,
+}
 
 
 def updated(readme: str, folder: Path = RESULTS) -> str:
