@@ -17,6 +17,7 @@ import os
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,8 @@ from transformers import BertConfig, BertModel
 
 import runlog
 from data import Batch
-from files import read_json, write_json
+from evaluation import owners, retrieval
+from files import read_json, write_blocks, write_json
 from memory import keep_memory, peak_memory
 from model import DIME, Direction
 from options import Precision, parse, pick_device, run, say
@@ -52,6 +55,7 @@ PRODUCT = (36 * 1024, 256, 256)
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 BATCH = 32
 IMAGES, CAPTIONS = 32, 96  # scored at a time
+RANKED = (5000, 25000)  # images and captions of MSCOCO
 PLAIN = 24  # images and captions of the plain formulation
 LIMIT_GB = 2.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -220,6 +224,21 @@ KIND = {
 }
 
 
+def ranking() -> dict[str, float]:
+    """Seconds and peak memory of ranks and recalls of MSCOCO's size, from a memory map."""
+    keep_memory()
+    images, captions = RANKED
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores.npy"
+        rows = (rng.random((1, captions), dtype=np.float32) for _ in range(images))
+        write_blocks(path, RANKED, np.dtype(np.float32), rows)
+        scores = np.load(path, mmap_mode="r")
+        seconds = timed(lambda: retrieval(scores, owners(captions)), torch.device("cpu"))
+    peak = peak_memory(torch.device("cpu")) / 1e9
+    return {"images": images, "captions": captions, "seconds": seconds, "peak_gb": peak}
+
+
 # The plain formulation: for each item of the context, every cell on every query anew.
 
 
@@ -279,6 +298,12 @@ def plain_cell(cell: torch.nn.Module, x: Tensor, words: Tensor, pooled: Tensor) 
     return x.relu()
 
 
+def apart(work: Callable[..., Any], *given: Any) -> Any:
+    """What a function gives in a new process, whose peak memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
 def main() -> None:
     chosen = parse(Options, None, __doc__)
     device = pick_device(chosen.device)
@@ -286,11 +311,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     rates = {name: product_rate(dtype, device) for name, dtype in DTYPES.items()}
     slow = rates["bf16"] < rates["fp32"] / SLOW
+    ranks = apart(ranking)
     for case in cases(chosen.only, device):
         if case.precision == "bf16" and slow:
             continue
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows += pool.submit(measured, case).result()
+        rows += apart(measured, case)
         log.info("%s", speed_rows(rows[-1:]).splitlines()[-1])
     where = f"{runlog.processor()}, {os.cpu_count()} cores"
     if device.type == "cuda":
@@ -305,6 +330,7 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": runlog.commit(),
         "not_run": missing if slow else "",
+        "ranks": ranks,
         "rows": rows,
     }
     if chosen.json:

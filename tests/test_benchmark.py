@@ -45,7 +45,15 @@ def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> No
 
 
 def test_rows_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    sizes = {"BATCH": 2, "IMAGES": 2, "CAPTIONS": 3, "PLAIN": 2, "RUNS": 1, "PRODUCT": (64, 8, 8)}
+    sizes = {
+        "RANKED": (30, 150),
+        "BATCH": 2,
+        "IMAGES": 2,
+        "CAPTIONS": 3,
+        "PLAIN": 2,
+        "RUNS": 1,
+        "PRODUCT": (64, 8, 8),
+    }
     for name, value in sizes.items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
@@ -55,6 +63,7 @@ def test_rows_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     path.write_text(json.dumps({"kept": 1}))
     assert run_here(monkeypatch, benchmark.main, ["--only", "eager", "fp32", "--json", path]) == 0
     found = json.loads(path.read_text())
+    assert found["ranks"]["images"] == 30 and found["ranks"]["seconds"] > 0
     assert found["kept"] == 1 and found["machine"] and "--only eager fp32" in found["command"]
     kinds = {(r["direction"], r["precision"], r["what"], r["bert"]) for r in found["rows"]}
     assert len(kinds) == len(found["rows"]) == 2 * 5
@@ -87,6 +96,7 @@ def test_a_processor_without_bfloat16_leaves_it_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     rates = {torch.float32: 100e9, torch.bfloat16: 2e9}
+    monkeypatch.setattr(benchmark, "apart", lambda *given: {})
     monkeypatch.setattr(benchmark, "product_rate", lambda dtype, device: rates[dtype])
     monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
     assert run_here(monkeypatch, benchmark.main, ["--only", "bf16", "score"]) == 0
