@@ -48,7 +48,9 @@ class GlobalLocalGuidance(Cell):
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         # REFERENCE: norm_L(fc(x) * guide), over tokens and not over channels. The guide is
         # constant along L, so only its sign is left, and no gradient reaches it.
-        return (1 + guide.to(x.dtype) * _unit_over_tokens(self.fc(x))) * x
+        scaled = self.fc(x)
+        scale = guide.to(x.dtype) * _over_token_length(scaled)  # [Q, C, 1, D]
+        return torch.addcmul(x, scaled * scale, x)  # (1 + guide * unit) * x
 
 
 class IntraModalReasoning(Cell):
@@ -66,8 +68,8 @@ class IntraModalReasoning(Cell):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x + self._attend(x)
-        return y + self.fc2(self.fc1(y).relu())
+        y = self._attend(x).add_(x)
+        return self.fc2(self.fc1(y).relu_()).add_(y)
 
     def _attend(self, x: Tensor) -> Tensor:
         # Two batched products: with 16 channels a head the fused attention is slower on a CPU.
@@ -99,7 +101,8 @@ class CrossModalRefinement(Cell):
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor, projected: Tensor) -> Tensor:
         weights = self.attention(x, tokens, mask)  # [Q, C, L, M]
         scale, shift = (weights @ projected).chunk(2, -1)  # [Q, C, L, D] each
-        return x + self.fc2(self.fc1(x * scale.tanh() + shift).relu())
+        modulated = torch.addcmul(shift, x, scale.tanh())
+        return self.fc2(self.fc1(modulated).relu_()).add_(x)
 
     def attention(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """What each query token looks at: weights `[Q, C, L, M]`, 0 on masked context tokens."""
@@ -107,10 +110,18 @@ class CrossModalRefinement(Cell):
         return (self.smooth * affinity).masked_fill(~mask, -torch.inf).softmax(-1)
 
 
+# New tensors that no gradient asks for are added to in place: a pass through memory less.
+
+
 def _unit_over_tokens(x: Tensor) -> Tensor:
-    """`x` with unit length along the token axis L; the sum of squares is kept in float32."""
+    """`x` with unit length along the token axis L."""
+    return x * _over_token_length(x)
+
+
+def _over_token_length(x: Tensor) -> Tensor:
+    """One over the length of `x` along the token axis L; the sum of squares is kept in float32."""
     squares = x.float().square().sum(-2, keepdim=True)
-    return x * squares.clamp_min(NO_LENGTH**2).rsqrt().to(x.dtype)
+    return squares.clamp_min(NO_LENGTH**2).rsqrt().to(x.dtype)
 
 
 # DEVIATION: l1norm and clipped_l1norm work (they crashed in the published code).
