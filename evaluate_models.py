@@ -64,7 +64,7 @@ class EvaluateConfig:
         "product of their pooled vectors ranks them",
     ] = None
     skip: Annotated[
-        bool, "send no pair through a cell whose gates are closed for it (exact; not if compiled)"
+        bool, "leave out of a cell the pairs whose gates are closed (exact; not if compiled)"
     ] = True
     compile: Annotated[
         bool | None, "compile the routing (default: where a compiler is found and it pays)"
@@ -113,10 +113,11 @@ def evaluate(
     precision: Precision | None = None,
     device: str = "auto",
     workers: int = 2,
+    save_scores: str | Path | None = None,
+    *,
     shortlist: int | None = None,
     skip: bool = True,
     compile: bool | None = None,
-    save_scores: str | Path | None = None,
 ) -> dict[str, Any]:
     """Results of one model, or of an ensemble: the mean of the models' score matrices.
 
@@ -255,8 +256,9 @@ def _approximate(limits: dict[str, Any]) -> str:
     best = limits["ceiling"]
     return (
         f"Approximate: only the best {limits['count']} each way by pooled vectors were scored, "
-        f"{100 * limits['share']:.1f} % of all pairs; no recall can exceed "
-        f"{best['i2t']:.1f} (image to text), {best['t2i']:.1f} (text to image)\n"
+        f"{100 * limits['share']:.1f} % of all pairs; a right answer is among them for "
+        f"{best['i2t']:.1f} % of the images and {best['t2i']:.1f} % of the captions, which no R@k "
+        f"of the whole split with k up to {limits['count']} can exceed\n"
     )
 
 

@@ -74,6 +74,7 @@ def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> tuple[np.ndarray
         scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
     owner = np.asarray(owner)
     own = scores[owner, np.arange(len(owner))]  # [T]
+    own = own.astype(np.promote_types(own.dtype, np.float32))
     best = np.full(len(scores), -np.inf, dtype=own.dtype)  # [I] of an image's captions
     np.maximum.at(best, owner, own)
     # What reaches a relevant score ranks before it, but for what is relevant itself.
@@ -98,7 +99,7 @@ def retrieval(scores: Tensor | np.ndarray, owner: Sequence[int]) -> Retrieval:
 
 
 def ceiling(known: np.ndarray, owner: Sequence[int]) -> dict[str, float]:
-    """The largest recalls, in percent, where only `known` pairs `[I, T]` can be found."""
+    """How many queries, in percent, have a right answer among the `known` pairs `[I, T]`."""
     own = known[np.asarray(owner), np.arange(len(owner))]  # [T]
     images = np.bincount(owner, own, len(known)) > 0
     return {"i2t": 100 * float(images.mean()), "t2i": 100 * float(own.mean())}

@@ -79,7 +79,7 @@ def free_memory(device: torch.device) -> int:
     free = [_available()]
     limit, used = (_number(CGROUP / f"memory.{name}") for name in ("max", "current"))
     if limit is not None and used is not None:
-        free.append(limit - used)
+        free.append(limit - used + _reclaimable())
     for kind, column in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY and (pages := _pages(column)) is not None:
@@ -99,6 +99,13 @@ def _available() -> int:
 def _number(path: Path) -> int | None:
     text = path.read_text().strip() if path.exists() else "max"
     return int(text) if text.isdigit() else None
+
+
+def _reclaimable() -> int:
+    """What a container's memory holds of files, such as features, and gives up at need."""
+    path = CGROUP / "memory.stat"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _pages(column: int) -> int | None:

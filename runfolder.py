@@ -24,7 +24,7 @@ NEWEST, PREVIOUS = "checkpoint.pth.tar", "checkpoint_previous.pth.tar"
 BEST = "model_best.pth.tar"
 DAMAGED = f"{NEWEST}.damaged"
 MOST_STEPS = 2**62  # and more than any score; a larger number is none of a run's
-STATES = "text_states.npy"  # of BERT, see textcache.py
+STATES = "text_states_{}.npy"  # of BERT, see textcache.py
 LOCK = "lock"
 
 
@@ -157,6 +157,8 @@ def _set_aside(path: Path, problem: InputError | None) -> None:
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run left."""
-    for name in (NEWEST, PREVIOUS, BEST, STATES):
+    for name in (NEWEST, PREVIOUS, BEST):
         runlog.remove(folder / name)
+    for path in folder.glob(STATES.format("*") + "*"):  # and one that was not finished
+        runlog.remove(path)
     runlog.clear(folder)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental import _config as shape_config
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cells import CELLS, CellName, CellSizes
@@ -63,24 +64,27 @@ class RoutingSpace(nn.Module):
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
         columns = []
-        for some in self._parts(context, pairs):
+        for some, width in self._parts(context, pairs):
             views = [layer.views(some) for layer in layers]
             rows = []
-            for part in self._parts(query, max(1, pairs // len(some))):
+            for part, height in self._parts(query, max(1, pairs // len(some))):
                 keep = left <= self.kept_pairs or not torch.is_grad_enabled()
-                rows.append(self._slice(part.tokens, views, len(some), keep))
-                left -= len(part) * len(some)
+                found = self._slice(part.tokens, views, len(some), keep)
+                rows.append([figures[:, :height, :width] for figures in found])
+                left -= height * width
             columns.append([torch.cat(found, 1) for found in zip(*rows, strict=True)])
         summary, (paths,) = (torch.cat(parts, 2) for parts in zip(*columns, strict=True))
         positions = query.tokens[..., 0].numel() * len(context)
         return (self._pooled(*summary, positions) * context.pooled).sum(-1), paths
 
-    def _parts(self, items: Modality, size: int) -> Iterator[Modality]:
-        """Items by parts of that many, the last one smaller."""
+    def _parts(self, items: Modality, size: int) -> Iterator[tuple[Modality, int]]:
+        """Items by parts of that many, the last one smaller, and how many of a part count."""
         for first in range(0, len(items), size):
             part = items[first : first + size]
-            # compiled code is bound to what its inputs are views of
-            yield part.copied() if self._compiled else part
+            count = len(part)
+            if self._compiled:  # its code is bound to what inputs are views of, and to sizes of 1
+                part = part[torch.arange(max(2, count)) % count].copied()
+            yield part, count
 
     def _slice(
         self, tokens: Tensor, views: Sequence[Views], contexts: int, keep: bool
@@ -146,12 +150,18 @@ class RoutingSpace(nn.Module):
         """Compile the routing at its first use; go on without where that fails."""
         # of the compiler's own, which looks at every tensor's gradient
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-        # One compilation serves every number of queries, contexts and context words.
-        compiled = torch.compile(self._route, dynamic=True)
+        compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 
         def route(*given: Any) -> tuple[Tensor, Tensor]:
+            nonlocal compiled
+            if self._compiled is None:  # has failed, and is called again by a checkpoint
+                return self._route(*given)
             try:
-                return compiled(*given)
+                compiled = compiled or torch.compile(self._route, dynamic=True)
+                # One compilation serves every number of queries, contexts and context words, also
+                # where two of them happen to be equal at first.
+                with shape_config.patch(use_duck_shape=False):
+                    return compiled(*given)
             except Exception as error:  # no compiler, or one that cannot: many types, one remedy
                 if out_of_memory(error):
                     raise
@@ -194,6 +204,8 @@ class RoutingSpace(nn.Module):
         room = SAFE_SHARE * free_memory(device) if limit is None else limit - used_memory(device)
         room -= min(pairs, most_pairs(device)) * size * AT_WORK + BESIDE
         self.kept_pairs = max(0, int(room / (size * KEPT)))
+        if limit is not None and room < 0:
+            log.warning("training will take about %.1f GB all the same", (limit - room) / 1e9)
         if self.kept_pairs < pairs:
             share = 100 * (1 - self.kept_pairs / pairs)
             log.info("activations of %.0f %% of the pairs are computed twice, to fit memory", share)

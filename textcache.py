@@ -3,7 +3,9 @@
 Kept apart from data.py, which knows no model, and from trainer.py, which is the loop.
 """
 
+import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 
 from checkpoint import Bert
-from files import naming, write_blocks
+from files import beside, naming, size_of, write_blocks
 from model import TextEncoder
 from options import progress, require
 from runfolder import STATES
@@ -20,6 +22,7 @@ from runfolder import STATES
 log = logging.getLogger(__name__)
 
 BLOCK = 256  # captions read at a time
+HEADER = 128  # bytes of a .npy file before its numbers
 
 
 def cached_text(
@@ -29,12 +32,17 @@ def cached_text(
 
     It is made where it is not there yet. Raises InputError where the disk lacks the room.
     """
-    path = folder / STATES
+    # Its name tells what it was made of, so that no other run's is taken for it.
+    about = "\n".join([bert.fingerprint, str(max_words), *captions])
+    path = folder / STATES.format(hashlib.sha256(about.encode()).hexdigest()[:16])
     shape = (len(captions), max_words, bert.model.config.hidden_size)
-    if path.exists():
-        return path
     size = int(np.prod(shape, dtype=np.int64)) * 4
+    if os.path.lexists(path):
+        held = size_of(path, "BERT's states")
+        require(held == size + HEADER, f"{path}: {held} bytes, expected {size + HEADER}; delete it")
+        return path
     with naming(folder, "a folder to write to"):
+        beside(path).unlink(missing_ok=True)  # before the free bytes are counted
         free = shutil.disk_usage(folder).free
     require(size < free, f"--cache_text: {path} needs {size} bytes, {free} are free")
     log.info("--cache_text: reading all captions once, into %s (%.1f GB)", path, size / 1e9)

@@ -48,7 +48,7 @@ def train(config: TrainConfig, device: torch.device) -> None:
     else:
         trainer.restore(found)
         del found  # its copy of the weights
-    if config.cache_text:
+    if config.cache_text and not trainer.complete:
         encoder, captions = trainer.model.text, split.captions
         path = cached_text(config.folder, encoder, bert, captions, config.max_words)
         trainer.batches = replace(batches, states=path)

@@ -87,7 +87,7 @@ class Trainer:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: cannot be gone on with: {reason}") from error
         self._restore_best()
-        self.restored = path
+        self.restored = Path(os.path.realpath(path))
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where a checkpoint is of a run with other options, data or BERT."""
@@ -141,6 +141,11 @@ class Trainer:
         return enough or self.place.epoch >= self.config.num_epochs
 
     @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do, the last validation included."""
+        return self.finished and not self._unvalidated
+
+    @property
     def _unvalidated(self) -> bool:
         """Whether a validation is due that has not been done."""
         place = self.place
@@ -155,7 +160,7 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the end. Raises Stopped where a signal ended it earlier, in good order."""
-        if self.finished and not self._unvalidated:
+        if self.complete:
             log.info("%s: complete at step %d", self.config.folder, self.place.step)
             return
         self._give_up_later_steps()
@@ -189,11 +194,11 @@ class Trainer:
 
     def _give_up_later_steps(self) -> None:
         """Have the newest checkpoint be the one that is gone on from, before the logs are cut."""
-        folder = self.config.folder
-        if self.restored is not None and self.restored != folder / NEWEST:
+        newest, previous = (self.config.folder / name for name in (NEWEST, PREVIOUS))
+        if self.restored is not None and self.restored != Path(os.path.realpath(newest)):
+            if self.restored != Path(os.path.realpath(previous)):
+                runlog.remove(previous)
             self._write(NEWEST, keep=None)
-            if self.restored != folder / PREVIOUS:
-                runlog.remove(folder / PREVIOUS)
 
     def _announce(self) -> None:
         c, data = self.config, self.batches.split

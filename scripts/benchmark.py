@@ -35,10 +35,10 @@ from transformers import BertConfig, BertModel
 import runlog
 from data import Batch
 from evaluation import owners, retrieval
-from files import read_json, write_blocks, write_json
+from files import check_writable, read_json, write_blocks, write_json
 from memory import keep_memory, peak_memory
 from model import DIME, Direction
-from options import Precision, parse, pick_device, run, say
+from options import Precision, parse, pick_device, require, run, say
 from router import CLOSED, EPSILON, Modality
 from scripts.results_table import about, speed_rows
 from trainconfig import TrainConfig
@@ -60,14 +60,13 @@ PLAIN = 24  # images and captions of the plain formulation
 LIMIT_GB = 2.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW = 4  # times slower than in float32: a processor without units for bfloat16, which is left out
+WORDS = ("i2t", "t2i", "fp32", "bf16", "eager", "compiled")
 KINDS = ("score", "train", "train_under_2.5GB", "plain")
 
 
 @dataclass(frozen=True)
 class Options:
-    only: Annotated[
-        list[str] | None, f"i2t, t2i, fp32, bf16, eager, compiled, {', '.join(KINDS)}"
-    ] = None
+    only: Annotated[list[str] | None, f"{', '.join(WORDS)}, {', '.join(KINDS)}"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
     json: Annotated[str, "write the rows here; what else the file holds stays"] = ""
 
@@ -307,6 +306,13 @@ def apart(work: Callable[..., Any], *given: Any) -> Any:
 def main() -> None:
     chosen = parse(Options, None, __doc__)
     device = pick_device(chosen.device)
+    known = {*KINDS, *WORDS}
+    for word in chosen.only or []:
+        require(word in known, f"--only {word}: expected some of {', '.join(sorted(known))}")
+    path = Path(chosen.json)
+    before = read_json(path, "an earlier report") if chosen.json and path.exists() else {}
+    if chosen.json:
+        check_writable(path)
     keep_memory()
     rows: list[dict[str, Any]] = []
     rates = {name: product_rate(dtype, device) for name, dtype in DTYPES.items()}
@@ -334,8 +340,6 @@ def main() -> None:
         "rows": rows,
     }
     if chosen.json:
-        path = Path(chosen.json)
-        before = read_json(path, "an earlier report") if path.exists() else {}
         write_json(path, before | found)
     say(f"{about(found)}:\n\n{speed_rows(rows)}{found['not_run']}\n")
 

@@ -29,8 +29,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = ("i2t", "t2i", "i2t_no_extra", "i2t_variant", "t2i_variant", "thresholds")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub for anything
-# two at most, and one each where two processes share the tests
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(2)
 
 
 @dataclass(frozen=True)

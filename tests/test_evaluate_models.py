@@ -230,7 +230,7 @@ def test_a_shortlist_is_called_approximate(
     assert limits["ceiling"]["t2i"] == pytest.approx(100 * own.mean())
     assert limits["ceiling"]["i2t"] == pytest.approx(100 * own.reshape(10, 5).any(1).mean())
     assert said.startswith("Approximate: only the best 1 each way")
-    assert f"{limits['ceiling']['i2t']:.1f} (image to text)" in said
+    assert f"{limits['ceiling']['i2t']:.1f} % of the images" in said
 
 
 def no_model(tmp_path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from model import DIME
 from space import KEPT, has_compiler
 
 CPU = torch.device("cpu")
+ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are rounding alone
 
 
 def trained(model: DIME, pairs: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,7 +39,7 @@ def test_slices_change_no_score_gradient_or_statistic(direction: str, pairs: int
     torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
     assert found.keys() == expected[1].keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[1][name], atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
 
 
 def seeded(direction: str) -> DIME:
@@ -65,7 +66,7 @@ def test_skipping_changes_no_gradient() -> None:
     scores, found = trained(model)
     torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[1][name], atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
@@ -142,8 +143,9 @@ def test_compiled_once_for_every_number_of_images_captions_and_words(
         # fewer images, fewer captions, and captions of fewer words
         found, _ = model.score(images, short, 6)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-        found, _ = model.score(images[:2], captions[:4], 6)
-        torch.testing.assert_close(found, whole[:2, :4], atol=1e-6, rtol=0)
+        for i, c in ((2, 4), (1, 4), (3, 2), (3, 1), (1, 1)):
+            found, _ = model.score(images[:i], captions[:c], 6)
+            torch.testing.assert_close(found, whole[:i, :c], atol=1e-6, rtol=0)
     assert compiled_frames.frame_count == once
 
 
@@ -156,7 +158,7 @@ def test_compiled_training_has_the_same_gradients(compiled_frames: CompileCounte
     assert compiled_frames.frame_count > 0
     torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
     for name, value in found.items():
-        torch.testing.assert_close(value, expected[1][name], atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
