@@ -68,6 +68,7 @@ class IntraModalReasoning(Cell):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        # New tensors that no gradient asks for are added to in place: a pass through memory less.
         y = self._attend(x).add_(x)
         return self.fc2(self.fc1(y).relu_()).add_(y)
 
@@ -108,9 +109,6 @@ class CrossModalRefinement(Cell):
         """What each query token looks at: weights `[Q, C, L, M]`, 0 on masked context tokens."""
         affinity = self.norm(x @ tokens.to(x.dtype).mT)  # [Q, C, L, M]
         return (self.smooth * affinity).masked_fill(~mask, -torch.inf).softmax(-1)
-
-
-# New tensors that no gradient asks for are added to in place: a pass through memory less.
 
 
 def _unit_over_tokens(x: Tensor) -> Tensor:

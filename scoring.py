@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data import CAPTIONS_PER_IMAGE, ImageBlocks, Split, load
+from evaluation import ROW_BLOCK
 from memory import free_memory, most_pairs, no_memory, out_of_memory
 from options import InputError, progress
 from router import Modality
@@ -26,7 +27,6 @@ IMAGE_BLOCK = 128  # images encoded at a time
 CAPTION_BLOCK = 256  # captions encoded at a time
 TILE = 128  # images, and captions, that are on the device together
 TENSORS = 40  # [L, D] that a pair takes while it is routed, at most
-ROWS = 256  # of a matrix, ranked at a time
 BEHIND = 4  # so far behind its product a pair lies below every score of unit vectors
 
 Tile = tuple[Tensor, Tensor]  # numbers of images and of encoded captions, all of them paired
@@ -238,10 +238,10 @@ def shortlist(products: np.ndarray, count: int) -> np.ndarray:
     chosen = np.zeros(products.shape, dtype=bool)
     for matrix, marks in ((products, chosen), (products.T, chosen.T)):
         best = min(count, matrix.shape[1])
-        for first in range(0, len(matrix), ROWS):
-            rows = torch.from_numpy(np.ascontiguousarray(matrix[first : first + ROWS]))
+        for first in range(0, len(matrix), ROW_BLOCK):
+            rows = torch.from_numpy(np.ascontiguousarray(matrix[first : first + ROW_BLOCK]))
             places = rows.topk(best, dim=1).indices.numpy()
-            np.put_along_axis(marks[first : first + ROWS], places, True, axis=1)
+            np.put_along_axis(marks[first : first + ROW_BLOCK], places, True, axis=1)
     return chosen
 
 

@@ -1,6 +1,6 @@
 """benchmark.py — how fast pairs are scored and trained on, and what of the possible that is.
 
-    python -m scripts.benchmark                                # a table, within 15 minutes
+    python -m scripts.benchmark                                # a table
     python -m scripts.benchmark --only i2t fp32 score          # some rows
     python -m scripts.benchmark --json results/speed.json      # the rows, with how they came about
 

@@ -105,15 +105,17 @@ def fuzz(found: dict[str, Any] | None) -> str:
     if found is None:
         return "Fuzzing of the readers: not run.\n"
     head = ["reader", "inputs", "read", "refused", "slowest, s", "minutes", "open faults", "mended"]
+    head += ["commit", "torch"]
     rows = [
         [
             *(name, f"{r['inputs']:,}", f"{r['read']:,}", f"{r['refused']:,}"),
             *(f"{r['slowest_seconds']:.2f}", f"{r['seconds'] / 60:.0f}", str(len(r["faults"]))),
             "; ".join(r["mended"]) or "none found",
+            *((r.get("commit") or "unknown")[:12], r.get("torch", "unknown")),
         ]
         for name, r in found["readers"].items()
     ]
-    return f"{about(found)}:\n\n{table(head, rows)}"
+    return f"`{found['command']}` ({found['machine']}):\n\n{table(head, rows)}"
 
 
 def speed(folder: Path) -> str:

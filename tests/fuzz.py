@@ -362,6 +362,7 @@ def small_array() -> bytes:
 
 def fuzz(name: str, inputs: int, folder: Path, memory: int = 0) -> dict[str, Any]:
     """Try one reader; what came of it, with `faults` for what must not come of it."""
+    commit = runlog.commit()  # of what is loaded; the tree may go on meanwhile
     reader, room = readers(folder)[name](), folder / name
     room.mkdir(exist_ok=True)
     logging.disable(logging.WARNING)
@@ -406,7 +407,7 @@ def fuzz(name: str, inputs: int, folder: Path, memory: int = 0) -> dict[str, Any
     found["seconds"] = round(time.monotonic() - since, 1)
     found["peak_memory_bytes"] = runlog.peak_memory(torch.device("cpu"))
     faults_found = [f"{where}: {what}" for where, what in faults.items()]
-    more = {"mended": MENDED.get(name, []), "commit": runlog.commit()}
+    more = {"mended": MENDED.get(name, []), "commit": commit, "torch": torch.__version__}
     return found | {"faults": faults_found} | more
 
 
