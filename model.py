@@ -173,12 +173,12 @@ class DIME(nn.Module):
 
     def encode_images(self, regions: Tensor) -> Modality:
         """Region features `[I, L, img_dim]`, encoded."""
-        with self._autocast(regions):
+        with self.autocast(regions):
             return self.image(regions)
 
     def encode_captions(self, ids: Tensor, mask: Tensor) -> Modality:
         """Captions as ids and mask `[T, M]`, encoded."""
-        with self._autocast(ids):
+        with self.autocast(ids):
             return self.text(self.text.read(ids, mask), mask)
 
     def score(
@@ -199,7 +199,7 @@ class DIME(nn.Module):
         Further captions (i2t) or images (t2i) are negatives only; the modality that is refined
         has none, so there is one path embedding a pair. `states` are BERT's, where they are known.
         """
-        with self._autocast(ids):
+        with self.autocast(ids):
             hidden = self.text.read(ids, mask) if states is None else states
             captions = self.text(hidden, mask)
         scores, paths = self.score(self.encode_images(regions), captions)
@@ -207,12 +207,13 @@ class DIME(nn.Module):
         return Output(scores, self.space.embed_paths(paths), meanings)
 
     def _pair(self, query: Modality, context: Modality, pairs: int | None) -> tuple[Tensor, Tensor]:
-        with self._autocast(query.tokens):
+        with self.autocast(query.tokens):
             if self.precision == "bf16":
                 query = Modality(query.tokens.bfloat16(), query.pooled, query.mask)
             return self.space(query, context, pairs)
 
-    def _autocast(self, example: Tensor) -> torch.autocast:
+    def autocast(self, example: Tensor) -> torch.autocast:
+        """The precision of products, on the device of an example."""
         return torch.autocast(example.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 

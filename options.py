@@ -159,17 +159,23 @@ def pick_device(name: str) -> torch.device:
 
 def warn_of_slow(precision: Precision, device: torch.device) -> None:
     """Say so where a processor has no units for bfloat16 and imitates them."""
-    if precision == "bf16" and device.type == "cpu":
-        seconds = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            a = torch.ones(256, 256, dtype=dtype)
-            a @ a  # what is done once is not timed
-            since = time.perf_counter()
-            a @ a
-            seconds[dtype] = time.perf_counter() - since
-        factor = seconds[torch.bfloat16] / seconds[torch.float32]
-        if factor > SLOW:
-            log.warning("--precision bf16: on this processor %.0f times slower than fp32", factor)
+    factor = slowness(device) if precision == "bf16" else 1
+    if factor > SLOW:
+        log.warning("--precision bf16: on this processor %.0f times slower than fp32", factor)
+
+
+def slowness(device: torch.device) -> float:
+    """How many times slower products in bfloat16 are than in float32; 1 for a GPU."""
+    if device.type != "cpu":
+        return 1
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        a @ a  # what is done once is not timed
+        since = time.perf_counter()
+        a @ a
+        seconds[dtype] = time.perf_counter() - since
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 class Stopped(Exception):

@@ -170,9 +170,9 @@ class Scorer:
 
     def some_pairs(self, wanted: np.ndarray) -> np.ndarray:
         """Scores `[I, T]` float32 of the pairs that are `wanted` `[I, T]`, and 0 elsewhere."""
-        distinct = np.zeros((len(wanted), len(self.encoded.captions)), dtype=bool)
-        for caption, number in enumerate(self.encoded.text):
-            distinct[:, number] |= wanted[:, caption]
+        order = self.encoded.text.argsort(kind="stable")  # captions of one text side by side
+        _, firsts = np.unique(self.encoded.text[order], return_index=True)
+        distinct = np.logical_or.reduceat(wanted[:, order], firsts, axis=1)
         if self.model.direction == "i2t":
             tiles = [([i], np.flatnonzero(row)) for i, row in enumerate(distinct)]
         else:

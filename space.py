@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_config
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cells import CELLS, CellName, CellSizes
@@ -157,10 +158,13 @@ class RoutingSpace(nn.Module):
             if self._compiled is None:  # has failed, and is called again by a checkpoint
                 return self._route(*given)
             try:
-                compiled = compiled or torch.compile(self._route, dynamic=True)
                 # One compilation serves every number of queries, contexts and context words, also
                 # where two of them happen to be equal at first.
                 with shape_config.patch(use_duck_shape=False):
+                    if compiled is None:
+                        compiled = torch.compile(self._route, dynamic=True)
+                        if torch.is_grad_enabled():
+                            self._go_back(compiled, given)
                     return compiled(*given)
             except Exception as error:  # no compiler, or one that cannot: many types, one remedy
                 if out_of_memory(error):
@@ -171,6 +175,16 @@ class RoutingSpace(nn.Module):
                 return self._route(*given)
 
         self._compiled = route
+
+    def _go_back(self, route: Callable[..., tuple[Tensor, Tensor]], given: tuple[Any, ...]) -> None:
+        """One backward pass for nothing: its code, too, is compiled where a failure is caught."""
+        # on leaves, so that it ends there
+        leaves = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
+        # hooks of its own, so that a checkpoint around it counts none of its tensors
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            summary, paths = route(*leaves)
+            total, weights = summary.sum() + paths.sum(), list(self.parameters())
+            torch.autograd.grad(total, weights, allow_unused=True)
 
     @property
     def is_compiled(self) -> bool:
@@ -223,6 +237,10 @@ class RoutingSpace(nn.Module):
     def embed_paths(self, paths: Tensor) -> Tensor:
         """Path embeddings `[Q, PATH_SIZE]` of path vectors `[Q, C, K]`, unit length."""
         return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def has_compiler(device: torch.device) -> bool:

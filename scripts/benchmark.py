@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -38,7 +38,7 @@ from evaluation import owners, retrieval
 from files import check_writable, read_json, write_blocks, write_json
 from memory import keep_memory, peak_memory
 from model import DIME, Direction
-from options import Precision, parse, pick_device, require, run, say
+from options import SLOW, Precision, parse, pick_device, require, run, say, slowness
 from router import CLOSED, EPSILON, Modality
 from scripts.results_table import about, speed_rows
 from trainconfig import TrainConfig
@@ -54,12 +54,11 @@ RUNS = 5  # of which a row is the median
 PRODUCT = (36 * 1024, 256, 256)
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 BATCH = 32
-IMAGES, CAPTIONS = 32, 96  # scored at a time
+IMAGES, CAPTIONS = 32, 48  # scored at a time
 RANKED = (5000, 25000)  # images and captions of MSCOCO
 PLAIN = 24  # images and captions of the plain formulation
 LIMIT_GB = 2.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SLOW = 4  # times slower than in float32: a processor without units for bfloat16, which is left out
 WORDS = ("i2t", "t2i", "fp32", "bf16", "eager", "compiled")
 KINDS = ("score", "train", "train_under_2.5GB", "plain")
 
@@ -107,16 +106,17 @@ def measured(case: Case) -> list[dict[str, Any]]:
     keep_memory()
     torch.manual_seed(0)
     rate = product_rate(DTYPES[case.precision], case.device)
+    trainer = trainer_of(case)
     rows = []
     for kind in case.kinds:
         for bert in (False, True) if kind == "train" else (False,):
-            pairs, seconds = KIND[kind](case, bert)
+            pairs, seconds = KIND[kind](trainer, bert)
             flops = FLOPS[case.direction] * pairs * (TRAINING if kind.startswith("train") else 1)
             rows.append(
                 {
                     "direction": case.direction,
                     "precision": case.precision,
-                    "compiled": case.compiled,
+                    "compiled": trainer.model.space.is_compiled,
                     "bert": bert,
                     "what": kind,
                     "pairs_per_s": round(pairs / seconds, 1),
@@ -151,7 +151,7 @@ def median(work: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(timed(work, device) for _ in range(RUNS))
 
 
-def trainer_of(case: Case, memory: float = 0.0) -> Trainer:
+def trainer_of(case: Case) -> Trainer:
     """A new model in its trainer, with random weights, and a BERT of MiniLM's size."""
     i2t = case.direction == "i2t"
     config = TrainConfig(
@@ -161,7 +161,7 @@ def trainer_of(case: Case, memory: float = 0.0) -> Trainer:
         extra_stc=int(i2t),
         extra_img=int(not i2t),
         batch_size=BATCH,
-        memory=memory,
+        memory=LIMIT_GB if "train_under_2.5GB" in case.kinds else 0.0,
     )
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
     bert = BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
@@ -181,46 +181,41 @@ def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality
         return model.encode_images(regions), model.text(hidden, mask.to(device))
 
 
-def scoring(case: Case, bert: bool) -> tuple[int, float]:
+def scoring(trainer: Trainer, bert: bool) -> tuple[int, float]:
     """Pairs, and the seconds that scoring them takes."""
-    model = trainer_of(case).model.eval()
+    model = trainer.model.eval()
     images, captions = encoded(model, IMAGES, CAPTIONS)
     with torch.no_grad():
-        return IMAGES * CAPTIONS, median(lambda: model.score(images, captions), case.device)
+        return IMAGES * CAPTIONS, median(lambda: model.score(images, captions), trainer.device)
 
 
-def training(case: Case, bert: bool, memory: float = 0.0) -> tuple[int, float]:
+def training(trainer: Trainer, bert: bool) -> tuple[int, float]:
     """Pairs of a training step, and its seconds."""
-    trainer = trainer_of(case, memory)
-    images, captions = (BATCH, 2 * BATCH) if case.direction == "i2t" else (2 * BATCH, BATCH)
+    i2t = trainer.config.direction == "i2t"
+    images, captions = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
     lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
     mask = torch.arange(32) < lengths[:, None]
     ids = torch.where(mask, torch.randint(1, 30522, mask.shape), 0)
     states = None if bert else torch.randn(captions, 32, 384)
     batch = Batch(torch.rand(images, 36, 2048), ids, mask, torch.arange(captions), BATCH, states)
-    batch = batch.to(case.device)
-    return images * captions, median(lambda: trainer.step(batch), case.device)
+    batch = batch.to(trainer.device)
+    return images * captions, median(lambda: trainer.step(batch), trainer.device)
 
 
-def plain(case: Case, bert: bool) -> tuple[int, float]:
+def plain(trainer: Trainer, bert: bool) -> tuple[int, float]:
     """The same scores in the plain formulation, caption by caption and cell by cell."""
-    model = trainer_of(replace(case, compiled=False)).model.eval()
+    model = trainer.model.eval()
     images, captions = encoded(model, PLAIN, PLAIN)
-    with torch.no_grad(), model._autocast(images.tokens):
+    with torch.no_grad(), model.autocast(images.tokens):
         found = plain_scores(model, images, captions)
         exact = model.score(images, captions)[0]
         torch.testing.assert_close(
-            found, exact, atol=0.05 if case.precision == "bf16" else 1e-5, rtol=0
+            found, exact, atol=0.05 if model.precision == "bf16" else 1e-5, rtol=0
         )
-        return PLAIN * PLAIN, median(lambda: plain_scores(model, images, captions), case.device)
+        return PLAIN * PLAIN, median(lambda: plain_scores(model, images, captions), trainer.device)
 
 
-KIND = {
-    "score": scoring,
-    "train": training,
-    "train_under_2.5GB": lambda case, bert: training(case, bert, LIMIT_GB),
-    "plain": plain,
-}
+KIND = {"score": scoring, "train": training, "train_under_2.5GB": training, "plain": plain}
 
 
 def ranking() -> dict[str, float]:
@@ -315,11 +310,10 @@ def main() -> None:
         check_writable(path)
     keep_memory()
     rows: list[dict[str, Any]] = []
-    rates = {name: product_rate(dtype, device) for name, dtype in DTYPES.items()}
-    slow = rates["bf16"] < rates["fp32"] / SLOW
+    factor = slowness(device)
     ranks = apart(ranking)
     for case in cases(chosen.only, device):
-        if case.precision == "bf16" and slow:
+        if case.precision == "bf16" and factor > SLOW:
             continue
         rows += apart(measured, case)
         log.info("%s", speed_rows(rows[-1:]).splitlines()[-1])
@@ -327,15 +321,15 @@ def main() -> None:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     missing = (
-        f"bfloat16: not run, its products are {rates['fp32'] / rates['bf16']:.0f} times slower "
-        "than float32's on this processor"
+        f"bfloat16: not run, its products are {factor:.0f} times slower than float32's on this "
+        "processor"
     )
     found = {
         "command": shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]]),
         "machine": where,
         "torch": torch.__version__,
         "commit": runlog.commit(),
-        "not_run": missing if slow else "",
+        "not_run": missing if factor > SLOW else "",
         "ranks": ranks,
         "rows": rows,
     }

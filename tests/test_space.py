@@ -161,6 +161,41 @@ def test_compiled_training_has_the_same_gradients(compiled_frames: CompileCounte
         torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
 
 
+class NoWayBack(torch.autograd.Function):
+    """A step whose backward pass cannot be compiled."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        raise RuntimeError("no code for it\nand more")
+
+
+@pytest.mark.parametrize("kept", [0, math.inf])
+def test_a_backward_pass_that_cannot_be_compiled_is_gone_on_without(
+    kept: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it is known at the first backward pass only, also of a checkpoint."""
+
+    def compile_(function: Callable, **options: object) -> Callable:
+        return lambda *given: tuple(map(NoWayBack.apply, function(*given)))
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    expected = trained(seeded("i2t"), 6)
+    model = seeded("i2t")
+    model.space.kept_pairs = kept
+    model.space.compile_routes()
+    scores, found = trained(model, 6)
+    torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
+    assert not model.space.is_compiled
+    (record,) = caplog.records
+    assert record.getMessage() == "not compiled, going on without: no code for it"
+
+
 @pytest.mark.parametrize(
     ("choice", "pairs", "compiler", "compiled"),
     [
