@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -347,28 +348,7 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score dev, keep the best model, write the checkpoint."""
-        config, place = self.config, self.place
-        images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
-        log.info("step %d: validating on %d dev images", place.step, images)
-        try:
-            with self.signals.at_once():  # the checkpoint of this step is written
-                scores = score_split(
-                    self.model,
-                    self.dev,
-                    self.bert.vocabulary,
-                    config.max_words,
-                    device=self.device,
-                    images=images,
-                    workers=config.workers,
-                )
-        except BadScores as error:
-            best = config.folder / BEST
-            other = f"the best one before it is {best}" if best.exists() else "there is no other"
-            message = f"step {place.step}: {error}, so its checkpoint is no good; {other}"
-            raise InputError(message) from error
-        except InputError as error:
-            self.signals.obey()  # one that ends a worker, too
-            raise InputError(f"{error}; {self._further()}") from error
+        place, scores = self.place, self._dev_scores()
         result = retrieval(scores, owners(scores.shape[1]))
         better = result.selection > place.best_rsum
         self.place = replace(
@@ -385,6 +365,25 @@ class Trainer:
         if better:  # first: were it last, a run cut off in between would not have it
             self._save(BEST)
         self._save(NEWEST)
+
+    def _dev_scores(self) -> np.ndarray:
+        """Scores `[I, T]` of the dev images that are validated on."""
+        config, step = self.config, self.place.step
+        images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
+        log.info("step %d: validating on %d dev images", step, images)
+        how = {"device": self.device, "images": images, "workers": config.workers}
+        try:
+            with self.signals.at_once():  # the checkpoint of this step is written
+                vocabulary, words = self.bert.vocabulary, config.max_words
+                return score_split(self.model, self.dev, vocabulary, words, **how)
+        except BadScores as error:
+            best = config.folder / BEST
+            other = f"the best one before it is {best}" if best.exists() else "there is no other"
+            message = f"step {step}: {error}, so its checkpoint is no good; {other}"
+            raise InputError(message) from error
+        except InputError as error:
+            self.signals.obey()  # one that ends a worker, too
+            raise InputError(f"{error}; {self._further()}") from error
 
     def _save(self, name: str) -> None:
         self._write(name, self.config.folder / PREVIOUS if name == NEWEST else None)
