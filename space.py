@@ -31,7 +31,8 @@ PATH_SIZE = 128  # width of the embedding that path vectors are compared in
 WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of compiling are won back
 # What training takes, in tensors [L, D] a pair: what is kept of one for the backward pass, and what
 # one of the slice at work takes; and in bytes: gradients, Adam's moments, buffers of libraries.
-KEPT, AT_WORK, BESIDE = 78, 100, 800e6
+KEPT, AT_WORK, BESIDE = 78, 100, 500e6
+KEPT_COMPILED = 150
 SAFE_SHARE = 0.7  # of the free memory that training takes
 
 
@@ -217,7 +218,8 @@ class RoutingSpace(nn.Module):
         size = tokens * self.norm.num_features * itemsize
         room = SAFE_SHARE * free_memory(device) if limit is None else limit - used_memory(device)
         room -= min(pairs, most_pairs(device)) * size * AT_WORK + BESIDE
-        self.kept_pairs = max(0, int(room / (size * KEPT)))
+        kept = KEPT_COMPILED if self.is_compiled else KEPT
+        self.kept_pairs = max(0, int(room / (size * kept)))
         if limit is not None and room < 0:
             log.warning("training will take about %.1f GB all the same", (limit - room) / 1e9)
         if self.kept_pairs < pairs:
