@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router import Cell, Modality, Router
+from router import Cell, Modality, Router, Routing, UniformRouter
 
 LEAK = 0.1  # slope of the leaky ReLU in the affinities, as in SCAN
 NO_LENGTH = 1e-12  # a vector shorter than this is divided by this, as torch's normalize does
@@ -38,7 +38,7 @@ class RectifiedIdentity(Cell):
 class GlobalLocalGuidance(Cell):
     """GLGC (§5.1): the whole of the other modality guides each token."""
 
-    def __init__(self, dim: int, router: Router) -> None:
+    def __init__(self, dim: int, router: nn.Module) -> None:
         super().__init__(router)
         self.fc = nn.Linear(dim, dim)
 
@@ -56,7 +56,7 @@ class GlobalLocalGuidance(Cell):
 class IntraModalReasoning(Cell):
     """IMRC (§5.2): self-attention among the tokens, then a feed-forward layer."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, router: Router) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, router: nn.Module) -> None:
         super().__init__(router)
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # query, key and value in one product
@@ -85,7 +85,7 @@ class IntraModalReasoning(Cell):
 class CrossModalRefinement(Cell):
     """CMRC (§5.3): each token attends to the other modality's tokens and is refined by them."""
 
-    def __init__(self, dim: int, norm: AffinityNorm, smooth: float, router: Router) -> None:
+    def __init__(self, dim: int, norm: AffinityNorm, smooth: float, router: nn.Module) -> None:
         super().__init__(router)
         self.norm = AFFINITY_NORMS[norm]
         self.smooth = smooth
@@ -159,10 +159,12 @@ class CellSizes:
     router_hidden: int
     affinity_norm: AffinityNorm
     smooth: float  # inverse temperature of CMRC's attention (lambda_softmax)
+    routing: Routing = "soft"
 
     def cell(self, name: CellName, paths: int) -> Cell:
         """A new cell with a router for `paths` out-paths."""
-        router = Router(self.dim, self.router_hidden, paths)
+        uniform = self.routing == "uniform"
+        router = UniformRouter(paths) if uniform else Router(self.dim, self.router_hidden, paths)
         if name == "ric":
             return RectifiedIdentity(router)
         if name == "glgc":

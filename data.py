@@ -18,12 +18,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap, read_magic
+from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from files import naming, read_text, size_of
-from memory import out_of_memory
+from files import map_array, read_text
 from options import LARGEST, InputError, check_range, require
 from vocab import Vocabulary
 
@@ -172,27 +171,8 @@ def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     return captions
 
 
-def _check_header(path: Path) -> None:
-    """Raise ValueError where a .npy file's header says that it is longer than the file."""
-    size = size_of(path, "region features, a .npy file")
-    with path.open("rb") as file:
-        major, _ = read_magic(file)
-        length = int.from_bytes(file.read(2 if major == 1 else 4), "little")
-        if length > size:
-            raise ValueError(f"its header claims {length} bytes")
-
-
 def _map_features(path: Path) -> np.memmap:
-    try:
-        with naming(path, "region features, a .npy file"):
-            _check_header(path)
-            features = open_memmap(path, mode="r")
-    except InputError:
-        raise
-    except Exception as error:  # numpy's reader of headers can fail in any way
-        if out_of_memory(error):
-            raise
-        raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
+    features = map_array(path, "region features, a .npy file")
     require(
         features.ndim == 3 and features.size > 0,
         f"{path}: shape {features.shape}; expected (rows, regions, img_dim)",

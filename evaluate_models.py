@@ -6,27 +6,28 @@ Turns checkpoints, own or published, into one score matrix; every figure is comp
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
-from data import Split, SplitName, split_files
+from data import CAPTIONS_PER_IMAGE, Split, SplitName, split_files
+from evalconfig import EvaluateConfig
 from evaluation import (
     FOLDS,
-    Retrieval,
     ceiling,
     check_folds,
-    folds,
-    mean_of,
+    lines,
+    mean_matrix,
+    measured,
     owners,
-    retrieval,
+    ranked,
 )
-from files import beside, check_writable, write_array, write_json
+from files import beside, check_writable, map_array, write_array, write_arrays, write_json
+from mscoco import caption_ids, extended, published
 from options import (
     InputError,
     Precision,
@@ -42,69 +43,53 @@ from scoring import Scorer, behind, encode_split, shortlist
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Every option of evaluation. What is not given comes from the checkpoints."""
-
-    model_path: Annotated[list[str], "checkpoints, own or published; two or more are an ensemble"]
-    data_path: Annotated[str | None, "folder that holds the data sets' folders"] = None
-    data_name: Annotated[str | None, "data set's folder: f30k_precomp, coco_precomp, ..."] = None
-    bert_path: Annotated[str | None, "folder of the BERT that the models were trained with"] = None
-    split: Annotated[
-        Literal["dev", "test", "testall"] | None,
-        "default: test, or with --fold5 testall where there is one",
-    ] = None
-    fold5: Annotated[bool, "average over five slices of the images (MSCOCO 1K)"] = False
-    precision: Annotated[Precision | None, "bf16 computes products in bfloat16"] = None
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
-    workers: Annotated[int, "processes that read features; 0 reads in the program itself"] = 2
-    shortlist: Annotated[
-        int | None,
-        "approximate: score only the best N captions of an image and images of a caption, as the "
-        "product of their pooled vectors ranks them",
-    ] = None
-    skip: Annotated[
-        bool, "leave out of a cell the pairs whose gates are closed (exact; not if compiled)"
-    ] = True
-    compile: Annotated[
-        bool | None, "compile the routing (default: where a compiler is found and it pays)"
-    ] = None
-    save_scores: Annotated[str | None, "write the float32 matrix (images, captions) here, .npy"] = (
-        None
-    )
-    json: Annotated[str | None, "write the results here, unrounded"] = None
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(EvaluateConfig, argv, DESCRIPTION)
-    _check_output("--json", config.json, [*config.model_path, config.save_scores])
-    result, scores = _evaluated(config)
-    problems = []  # each output is tried, so that no other's fault loses it
+    _write(config, *_evaluated(config), printed=True)
+
+
+def _write(
+    config: EvaluateConfig,
+    result: dict[str, Any],
+    scores: np.ndarray,
+    found: dict[str, np.ndarray],
+    printed: bool,
+) -> None:
+    """Write what was asked for. Raises InputError, once all of it was tried."""
+    problems = []
     for write, path, content in (
         (write_array, config.save_scores, scores),
+        (write_arrays, config.ranks, found),
         (write_json, config.json, result),
-        (_print, "standard output", result),
+        (_print, "standard output" if printed else None, result),
     ):
         try:
             if path:
                 write(Path(path), content)
-        except InputError as error:
+        except InputError as error:  # which loses no other output
             problems.append(str(error))
     require(not problems, "; ".join(problems))
 
 
 def _print(path: Path, result: dict[str, Any]) -> None:
     """Print the results. Raises InputError where nobody takes them."""
-    lines = [_approximate(result["shortlist"])] if result["shortlist"] else []
-    for number, fold in enumerate(result["folds"], 1):
-        lines.append(f"Fold {number}\n{_lines(fold)}")
-    if result["folds"]:
-        lines.append(f"Mean of {FOLDS} folds\n")
-    say("".join([*lines, _lines(result["metrics"])]))
+    text = [_approximate(result["shortlist"])] if result["shortlist"] else []
+    every = result["protocols"]
+    for protocol, part in every.items():
+        if len(every) > 1 and protocol == "5k":
+            text.append("All images\n")
+        for number, fold in enumerate(part["folds"], 1):
+            text.append(f"Fold {number}\n{lines({'metrics': fold, 'intervals': None})}")
+        if part["folds"]:
+            text.append(f"Mean of {FOLDS} folds\n")
+        text.append(lines(part))
+    for name, ways in (result["extended"] or {}).items():
+        text.append(f"{name}: i2t {ways['i2t']:.1f}, t2i {ways['t2i']:.1f}\n")
+    say("".join(text))
 
 
 def evaluate(
-    model_paths: str | Path | Sequence[str | Path],
+    model_paths: str | Path | Sequence[str | Path] | None = None,
     data_path: str | Path | None = None,
     data_name: str | None = None,
     bert_path: str | Path | None = None,
@@ -114,58 +99,130 @@ def evaluate(
     device: str = "auto",
     workers: int = 2,
     save_scores: str | Path | None = None,
-    *,
-    shortlist: int | None = None,
-    skip: bool = True,
-    compile: bool | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Results of one model, or of an ensemble: the mean of the models' score matrices.
 
-    What is not given comes from the checkpoints. Returns what `--json` writes: models, data_name,
-    split, images, captions, the seconds of scoring, the share of closed gates by model, layer and
-    cell, metrics, with `fold5` the folds, whose mean the metrics are, and with `shortlist` how far
-    they can be right. Raises InputError where a file or a combination cannot be used.
+    What is not given comes from the checkpoints; `more` are further options of `EvaluateConfig`.
+    Returns what `--json` writes, None where it is not known: models, scores, data_name, split,
+    images, captions, the seconds of scoring, the share of closed gates by model, layer and cell,
+    with `shortlist` how far the figures can be right, the extended figures, and by protocol (the
+    first one's at the top, too) metrics, folds, whose mean the metrics are, and intervals. Raises
+    InputError where a file or a combination cannot be used.
     """
     paths = [model_paths] if isinstance(model_paths, str | Path) else model_paths
     given = (paths, data_path, data_name, bert_path, split, fold5, precision, device, workers)
-    config = EvaluateConfig(*given, shortlist, skip, compile, save_scores)
-    result, scores = _evaluated(config)
-    if save_scores:
-        write_array(Path(save_scores), scores)
+    config = EvaluateConfig(*given, save_scores=save_scores, **more)
+    result, scores, found = _evaluated(config)
+    _write(config, result, scores, found, printed=False)
     return result
 
 
-def _evaluated(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray]:
-    """What `evaluate` gives, and the score matrix, which is not written yet."""
-    paths, count = config.model_path, config.shortlist
-    require(len(paths) > 0, "no model given")
-    require(config.workers >= 0, f"--workers {config.workers}: expected 0 or more")
-    require(count is None or count > 0, f"--shortlist {count}: expected 1 or more")
-    _check_output("--save_scores", config.save_scores, paths)
-    device = pick_device(config.device)
+def _evaluated(
+    config: EvaluateConfig,
+) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
+    """What `evaluate` gives, the score matrix, and every query's rank: none is written yet."""
+    package = published() if config.extended else None  # before the long work
+    about, scores, folder = (_of_files if config.scores else _of_models)(config)
+    images, captions = scores.shape
+    about |= {"images": images, "captions": captions, "extended": None}
+    if package is not None:
+        about["extended"] = _extended(package, scores, folder, about["split"])
+    protocols, every = {}, {}
+    for protocol in config.all_protocols:
+        folds = ranked(scores, protocol)
+        protocols[protocol] = measured(folds, protocol, config.bootstrap)
+        sides = [np.concatenate(side) for side in zip(*folds, strict=True)]
+        prefix = f"{protocol}." if every else ""  # the first one's have no prefix
+        every |= {f"{prefix}i2t": sides[0], f"{prefix}t2i": sides[1]}
+    first = next(iter(protocols.values()))
+    return about | first | {"protocols": protocols}, scores, every
+
+
+def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path | None]:
+    """Scores that were saved; what they are of is known where data is named."""
+    paths = config.scores
+    _check_outputs(config, paths)
+    matrices = [_saved(Path(path)) for path in paths]
+    for path, matrix in zip(paths, matrices, strict=True):
+        shapes = f"{matrix.shape}; {paths[0]} has {matrices[0].shape}"
+        require(matrix.shape == matrices[0].shape, f"{path}: scores of shape {shapes}")
+    if "1k5" in config.all_protocols:
+        check_folds(len(matrices[0]))
+    scores = (
+        matrices[0]
+        if len(matrices) == 1
+        else mean_matrix(np.array(m, np.float32) for m in matrices)
+    )
+    folder = None
+    if config.data_path and config.data_name:
+        folder = Path(config.data_path) / config.data_name
+    known = {"scores": [str(path) for path in paths], "data_name": config.data_name}
+    unknown = dict.fromkeys(("models", "seconds", "closed", "shortlist"))
+    return unknown | known | {"split": config.split}, scores, folder
+
+
+def _saved(path: Path) -> np.ndarray:
+    """A score matrix `[I, 5 I]` by memory map. Raises InputError where it is none."""
+    matrix = map_array(path, "a score matrix, a .npy file")
+    fits = matrix.ndim == 2 and matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
+    fits = fits and matrix.dtype.kind == "f"
+    found = f"{matrix.dtype}, shape {matrix.shape}"
+    require(fits, f"{path}: {found}; expected scores (images, five captions an image)")
+    return matrix
+
+
+def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path]:
+    """Scores that the models give."""
+    paths, device = config.model_path, pick_device(config.device)
+    _check_outputs(config, paths)
     checkpoints = [read_checkpoint(path) for path in paths]
     data_name = config.data_name or _common(checkpoints, "data_name")
     folder = Path(config.data_path or _common(checkpoints, "data_path")) / data_name
     split = config.split
     if split is None:
-        whole = config.fold5 and os.path.isfile(folder / "testall_ims.npy")
+        whole = "1k5" in config.all_protocols and os.path.isfile(folder / "testall_ims.npy")
         split = "testall" if whole else "test"
-    for option, path in (("--save_scores", config.save_scores), ("--json", config.json)):
-        _check_output(option, path, split_files(folder, split))
+    _check_outputs(config, [*paths, *split_files(folder, split)])
     scorers = [_scorer(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
     since = time.monotonic()
-    scores, limits = _scores(scorers, count, config.compile)
-    result = {
+    scores, limits = _scores(scorers, config.shortlist, config.compile)
+    about = {
         "models": [str(path) for path in paths],
+        "scores": None,
         "data_name": data_name,
         "split": split,
-        "images": scores.shape[0],
-        "captions": scores.shape[1],
         "seconds": round(time.monotonic() - since, 2),
         "closed": [(scorer.closed / scorer.scored).tolist() for scorer in scorers],
         "shortlist": limits,
     }
-    return result | _measure(scores, config.fold5), scores
+    return about, scores, folder
+
+
+def _extended(
+    package: Any, scores: np.ndarray, folder: Path | None, split: str | None
+) -> dict[str, Any] | None:
+    """Figures that need MSCOCO's ids; None, said in a line, where there are none."""
+    try:
+        require(
+            folder is not None and split is not None, "--data_path, --data_name, --split needed"
+        )
+        captions = caption_ids(package, folder, split, len(scores))
+    except InputError as error:
+        log.warning("no ECCV Caption and CxC figures: %s", error)
+        return None
+    return extended(package, scores, captions)
+
+
+def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:
+    """Raise InputError before the long work where a result could not be written.
+
+    So it is where it would take the place of an input or of another result.
+    """
+    outputs = {name: getattr(config, name) for name in ("save_scores", "ranks", "json")}
+    for name, path in outputs.items():
+        others = [other for key, other in outputs.items() if key != name]
+        _check_output(f"--{name}", path, [*inputs, *others])
 
 
 def _check_output(
@@ -186,14 +243,6 @@ def _check_output(
             raise InputError(f"{option} {error}") from error
 
 
-def _measure(scores: np.ndarray, fold5: bool) -> dict[str, Any]:
-    owner = owners(scores.shape[1])
-    if not fold5:
-        return {"metrics": retrieval(scores, owner).as_dict(), "folds": []}
-    results: list[Retrieval] = [retrieval(*fold) for fold in folds(scores, owner)]
-    return {"metrics": mean_of(results).as_dict(), "folds": [r.as_dict() for r in results]}
-
-
 def _scorer(
     checkpoint: Checkpoint,
     folder: Path,
@@ -203,7 +252,14 @@ def _scorer(
 ) -> Scorer:
     """One model with a split's images and captions, encoded by it."""
     split = Split.open(folder, name, checkpoint.config.img_dim)
-    if config.fold5:
+    # of a published checkpoint the name of the split is all there is to go by
+    dev = checkpoint.state.get("dev_data", split.fingerprint if name == "dev" else None)
+    if dev == split.fingerprint:
+        log.warning(
+            "%s: was selected on this split, so its figures are too good; a test split tells",
+            checkpoint.path,
+        )
+    if "1k5" in config.all_protocols:
         check_folds(split.images)  # before the long work, not after it
     bert = bert_of(checkpoint, config.bert_path)
     model = build_model(checkpoint, bert, device)
@@ -232,23 +288,14 @@ def _scores(
     if count is None:
         for scorer in scorers:
             scorer.model.space.compile_where_it_pays(compiled, scorer.encoded.pairs)
-        return _mean(scorer.all_pairs() for scorer in scorers), None
-    products = _mean(scorer.encoded.products() for scorer in scorers)
+        return mean_matrix(scorer.all_pairs() for scorer in scorers), None
+    products = mean_matrix(scorer.encoded.products() for scorer in scorers)
     wanted = shortlist(products, count)
     for scorer in scorers:
         scorer.model.space.compile_where_it_pays(compiled, int(wanted.sum()))
-    scores = behind(_mean(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
+    scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
     limits = {"count": count, "share": float(wanted.mean())}
     return scores, limits | {"ceiling": ceiling(wanted, owners(wanted.shape[1]))}
-
-
-def _mean(matrices: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean of matrices, which are made one after the other."""
-    total, count = None, 0
-    for matrix in matrices:
-        total = matrix if total is None else np.add(total, matrix, out=total)
-        count += 1
-    return np.divide(total, np.float32(count), out=total)
 
 
 def _approximate(limits: dict[str, Any]) -> str:
@@ -272,21 +319,11 @@ def _common(checkpoints: Sequence[Checkpoint], option: str) -> str:
     return values.pop()
 
 
-def _lines(metrics: dict[str, Any]) -> str:
-    """The family's lines for both ways of retrieval."""
-    lines = [f"rsum: {metrics['rsum']:.1f}"]
-    for side, title in (("i2t", "Image to text"), ("t2i", "Text to image")):
-        figures = metrics[side]
-        mean = (figures["r1"] + figures["r5"] + figures["r10"]) / 3
-        lines.append(f"Average {side} Recall: {mean:.1f}")
-        lines.append(f"{title}: {' '.join(f'{value:.1f}' for value in figures.values())}")
-    return "\n".join(lines) + "\n"
-
-
 DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.
 
   python evaluate_models.py --model_path runs/f30k/i2t/model_best.pth.tar --data_path data
   python evaluate_models.py --model_path I2T.pth.tar T2I.pth.tar --data_path data --fold5
+  python evaluate_models.py --scores i2t.npy t2i.npy --protocols 1k5 5k --bootstrap 1000
 
 Prints R@1 R@5 R@10, median and mean rank, both ways. Reads this project's checkpoints and the
 published ones."""

@@ -3,9 +3,9 @@
 It needs no model, and knows nothing of how the scores came about.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,12 @@ from torch import Tensor
 from data import CAPTIONS_PER_IMAGE
 from options import require
 
+Protocol = Literal["1k5", "5k"]  # of MSCOCO: the mean of five folds, and the whole split
+Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from 0
+
 FOLDS = 5
+LEVEL = 95  # percent of the intervals
+NO_NUMBERS = "the scores hold NaN or inf; expected numbers"
 ROW_BLOCK = 256  # rows of a score matrix ranked at a time
 
 
@@ -42,6 +47,11 @@ class Retrieval:
     i2t: Recall
     t2i: Recall
 
+    @classmethod
+    def of(cls, of_images: np.ndarray, of_captions: np.ndarray) -> "Retrieval":
+        """From the ranks of images `[I]` and captions `[T]`, from 0."""
+        return cls(Recall.of(of_images), Recall.of(of_captions))
+
     @property
     def rsum(self) -> float:
         """Sum of the six recalls."""
@@ -63,7 +73,7 @@ def owners(captions: int) -> np.ndarray:
     return np.arange(captions) // CAPTIONS_PER_IMAGE
 
 
-def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> Ranks:
     """Ranks from 0: of each image's best caption `[I]`, and of each caption's image `[T]`.
 
     `scores` is `[I, T]`, a memory map too; caption t describes image `owner[t]`. Equal scores count
@@ -75,6 +85,7 @@ def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> tuple[np.ndarray
     owner = np.asarray(owner)
     own = scores[owner, np.arange(len(owner))]  # [T]
     own = own.astype(np.promote_types(own.dtype, np.float32))
+    require(bool(np.isfinite(own).all()), NO_NUMBERS)
     best = np.full(len(scores), -np.inf, dtype=own.dtype)  # [I] of an image's captions
     np.maximum.at(best, owner, own)
     # What reaches a relevant score ranks before it, but for what is relevant itself.
@@ -86,7 +97,7 @@ def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> tuple[np.ndarray
         stop = min(first + ROW_BLOCK, len(scores))
         block = torch.from_numpy(np.array(scores[first:stop]))
         # DEVIATION: scores that are no numbers are an error (the published code ranked NaN).
-        require(bool(block.isfinite().all()), "the scores hold NaN or inf; expected numbers")
+        require(bool(block.isfinite().all()), NO_NUMBERS)
         of_images[first:stop] += (block >= best[first:stop, None]).sum(1).numpy()
         of_captions += (block >= own).sum(0)
     return of_images, of_captions.numpy()
@@ -94,8 +105,7 @@ def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> tuple[np.ndarray
 
 def retrieval(scores: Tensor | np.ndarray, owner: Sequence[int]) -> Retrieval:
     """Both recalls of a score matrix `[I, T]`, where caption t describes image `owner[t]`."""
-    of_images, of_captions = ranks(scores, owner)
-    return Retrieval(Recall.of(of_images), Recall.of(of_captions))
+    return Retrieval.of(*ranks(scores, owner))
 
 
 def ceiling(known: np.ndarray, owner: Sequence[int]) -> dict[str, float]:
@@ -132,3 +142,77 @@ def mean_of(results: Sequence[Retrieval]) -> Retrieval:
         return Recall(*np.mean(rows, axis=0).tolist())
 
     return Retrieval(mean("i2t"), mean("t2i"))
+
+
+def ranked(scores: np.ndarray, protocol: Protocol) -> list[Ranks]:
+    """Ranks by fold, of scores `[I, T]` whose captions follow each other by five an image."""
+    owner = owners(scores.shape[1])
+    parts = folds(scores, owner) if protocol == "1k5" else [(scores, owner)]
+    return [ranks(*part) for part in parts]
+
+
+def measured(found: Sequence[Ranks], protocol: Protocol, samples: int) -> dict[str, Any]:
+    """Metrics, those of each fold, and with `samples` their intervals, as plain numbers."""
+    results = [Retrieval.of(*fold) for fold in found]
+    return {
+        "metrics": mean_of(results).as_dict(),
+        "folds": [result.as_dict() for result in results] if protocol == "1k5" else [],
+        "intervals": intervals(found, samples) if samples else None,
+    }
+
+
+def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
+    """The mean of matrices, which are made one after the other."""
+    total, count = None, 0
+    for matrix in matrices:
+        total = matrix if total is None else np.add(total, matrix, out=total)
+        count += 1
+    return np.divide(total, np.float32(count), out=total)
+
+
+def intervals(found: Sequence[Ranks], samples: int, seed: int = 0) -> dict[str, Any]:
+    """Intervals of every figure from `samples` bootstrap samples: `[low, high]` in its place.
+
+    Images are drawn with replacement within each fold, and their captions go with them; what is
+    searched stays whole. The interval lies between the percentiles that leave out LEVEL's rest.
+    """
+    rng = np.random.default_rng(seed)
+    tails = (100 - LEVEL) / 2
+    figures = [_flat(mean_of([_resampled(*fold, rng) for fold in found])) for _ in range(samples)]
+    bounds = np.percentile(figures, (tails, 100 - tails), axis=0).T.tolist()
+    names = list(Recall.__dataclass_fields__)
+    i2t, t2i = bounds[: len(names)], bounds[len(names) : -1]
+    sides = {"i2t": dict(zip(names, i2t, strict=True)), "t2i": dict(zip(names, t2i, strict=True))}
+    return {**sides, "rsum": bounds[-1]}
+
+
+def _resampled(
+    of_images: np.ndarray, of_captions: np.ndarray, rng: np.random.Generator
+) -> Retrieval:
+    """The results of as many images, drawn with replacement."""
+    chosen = rng.integers(len(of_images), size=len(of_images))
+    captions = of_captions.reshape(len(of_images), CAPTIONS_PER_IMAGE)[chosen]
+    return Retrieval.of(of_images[chosen], captions.ravel())
+
+
+def _flat(result: Retrieval) -> list[float]:
+    """Every figure of a result, rsum last."""
+    return [*asdict(result.i2t).values(), *asdict(result.t2i).values(), result.rsum]
+
+
+def lines(result: dict[str, Any]) -> str:
+    """The family's lines (§10) for the metrics of a result, with intervals where there are some."""
+    metrics, between = result["metrics"], result["intervals"]
+    text = [f"rsum: {metrics['rsum']:.1f}"]
+    for side, title in (("i2t", "Image to text"), ("t2i", "Text to image")):
+        figures = metrics[side]
+        mean = (figures["r1"] + figures["r5"] + figures["r10"]) / 3
+        text.append(f"Average {side} Recall: {mean:.1f}")
+        text.append(f"{title}: {' '.join(f'{value:.1f}' for value in figures.values())}")
+        if between:
+            bounds = " ".join(f"{low:.1f}-{high:.1f}" for low, high in between[side].values())
+            text.append(f"{LEVEL} % intervals: {bounds}")
+    if between:
+        low, high = between["rsum"]
+        text.append(f"{LEVEL} % interval of rsum: {low:.1f}-{high:.1f}")
+    return "\n".join(text) + "\n"

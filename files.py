@@ -101,6 +101,30 @@ def read_json(path: Path, wanted: str) -> dict[str, Any]:
     return content
 
 
+def map_array(path: Path, wanted: str) -> np.memmap:
+    """A .npy file by memory map. Raises InputError where it is none, or not whole."""
+    size = size_of(path, wanted)
+    try:
+        with naming(path, wanted):
+            _check_array(path, size)
+            return npy.open_memmap(path, mode="r")
+    except InputError:
+        raise
+    except Exception as error:  # numpy's reader of headers can fail in any way
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
+
+
+def _check_array(path: Path, size: int) -> None:
+    """Raise ValueError where a .npy file's header says that it is longer than the file."""
+    with path.open("rb") as file:
+        major, _ = npy.read_magic(file)
+        length = int.from_bytes(file.read(2 if major == 1 else 4), "little")
+        if length > size:
+            raise ValueError(f"its header claims {length} bytes")
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The arrays of a safetensors file by name. Raises InputError where it is not whole."""
     size_of(path, "a safetensors file")
@@ -338,6 +362,14 @@ def write_json(path: Path, content: Any) -> None:
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file. Raises InputError where that cannot be done."""
     write_blocks(path, array.shape, array.dtype, [array])
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a .npz file of arrays by name. Raises InputError where that cannot be done."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with buffer.getbuffer() as data, whole_file(path, len(data)) as file:
+        file.write(data)
 
 
 def write_blocks(

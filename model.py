@@ -6,7 +6,6 @@ those of `router.py`.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from cells import CELLS, AffinityNorm, CellName, CellSizes
 from options import LARGEST, Precision, check_range, require
-from router import Modality
+from router import Modality, Routing
 from space import LAYERS, RoutingSpace
 
 Direction = Literal["i2t", "t2i"]
 
+CELL_NAMES = ",".join(CELLS).upper()
 WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
+MOST_LAYERS = 100
 WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
 
 
@@ -48,16 +49,33 @@ class ModelConfig:
     hid_router: Annotated[int, "inner width of a router"] = 512
     use_abs: Annotated[bool, "absolute value of the image embedding"] = False
     no_imgnorm: Annotated[bool, "do not normalise the image embedding"] = False
+    routing: Annotated[
+        Routing, "ablation: uniform opens every gate, hard the largest one of an out-path alone"
+    ] = "soft"
+    num_layer_routing: Annotated[int, "ablation: layers of cells, the last of which merges"] = (
+        LAYERS
+    )
+    cells: Annotated[str, "ablation: the cells of a layer, some of the default ones"] = CELL_NAMES
 
     def __post_init__(self) -> None:
         sizes = ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router")
         check_range(self, [name for name in sizes if getattr(self, name) is not None], 1, LARGEST)
+        check_range(self, ("num_layer_routing",), 1, MOST_LAYERS)
+        require(
+            ",".join(self.cell_names).upper() == self.cells != "",
+            f"--cells {self.cells}: expected some of {CELL_NAMES}, in this order",
+        )
         require(self.max_words >= 2, f"--max_words {self.max_words}: [CLS] and [SEP] need 2")
         require(
             self.embed_size % self.num_head_IMRC == 0,
             f"--embed_size {self.embed_size} is no multiple of "
             f"--num_head_IMRC {self.num_head_IMRC}",
         )
+
+    @property
+    def cell_names(self) -> list[CellName]:
+        """The cells of a layer."""
+        return [name for name in CELLS if name.upper() in self.cells.split(",")]
 
 
 class ImageEncoder(nn.Module):
@@ -134,13 +152,7 @@ class Output:
 class DIME(nn.Module):
     """Two encoders and a routing space between them (SIGIR 2021), for one direction."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        bert: nn.Module,
-        layers: int = LAYERS,
-        cells: Sequence[CellName] = CELLS,
-    ) -> None:
+    def __init__(self, config: ModelConfig, bert: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.image = ImageEncoder(
@@ -158,8 +170,9 @@ class DIME(nn.Module):
             router_hidden=config.hid_router,
             affinity_norm=config.raw_feature_norm_CMRC,
             smooth=config.lambda_softmax_CMRC,
+            routing=config.routing,
         )
-        self.space = RoutingSpace(sizes, layers, cells)
+        self.space = RoutingSpace(sizes, config.num_layer_routing, config.cell_names)
         self.precision: Precision = "fp32"
 
     @property

@@ -113,7 +113,10 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
         negative = field.name.startswith("no_")
         return option | {"action": "store_true" if negative else argparse.BooleanOptionalAction}
     if get_origin(kind) is list:
-        return option | {"nargs": "+", "type": get_args(kind)[0]}
+        (item,) = get_args(kind)
+        if get_origin(item) is Literal:
+            return option | {"nargs": "+", "choices": get_args(item)}
+        return option | {"nargs": "+", "type": item}
     if get_origin(kind) is Literal:
         return option | {"choices": get_args(kind)}
     return option | {"type": {float: _finite, str: _text}.get(kind, kind)}

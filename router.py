@@ -11,9 +11,12 @@ A tensor that does not depend on the context has C = 1 and broadcasts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+Routing = Literal["soft", "uniform", "hard"]
 
 OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is born dead
 CLOSED = 1e-4  # an out-path whose gates sum to less carries the skip instead
@@ -64,6 +67,18 @@ class Router(nn.Module):
             return self.mlp(x.mean(-2, dtype=torch.float32)).tanh().relu()
 
 
+class UniformRouter(nn.Module):
+    """No router: every gate is 1 (an ablation)."""
+
+    def __init__(self, paths: int) -> None:
+        super().__init__()
+        self.paths = paths
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gates `[Q, C, O]` for tokens `[Q, C, L, D]`."""
+        return x.new_ones(*x.shape[:2], self.paths, dtype=torch.float32)
+
+
 class Cell(nn.Module):
     """What a layer needs of a cell: its router, its view of the contexts, and its refinement.
 
@@ -73,7 +88,7 @@ class Cell(nn.Module):
 
     skips = True  # whether it is worth while to leave out what has closed gates
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.router = router
 
@@ -86,11 +101,12 @@ Views = Sequence[tuple[Tensor, ...]]  # of the cells of a layer
 
 
 class Layer(nn.Module):
-    """Cells side by side, each on its own input."""
+    """Cells side by side, each on its own input; `hard` takes the largest gate alone."""
 
-    def __init__(self, cells: Mapping[str, Cell]) -> None:
+    def __init__(self, cells: Mapping[str, Cell], hard: bool = False) -> None:
         super().__init__()
         self.cells = nn.ModuleDict(cells)
+        self.hard = hard
 
     def views(self, context: Modality) -> Views:
         """What each cell needs of contexts."""
@@ -113,6 +129,8 @@ class RoutingLayer(Layer):
         total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
         dead = (total < CLOSED).to(gates)
         gates = gates / (total + EPSILON)
+        if self.hard:  # one, with the gradient of all (straight through)
+            gates = _largest(gates) + (gates - gates.detach())
         if "ric" in self.cells:  # a dead out-path carries RIC's output, which has no gate then
             weights = torch.cat([gates[..., :1] + dead, gates[..., 1:]], -1)
         else:
@@ -127,11 +145,23 @@ class MergeLayer(Layer):
         """The refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
         ys, gates = self._run(xs, views)
         dead = (gates < CLOSED / len(self.cells)).to(gates)  # such a cell passes its input on
+        if self.hard:
+            chosen = _largest(gates, closed=True)
+            gates, dead = gates * chosen, dead * chosen
         total = (gates + dead).sum(-1, keepdim=True)  # [Q, C, 1, 1]
         mixed = _mix(ys, gates / total)
         if torch.compiler.is_compiling() or dead.any():
             mixed = mixed + _mix(xs, dead / total)
         return mixed.squeeze(2), gates
+
+
+def _largest(gates: Tensor, closed: bool = False) -> Tensor:
+    """1 for the largest of N gates `[..., N]`, the first of equal ones, and 0 for the others.
+
+    Where all are 0 there is none, unless `closed` gates count.
+    """
+    highest, first = gates.amax(-1, keepdim=True), gates.argmax(-1, keepdim=True)
+    return torch.zeros_like(gates).scatter(-1, first, ((highest > 0) | closed).to(gates))
 
 
 def _refine(cell: Cell, x: Tensor, view: tuple[Tensor, ...], gates: Tensor) -> Tensor:

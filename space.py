@@ -47,12 +47,12 @@ class RoutingSpace(nn.Module):
         self, sizes: CellSizes, layers: int = LAYERS, cells: Sequence[CellName] = CELLS
     ) -> None:
         super().__init__()
-        count = len(cells)
+        count, hard = len(cells), sizes.routing == "hard"
         self.layers = nn.ModuleList(
-            RoutingLayer({name: sizes.cell(name, count) for name in cells})
+            RoutingLayer({name: sizes.cell(name, count) for name in cells}, hard)
             for _ in range(layers - 1)
         )
-        self.merge = MergeLayer({name: sizes.cell(name, 1) for name in cells})
+        self.merge = MergeLayer({name: sizes.cell(name, 1) for name in cells}, hard)
         self.norm = nn.BatchNorm1d(sizes.dim)
         self.path_mapping = nn.Linear((layers - 1) * count * count + count, PATH_SIZE)
         self.kept_pairs: float = math.inf  # of a training batch, whose activations are kept
@@ -215,7 +215,8 @@ class RoutingSpace(nn.Module):
         the same gradients.
         """
         device = self.path_mapping.weight.device
-        size = tokens * self.norm.num_features * itemsize
+        cells = len(self.merge.cells) * (1 + len(self.layers))
+        size = tokens * self.norm.num_features * itemsize * cells / (LAYERS * len(CELLS))
         room = SAFE_SHARE * free_memory(device) if limit is None else limit - used_memory(device)
         room -= min(pairs, most_pairs(device)) * size * AT_WORK + BESIDE
         kept = KEPT_COMPILED if self.is_compiled else KEPT

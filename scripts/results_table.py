@@ -3,7 +3,7 @@
     python -m scripts.results_table            # print them
     python -m scripts.results_table --write    # put them between the README's markers
 
-The paper's figures come from results/paper.json; what has not been run says so.
+What has not been run says so.
 """
 
 import json
@@ -15,40 +15,16 @@ from typing import Annotated, Any
 
 from files import read_text, whole_file
 from options import parse, run
+from scripts.experiments import COLUMNS, REGISTRY, Registry, as_markdown, markdown
 
 RESULTS = Path("results")
 README = Path("README.md")
-TITLES = {
-    "flickr30k_1k": "Flickr30K, 1,000 test images",
-    "mscoco_1k_fold5": "MSCOCO, mean of five folds of 1,000 test images",
-    "mscoco_5k": "MSCOCO, 5,000 test images",
-}
-SIDES = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
 TAGS = ("r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum")
 
 
 @dataclass(frozen=True)
 class Options:
     write: Annotated[bool, "rewrite the block between the README's markers"] = False
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def paper(folder: Path) -> str:
-    """The paper's figures beside ours."""
-    figures = json.loads((folder / "paper.json").read_text(encoding="utf-8"))
-    parts = []
-    for key, title in TITLES.items():
-        rows = [
-            [model, *(f"{recall:.1f}" for recall in recalls), f"{sum(recalls):.1f}", "not run"]
-            for model, recalls in figures[key].items()
-        ]
-        parts.append(f"{title}, the paper's figures:\n\n{table(['', *SIDES, 'ours'], rows)}")
-    return "\n".join([*parts, f"Source: {figures['source']}\n"])
 
 
 def training(folder: Path) -> str:
@@ -67,14 +43,14 @@ def training(folder: Path) -> str:
         f"First {images} dev images; {session['options']['precision']}, {session['device']}, "
         f"{session['seconds'] / 60:.0f} minutes, {gigabytes:.1f} GB at most, cut off and resumed "
         f"at step: {resumed}; commit {commit}; all figures in `{folder}`.\n\n"
-        f"{table(['step', *SIDES], rows)}"
+        f"{markdown(['step', *COLUMNS], rows)}"
     )
 
 
 def results(folder: Path) -> str:
     """Our runs, and the paper's figures."""
     runs = [training(path.parent) for path in sorted(folder.glob("*/*/run.json"))]
-    return "\n".join([*runs, paper(folder)])
+    return "\n".join([*runs, as_markdown(Registry(REGISTRY), folder)])
 
 
 def reliability(folder: Path) -> str:
@@ -115,7 +91,7 @@ def fuzz(found: dict[str, Any] | None) -> str:
         ]
         for name, r in found["readers"].items()
     ]
-    return f"`{found['command']}` ({found['machine']}):\n\n{table(head, rows)}"
+    return f"`{found['command']}` ({found['machine']}):\n\n{markdown(head, rows)}"
 
 
 def speed(folder: Path) -> str:
@@ -135,7 +111,7 @@ def speed(folder: Path) -> str:
 def speed_rows(rows: list[dict[str, Any]]) -> str:
     """The benchmark's rows as a table."""
     head = ["", "precision", "", "BERT", "what", "pairs/s", "seconds", "share", "GB", "GFLOP/s"]
-    return table(
+    return markdown(
         head,
         [
             [

@@ -107,26 +107,49 @@ def run_cell(
     return refinement(cell, x, context, norm, smooth)
 
 
+def router_of(config, cell: nn.Module, x: Tensor, paths: int) -> Tensor:
+    """The gates that a cell has by the routing of the model."""
+    return torch.ones(paths) if config.routing == "uniform" else router(cell.router, x)
+
+
+def only_largest(gates: Tensor, value: float) -> Tensor:
+    """`value` in the place of the largest gate, the first of equal ones; 0 elsewhere."""
+    best = 0
+    for j in range(len(gates)):
+        if gates[j] > gates[best]:
+            best = j
+    return torch.tensor([value if j == best else 0.0 for j in range(len(gates))])
+
+
 def route(space: nn.Module, x: Tensor, context: Tensor, guide: Tensor, config) -> tuple:
     """§6 for one pair: refined tokens [L, D] and the path vector."""
     xs, path = [x] * len(space.merge.cells), []
     for layer in space.layers:
         cells = list(layer.cells.items())
         e = [run_cell(n, c, x, context, guide, config) for (n, c), x in zip(cells, xs, strict=True)]
-        gates = torch.stack([router(c.router, x) for (_, c), x in zip(cells, xs, strict=True)], 1)
+        gates = torch.stack(
+            [router_of(config, c, x, len(cells)) for (_, c), x in zip(cells, xs, strict=True)], 1
+        )
         mixed = []
         for k in range(len(cells)):
             total = gates[k].sum()
             shares = gates[k] / (total + 1e-8)
+            if config.routing == "hard" and total > 0:
+                shares = only_largest(shares, 1.0)
             out = sum(share * y for share, y in zip(shares, e, strict=True))
             mixed.append(out + xs[0].clamp(min=0) if total < 1e-4 else out)
             path.extend(shares)
         xs = mixed
     above, below = 0, 0
-    for (name, cell), x in zip(space.merge.cells.items(), xs, strict=True):
-        gate = router(cell.router, x)[0]
+    last = list(space.merge.cells.values())
+    gates = torch.stack([router_of(config, c, x, 1)[0] for c, x in zip(last, xs, strict=True)])
+    kept = torch.ones_like(gates)
+    if config.routing == "hard":
+        kept = only_largest(gates, 1.0)
+    for j, ((name, cell), x) in enumerate(zip(space.merge.cells.items(), xs, strict=True)):
+        gate = gates[j] * kept[j]
         path.append(gate)
-        dead = float(gate < 1e-4 / len(xs))
+        dead = float(kept[j] > 0 and gate < 1e-4 / len(xs))
         above = above + gate * run_cell(name, cell, x, context, guide, config) + dead * x
         below = below + gate + dead
     return above / below, torch.stack(path)

@@ -45,8 +45,9 @@ def test_golden_checkpoints_give_the_published_metrics(case: Case, tmp_path: Pat
         np.testing.assert_allclose(found, expected[side], rtol=0, atol=1e-9)
     assert result.keys() == {
         *("models", "data_name", "split", "images", "captions", "metrics", "folds"),
-        *("seconds", "closed", "shortlist"),
+        *("seconds", "closed", "shortlist", "scores", "extended", "intervals", "protocols"),
     }
+    assert all(result[name] is None for name in ("shortlist", "scores", "extended", "intervals"))
     assert result["data_name"] == "f30k_precomp" and result["split"] == "test"
     assert (result["images"], result["captions"]) == scores.shape and result["folds"] == []
     recalls = [expected[side][k] for side in ("i2t", "t2i") for k in range(3)]

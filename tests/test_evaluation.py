@@ -7,7 +7,17 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from evaluation import ceiling, folds, mean_of, owners, ranks, retrieval
+from evaluation import (
+    ceiling,
+    folds,
+    intervals,
+    mean_of,
+    measured,
+    owners,
+    ranked,
+    ranks,
+    retrieval,
+)
 from options import InputError
 
 METRICS = np.load(GOLDEN / "metrics.npz")
@@ -112,3 +122,57 @@ def test_the_ceiling_is_what_known_pairs_allow() -> None:
     known = np.zeros((3, 6), dtype=bool)
     known[0, 0] = known[0, 1] = known[1, 0] = known[2, 5] = True
     assert ceiling(known, [0, 0, 1, 1, 2, 2]) == {"i2t": pytest.approx(200 / 3), "t2i": 50}
+
+
+def test_five_folds_and_the_whole_come_from_one_matrix() -> None:
+    scores = np.random.default_rng(0).random((20, 100), dtype=np.float32)
+    whole, five = (measured(ranked(scores, name), name, 0) for name in ("5k", "1k5"))
+    assert whole["metrics"] == retrieval(scores, owners(100)).as_dict() and not whole["folds"]
+    blocks = [scores[4 * k : 4 * k + 4, 20 * k : 20 * k + 20] for k in range(5)]
+    apart = [retrieval(block, owners(20)) for block in blocks]
+    assert five["folds"] == [result.as_dict() for result in apart]
+    assert five["metrics"] == mean_of(apart).as_dict()
+    assert whole["intervals"] is five["intervals"] is None
+
+
+def test_intervals_of_a_matrix_worked_out_by_hand() -> None:
+    """Of two images one is found at once and one is not: R@1 is 0, 50 or 100 %."""
+    found = [(np.array([0, 1]), np.array([0] * 5 + [10] * 5))]
+    between = intervals(found, 2000)
+    assert between["i2t"]["r1"] == between["t2i"]["r1"] == [0, 100]
+    assert between["i2t"]["r5"] == [100, 100] and between["t2i"]["r10"] == [0, 100]
+    assert between["t2i"]["medr"] == [1, 11] and between["i2t"]["meanr"] == [1, 2]
+    # the captions go with their image, so all figures rise and fall together
+    assert between["rsum"] == [200, 600]
+    assert intervals(found, 50) == intervals(found, 50)
+
+
+def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    """Captions of an image are alike: one that is hard has hard captions."""
+    rng = np.random.default_rng(0)
+
+    def drawn(images: int) -> list:
+        hard = rng.normal(size=images)
+        of_images = np.floor(np.exp(1 + hard + rng.normal(size=images))).astype(int)
+        captions = 1 + hard[:, None] + 0.5 * rng.normal(size=(images, 5))
+        return [(of_images, np.floor(np.exp(captions)).astype(int).ravel())]
+
+    truth = measured(drawn(200_000), "5k", 0)["metrics"]
+    hits = {"i2t": [], "t2i": [], "rsum": []}
+    for _ in range(150):
+        between = intervals(drawn(100), 200)
+        for name, marks in hits.items():
+            low, high = between[name] if name == "rsum" else between[name]["r5"]
+            right = truth[name] if name == "rsum" else truth[name]["r5"]
+            marks.append(low <= right <= high)
+    for name, marks in hits.items():
+        assert 0.88 <= np.mean(marks) <= 0.99, name
+
+
+def test_folds_are_resampled_each_for_itself() -> None:
+    """The spread of a mean of five folds is that of as many images in one."""
+    rng = np.random.default_rng(0)
+    whole = (rng.integers(0, 12, 500), rng.integers(0, 12, 2500))
+    five = [(whole[0][k * 100 :][:100], whole[1][k * 500 :][:500]) for k in range(5)]
+    one, many = intervals([whole], 400)["rsum"], intervals(five, 400)["rsum"]
+    assert many == pytest.approx(one, abs=4)

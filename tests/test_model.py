@@ -10,7 +10,6 @@ from conftest import GOLDEN
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from cells import CELLS
 from model import DIME, ImageEncoder, ModelConfig, path_loss, triplet_loss
 from options import InputError
 
@@ -26,10 +25,10 @@ def tiny_bert(dropout: float = 0.1) -> BertModel:
     return BertModel(config, add_pooling_layer=False)
 
 
-def small_model(direction: str, layers: int = 3, cells=CELLS, **options) -> DIME:
+def small_model(direction: str, **options) -> DIME:
     """A small model whose gates are open for some inputs and closed for others."""
     config = ModelConfig(direction=direction, **SMALL | options)
-    model = DIME(config, tiny_bert(), layers, cells)
+    model = DIME(config, tiny_bert())
     for name, parameter in model.named_parameters():
         if name.endswith("router.mlp.0.weight"):
             parameter.data *= 9
@@ -74,10 +73,32 @@ def test_scores_and_paths_equal_one_pair_at_a_time(direction: str, training: boo
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
 @pytest.mark.parametrize("layers", [1, 2, 4])
-@pytest.mark.parametrize("cells", [CELLS, ("glgc", "cmrc"), ("imrc",)])
-def test_any_number_of_layers_and_any_cells(direction: str, layers: int, cells: tuple) -> None:
-    paths = equals_the_oracle(small_model(direction, layers, cells))
-    assert paths.shape[-1] == len(cells) ** 2 * (layers - 1) + len(cells)
+@pytest.mark.parametrize("cells", ["RIC,GLGC,IMRC,CMRC", "GLGC,CMRC", "IMRC"])
+@pytest.mark.parametrize("routing", ["soft", "uniform", "hard"])
+def test_any_number_of_layers_any_cells_and_any_routing(
+    direction: str, layers: int, cells: str, routing: str
+) -> None:
+    options = {"num_layer_routing": layers, "cells": cells, "routing": routing}
+    paths, count = equals_the_oracle(small_model(direction, **options)), cells.count(",") + 1
+    assert paths.shape[-1] == count**2 * (layers - 1) + count
+    dense = paths[..., :-count].unflatten(-1, (-1, count)) if layers > 1 else paths[..., :0]
+    if routing == "uniform":
+        torch.testing.assert_close(dense, torch.full_like(dense, 1 / count))
+        assert (paths[..., -count:] == 1).all()
+    if routing == "hard":
+        assert ((dense == 0) | (dense == 1)).all()
+        assert ((paths[..., -count:] > 0).sum(-1) <= 1).all()
+
+
+@pytest.mark.parametrize("cells", ["", "RIC,", "IMRC,RIC", "ric", "RIC,RIC", "RIC,XYZ", "RIC CMRC"])
+def test_cells_that_are_none_or_out_of_order(cells: str) -> None:
+    with pytest.raises(InputError, match="expected some of RIC,GLGC,IMRC,CMRC, in this order"):
+        ModelConfig(cells=cells)
+
+
+def test_uniform_routing_has_no_routers() -> None:
+    names = [name for name, _ in small_model("i2t", routing="uniform").named_parameters()]
+    assert names and not any("router" in name for name in names)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_abs": True, "no_imgnorm": True}])

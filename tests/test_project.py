@@ -44,7 +44,15 @@ def test_imports_point_one_way() -> None:
     """options below all; router, cells, model, checkpoint; the two programs on top."""
     order = ["memory", "options", "pickles", "files", "vocab", "data", "router", "cells", "space"]
     order += ["model", "published", "checkpoint", "evaluation", "scoring", "runlog", "runfolder"]
-    order += ["textcache", "trainconfig", "trainer", "train", "evaluate_models"]
+    order += [
+        "mscoco",
+        "textcache",
+        "trainconfig",
+        "trainer",
+        "evalconfig",
+        "train",
+        "evaluate_models",
+    ]
     for path in MODULES:
         imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
         above = set(order[order.index(path.stem) :])

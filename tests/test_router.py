@@ -106,6 +106,37 @@ def test_dead_flags_are_constants_and_gates_get_gradients() -> None:
     assert gates.grad[:, :, 1].abs().max() == 0
 
 
+def test_hard_routing_takes_one_cell_and_has_the_gradient_of_all() -> None:
+    values = torch.rand(2, 3, 2, 2)
+    values[0, 0, 0] = 0  # a dead out-path
+    values[0, 1, 1] = 0.5  # equal gates: the first cell
+    found = []
+    for hard in (False, True):
+        gates = values.clone().requires_grad_()
+        cells = {"a": FixedCell(1, gates[..., 0]), "b": FixedCell(2, gates[..., 1])}
+        xs = [torch.ones(2, 3, 6, 5), 3 * torch.ones(2, 3, 6, 5)]
+        mixed, shares = routed(RoutingLayer(cells, hard), xs)
+        sum(k * path.sum() for k, path in enumerate(mixed, 1)).backward()
+        found.append((torch.stack(mixed, 2), shares.detach(), gates.grad))
+    (_, soft_shares, soft_gradient), (mixed, shares, gradient) = found
+    expected = torch.nn.functional.one_hot(soft_shares.argmax(-1), 2).float()
+    expected[0, 0, 0] = 0
+    assert torch.equal(shares, expected) and expected[0, 1, 1].tolist() == [1, 0]
+    outputs = 2 * expected[..., 0] + 5 * expected[..., 1]
+    outputs[0, 0, 0] = 1  # the rectified input
+    torch.testing.assert_close(mixed, outputs[..., None, None].expand_as(mixed))
+    torch.testing.assert_close(gradient, soft_gradient)
+
+
+def test_hard_merging_takes_the_largest_gate_divided_by_itself() -> None:
+    gates = torch.tensor([[[[0.3, 0.6]], [[0.2, 0.2]], [[0.0, 0.0]]]])  # [1, 3, 1, 2]
+    cells = {"a": FixedCell(1, gates[..., 0]), "b": FixedCell(2, gates[..., 1])}
+    xs = [torch.ones(1, 3, 6, 5), 3 * torch.ones(1, 3, 6, 5)]
+    merged, raw = routed(MergeLayer(cells, hard=True), xs)
+    assert merged[0, :, 0, 0].tolist() == [5, 2, 1]  # b, the first of equal ones, its input
+    torch.testing.assert_close(raw[0, :, 0], torch.tensor([[0, 0.6], [0.2, 0], [0, 0]]))
+
+
 def test_some_items_of_a_modality() -> None:
     modality = Modality(torch.randn(4, 3, 2), torch.randn(4, 2), torch.rand(4, 3) > 0.5)
     chosen = modality[torch.tensor([2, 0])]

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import space
 import trainer
+from evaluate_models import evaluate
 from evaluation import owners, retrieval
 from options import parse, warn_of_slow
 from runfolder import BEST, NEWEST
@@ -523,6 +524,34 @@ def test_training_on_a_processor_compiles_by_wish_only(
     argv = tiny_train(tiny, "--max_steps", "1", "--device", "cpu", "--compile", "--overwrite")
     assert run_train(*argv) == 0
     assert "compiling the routing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        ["--routing", "uniform"],
+        ["--routing", "hard"],
+        ["--num_layer_routing", "1", "--cells", "GLGC,CMRC"],
+        ["--num_layer_routing", "4", "--trade_off", "0"],
+    ],
+    ids=" ".join,
+)
+def test_an_ablation_is_trained_resumed_and_evaluated(
+    ablation: list[str], tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    argv = tiny_train(tiny, "--max_steps", "2", *ablation)
+    assert run_train(*argv) == 0
+    again = [*argv, "--max_steps", "4", "--resume", "auto"]
+    assert run_train(*again) == 0
+    path = tiny / "runs/i2t" / NEWEST
+    assert state(path)["options"][ablation[0][2:]] == type_of(ablation[1])
+    assert evaluate(path, split="test", workers=0)["metrics"]["rsum"] > 0
+    assert run_train(*tiny_train(tiny, "--max_steps", "6", "--resume", "auto")) == 2
+    assert f"was trained with {ablation[0]} {ablation[1]}, not" in last_line(capsys)
+
+
+def type_of(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 def test_the_published_commands_parse_with_the_published_defaults() -> None:

@@ -1,0 +1,78 @@
+"""evalconfig.py — every option of evaluation (SPEC §9, §10).
+
+Kept apart from evaluate_models.py, so that either can be read at one go.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from evaluation import Protocol
+from options import Precision, check_range, require
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Every option of evaluation. What is not given comes from the checkpoints."""
+
+    model_path: Annotated[
+        list[str] | None, "checkpoints, own or published; two or more are an ensemble"
+    ] = None
+    data_path: Annotated[str | None, "folder that holds the data sets' folders"] = None
+    data_name: Annotated[str | None, "data set's folder: f30k_precomp, coco_precomp, ..."] = None
+    bert_path: Annotated[str | None, "folder of the BERT that the models were trained with"] = None
+    split: Annotated[
+        Literal["dev", "test", "testall"] | None,
+        "default: test, or for five folds testall where there is one",
+    ] = None
+    fold5: Annotated[bool, "average over five slices of the images (MSCOCO 1K)"] = False
+    precision: Annotated[Precision | None, "bf16 computes products in bfloat16"] = None
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    workers: Annotated[int, "processes that read features; 0 reads in the program itself"] = 2
+    shortlist: Annotated[
+        int | None,
+        "approximate: score only the best N captions of an image and images of a caption, as the "
+        "product of their pooled vectors ranks them",
+    ] = None
+    skip: Annotated[
+        bool, "leave out of a cell the pairs whose gates are closed (exact; not if compiled)"
+    ] = True
+    compile: Annotated[
+        bool | None, "compile the routing (default: where a compiler is found and it pays)"
+    ] = None
+    scores: Annotated[
+        list[str] | None,
+        "in place of models: saved score matrices, whose mean is an ensemble's; five captions an "
+        "image, in order",
+    ] = None
+    protocols: Annotated[
+        list[Protocol] | None,
+        "from one matrix: 1k5, five folds averaged (as --fold5), and 5k, the whole split",
+    ] = None
+    bootstrap: Annotated[int, "95 %% intervals from so many samples of the images; 0: none"] = 0
+    extended: Annotated[
+        bool, "ECCV Caption and CxC figures on MSCOCO's test images (pip install eccv_caption)"
+    ] = False
+    save_scores: Annotated[str | None, "write the float32 matrix (images, captions) here, .npy"] = (
+        None
+    )
+    ranks: Annotated[
+        str | None, "write every query's rank from 0 here, .npz: i2t [images], t2i [captions]"
+    ] = None
+    json: Annotated[str | None, "write the results here, unrounded"] = None
+
+    def __post_init__(self) -> None:
+        given = [bool(self.model_path), bool(self.scores)]
+        require(sum(given) == 1, "expected either --model_path or --scores")
+        check_range(self, ("workers", "bootstrap"), 0)
+        if self.shortlist is not None:
+            check_range(self, ("shortlist",), 1)
+        twice = self.fold5 and self.protocols is not None
+        require(not twice, "--fold5 and --protocols exclude each other")
+        for name in ("shortlist", "precision", "bert_path", "compile") if self.scores else ():
+            unused = getattr(self, name) is None
+            require(unused, f"--{name} goes with --model_path, not with --scores")
+
+    @property
+    def all_protocols(self) -> list[Protocol]:
+        """The protocols, each once, in the order given."""
+        return list(dict.fromkeys(self.protocols or ["1k5" if self.fold5 else "5k"]))

@@ -1,0 +1,78 @@
+"""mscoco.py — further figures on MSCOCO's 5,000 test images, by PyPI's eccv_caption.
+
+Kept apart from evaluation.py, which knows one right image a caption: ECCV Caption (Chun et al.,
+ECCV 2022) and CxC (Parekh et al., EACL 2021) count more right answers, that people found.
+"""
+
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data import CAPTIONS_PER_IMAGE
+from files import read_json, read_text
+from options import require
+
+LIST = 64  # best answers of a query that are looked at; none has more than 48 right ones
+FIGURES = ("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_recalls")
+NUMBER = re.compile(r"(\d+)(\.\w+)?$")  # an image's id, alone or at the end of its file's name
+
+
+def published() -> Any:
+    """The package's metrics. Raises InputError that names the pip command where it is missing."""
+    present = importlib.util.find_spec("eccv_caption") is not None
+    require(present, "--extended: a package is missing: pip install eccv_caption")
+    with warnings.catch_warnings():  # it would like to have a faster reader of JSON
+        warnings.simplefilter("ignore")
+        from eccv_caption import Metrics
+
+        return Metrics()
+
+
+def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarray:
+    """MSCOCO's ids `[I, 5]` of a split's captions, in the order that Karpathy's splits have.
+
+    Raises InputError that says why, where the images are not MSCOCO's test images.
+    """
+    path = folder / f"{split}_ids.txt"
+    ids = read_text(path, "MSCOCO's image ids, one a line").split()
+    if len(ids) == images * CAPTIONS_PER_IMAGE:  # one a caption
+        ids = ids[::CAPTIONS_PER_IMAGE]
+    names = folder / "id_mapping.json"
+    mapping = read_json(names, "the file of each id") if names.exists() else {}
+    found = [NUMBER.search(str(mapping.get(name, name))) for name in ids]
+    known = metrics.coco_ids.reshape(-1, CAPTIONS_PER_IMAGE)
+    rows = {metrics.coco_gts["t2i"][int(row[0])][0]: row for row in known}
+    wanted = [rows.get(int(match[1])) if match else None for match in found]
+    fits = len(wanted) == images == len(known) and all(row is not None for row in wanted)
+    require(fits, f"{path}: expected the ids of MSCOCO's {len(known)} test images")
+    return np.stack(wanted)
+
+
+def extended(metrics: Any, scores: np.ndarray, captions: np.ndarray) -> dict[str, Any]:
+    """Figures in percent of scores `[I, T]`, by name and direction; `captions` are ids `[I, 5]`.
+
+    Answers of equal scores stand in no certain order.
+    """
+    caption_of = captions.ravel()
+    image_of = np.array([metrics.coco_gts["t2i"][int(c)][0] for c in captions[:, 0]])
+    found = metrics.compute_all_metrics(
+        _best(scores, image_of, caption_of),
+        _best(scores.T, caption_of, image_of),
+        target_metrics=FIGURES,
+        verbose=False,
+    )
+    return {name: {way: 100 * float(v) for way, v in by.items()} for name, by in found.items()}
+
+
+def _best(scores: np.ndarray, queries: np.ndarray, items: np.ndarray) -> dict[int, list[int]]:
+    """The ids of each query's best items, best first."""
+    best = {}
+    for row, query in enumerate(queries.tolist()):
+        order = torch.from_numpy(np.array(scores[row])).topk(LIST).indices.numpy()
+        best[query] = items[order].tolist()
+    return best

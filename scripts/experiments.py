@@ -1,0 +1,193 @@
+"""experiments.py — the registry of runs (scripts/experiments.toml) and what came of them.
+
+Read by scripts/reproduce.py, which runs them, and scripts/results_table.py, which fills the README.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from files import read_json
+from options import InputError, require
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REGISTRY = Path(__file__).with_suffix(".toml")
+RESULTS = Path("results")
+RUNS = Path("runs/reproduce")
+METRICS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
+COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run needs, and the options that all runs on it share."""
+
+    needs: str
+    data_path: str
+    data_name: str
+    bert_path: str
+    evaluate: str
+    train: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a table: a model of one direction, or an ensemble of other runs."""
+
+    name: str
+    title: str
+    tables: dict[str, str]  # the tables it has a row in, and the protocol that counts there
+    data: str = ""
+    direction: str = ""
+    train: str = ""
+    of: list[str] = field(default_factory=list)
+    paper: str = ""  # its row in results/paper.json
+
+    def folder(self, seed: int) -> Path:
+        """Where its checkpoints are."""
+        return RUNS / self.name / f"seed{seed}"
+
+    def result(self, seed: int, results: Path = RESULTS) -> Path:
+        """The file of its evaluation."""
+        return results / "reproduce" / f"{self.name}_seed{seed}.json"
+
+
+class Registry:
+    """All runs, tables and data. Raises InputError where the file is no registry."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            self.tables: dict[str, str] = content["tables"]
+            self.data = {name: Data(**fields) for name, fields in content["data"].items()}
+            self.runs = {name: Run(name, **fields) for name, fields in content["run"].items()}
+        except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: no registry of runs: {error!r}") from error
+        for run in self.runs.values():
+            known = set(run.tables) <= set(self.tables) and set(run.of) <= set(self.runs)
+            known &= bool(run.of) != (run.data in self.data)
+            require(known, f"{path}: run.{run.name} names a table, data or a run that is not there")
+
+    def run(self, name: str) -> Run:
+        """The run of that name."""
+        require(name in self.runs, f"{name}: no such run; expected {', '.join(self.runs)}")
+        return self.runs[name]
+
+    def members(self, run: Run) -> list[Run]:
+        """The models of an ensemble; of a model itself."""
+        return [self.runs[name] for name in run.of] or [run]
+
+    def data_of(self, run: Run) -> Data:
+        """What a run needs."""
+        return self.data[self.members(run)[0].data]
+
+    def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
+        """The command that trains a model, or goes on with it."""
+        data = self.data[run.data]
+        where = {"data_path": data.data_path, "bert_path": data.bert_path} | paths
+        options = ["--direction", run.direction, *shlex.split(f"{data.train} {run.train}")]
+        more = ["--seed", str(seed), "--logger_name", str(run.folder(seed)), "--resume", "auto"]
+        return ["train.py", *_given(where | {"data_name": data.data_name}), *options, *more]
+
+    def evaluate(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
+        """The command that evaluates a model or an ensemble; it names no file to write."""
+        models = [m.folder(seed) / m.direction / "model_best.pth.tar" for m in self.members(run)]
+        options = shlex.split(self.data_of(run).evaluate)
+        return ["evaluate_models.py", "--model_path", *map(str, models), *_given(paths), *options]
+
+
+def _given(options: dict[str, str]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run's figures in a table: six recalls and rsum, the paper's and ours."""
+
+    title: str
+    paper: list[float] | None
+    ours: list[list[float]]  # by seed
+
+    @property
+    def mean(self) -> list[float] | None:
+        """Over seeds."""
+        return [statistics.mean(column) for column in zip(*self.ours, strict=True)] or None
+
+    @property
+    def deviation(self) -> list[float] | None:
+        """Over seeds; None for one seed."""
+        several = len(self.ours) > 1
+        columns = zip(*self.ours, strict=True)
+        return [statistics.stdev(column) for column in columns] if several else None
+
+    @property
+    def difference(self) -> list[float] | None:
+        """Ours less the paper's."""
+        if self.paper is None or self.mean is None:
+            return None
+        return [ours - paper for ours, paper in zip(self.mean, self.paper, strict=True)]
+
+
+def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
+    """The rows of a table, from the files under `results`. Raises InputError on damaged ones."""
+    papers = read_json(results / "paper.json", "the paper's figures")
+    found = []
+    for run in registry.runs.values():
+        if table in run.tables:
+            recalls = papers[table][run.paper] if run.paper else None
+            paper = None if recalls is None else [*recalls, sum(recalls)]
+            files = sorted((results / "reproduce").glob(f"{run.name}_seed*.json"))
+            ours = [_figures(path, run.tables[table]) for path in files]
+            found.append(Row(run.title, paper, ours))
+    return found
+
+
+def _figures(path: Path, protocol: str) -> list[float]:
+    """Six recalls and rsum of an evaluation."""
+    content: Any = read_json(path, "the results of an evaluation")
+    try:
+        metrics = content["protocols"][protocol]["metrics"]
+        return [*(float(metrics[way][name]) for way, name in METRICS), float(metrics["rsum"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: holds no metrics of protocol {protocol}: {error!r}") from error
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    every = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
+
+
+def cells(row: Row) -> list[str]:
+    """A row's cells: the paper's figure · ours, with its deviation · the difference."""
+    texts = []
+    for k in range(len(COLUMNS)):
+        paper = f"{row.paper[k]:.1f}" if row.paper else ""
+        ours = f"{row.mean[k]:.1f}" if row.mean else "not run"
+        ours += f" ± {row.deviation[k]:.1f}" if row.deviation else ""
+        difference = f"{row.difference[k]:+.1f}" if row.difference else ""
+        texts.append(" · ".join(part for part in (paper, ours, difference) if part))
+    return texts
+
+
+def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
+    """Every table."""
+    source = json.loads((results / "paper.json").read_text(encoding="utf-8"))["source"]
+    parts = []
+    for name, title in registry.tables.items():
+        lines = [
+            [row.title, str(len(row.ours) or ""), *cells(row)]
+            for row in rows(registry, name, results)
+        ]
+        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
+    about = "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds · the"
+    return "\n".join([*parts, f"{about} difference.\nThe paper's: {source}\n"])

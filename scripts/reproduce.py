@@ -1,0 +1,203 @@
+"""reproduce.py — the paper's tables by one command: train, evaluate, and set beside the paper.
+
+    python -m scripts.reproduce list                       # every run: commands, data, state
+    python -m scripts.reproduce run f30k_ensemble          # what is missing of it: hours to days
+    python -m scripts.reproduce run ablation_uniform --seeds 0 1 2
+    python -m scripts.reproduce table [--format md|latex|csv|json]
+
+The runs are those of scripts/experiments.toml. `run` skips what is done, goes on with what was cut
+off, and writes results/reproduce/NAME_seedN.json; checkpoints go to runs/reproduce/. A table holds
+six recalls and rsum a row: the paper's, ours as mean and deviation over seeds, the difference; what
+was not run says so.
+"""
+
+import csv
+import io
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+import runlog
+from files import read_json, write_json
+from options import InputError, Stopped, parse, require, run, say
+from scripts.experiments import COLUMNS, REGISTRY, Registry, Row, Run, as_markdown, cells, rows
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    seeds: Annotated[list[int], "one training for each"] = (0,)
+    data_path: Annotated[str | None, "in place of the registry's"] = None
+    bert_path: Annotated[str | None, "in place of the registry's"] = None
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """What takes the place of the registry's paths."""
+        every = {"data_path": self.data_path, "bert_path": self.bert_path}
+        return {name: path for name, path in every.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    format: Annotated[Literal["md", "latex", "csv", "json"], "how it is written"] = "md"
+
+
+@dataclass(frozen=True)
+class ListOptions:
+    pass
+
+
+def listed(registry: Registry) -> str:
+    """Every run: what it needs, its commands, and whether it is done."""
+    lines = []
+    for each in registry.runs.values():
+        done = [path.stem.split("_seed")[1] for path in _results(each)]
+        state = f"done for seed {', '.join(done)}" if done else "not run"
+        lines.append(f"{each.name}: {each.title}; {state}")
+        lines.append(f"  tables: {'; '.join(registry.tables[name] for name in each.tables)}")
+        lines.append(f"  needs: {', '.join(each.of) or registry.data_of(each).needs}")
+        commands = [] if each.of else [registry.train(each, 0, {})]
+        for command in [*commands, registry.evaluate(each, 0, {})]:
+            lines.append(f"  python {shlex.join(command)}")
+    return "\n".join(lines) + "\n"
+
+
+def _results(each: Run) -> list[Path]:
+    return sorted(each.result(0).parent.glob(f"{each.name}_seed*.json"))
+
+
+def reproduce(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
+    """Do what is missing of a run: its members, its training, its evaluation."""
+    path = each.result(seed)
+    if path.exists():
+        log.info("%s, seed %d: done, %s", each.name, seed, path)
+        return
+    for member in registry.members(each) if each.of else []:
+        reproduce(registry, member, seed, paths)
+    commands = []
+    if not each.of:
+        commands.append(registry.train(each, seed, paths))
+        _call(commands[-1])
+    commands.append(registry.evaluate(each, seed, paths))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")
+    _call([*commands[-1], "--json", str(part)])
+    about = {
+        "commands": [f"python {shlex.join(command)}" for command in commands],
+        "machine": runlog.processor(),
+        "torch": torch.__version__,
+        "commit": runlog.commit(),
+    }
+    write_json(path, about | read_json(part, "the results of an evaluation"))
+    part.unlink()
+    log.info("%s, seed %d: %s", each.name, seed, path)
+
+
+def _call(command: list[str]) -> None:
+    """Run a program of the project. Raises what it ended with."""
+    log.info("python %s", shlex.join(command))
+    status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
+    if status > 128:
+        raise Stopped(status - 128)
+    require(status == 0, f"{command[0]} ended with status {status}; the same command goes on")
+
+
+def as_csv(registry: Registry) -> str:
+    """One line a figure."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["table", "model", "metric", "paper", "mean", "sd", "seeds", "difference"])
+    for line in _figures(registry):
+        writer.writerow(["" if value is None else value for value in line.values()])
+    return text.getvalue()
+
+
+def as_json(registry: Registry) -> str:
+    """The same figures, a list."""
+    return json.dumps(list(_figures(registry)), indent=1) + "\n"
+
+
+def _figures(registry: Registry) -> list[dict[str, object]]:
+    return [
+        _figure(name, row, k)
+        for name in registry.tables
+        for row in rows(registry, name)
+        for k in range(len(COLUMNS))
+    ]
+
+
+def _figure(table: str, row: Row, k: int) -> dict[str, object]:
+    def at(values: list[float] | None) -> float | None:
+        return None if values is None else round(values[k], 4)
+
+    return {
+        "table": table,
+        "model": row.title,
+        "metric": ("t2i " if k in (4, 5) else "i2t " if k in (1, 2) else "") + COLUMNS[k],
+        "paper": at(row.paper),
+        "mean": at(row.mean),
+        "sd": at(row.deviation),
+        "seeds": len(row.ours),
+        "difference": at(row.difference),
+    }
+
+
+def as_latex(registry: Registry) -> str:
+    """Tables for a paper."""
+    parts = []
+    for name, title in registry.tables.items():
+        lines = [" & ".join(map(_tex, ["", *COLUMNS])) + r" \\ \hline"]
+        for row in rows(registry, name):
+            lines.append(" & ".join(map(_tex, [row.title, *cells(row)])) + r" \\")
+        body = "\n".join(lines)
+        columns = "l" + "r" * len(COLUMNS)
+        parts.append(
+            f"\\begin{{table}}\n\\caption{{{_tex(title)}}}\n\\begin{{tabular}}{{{columns}}}\n"
+            f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
+        )
+    return "\n".join(parts)
+
+
+def _tex(text: str) -> str:
+    for plain, tex in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), ("·", r"$\cdot$"), ("`", "")):
+        text = text.replace(plain, tex)
+    return text
+
+
+FORMATS = {"md": as_markdown, "latex": as_latex, "csv": as_csv, "json": as_json}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    action, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    registry = Registry(REGISTRY)
+    if action == "list":
+        parse(ListOptions, rest, __doc__)
+        say(listed(registry))
+    elif action == "table":
+        say(FORMATS[parse(TableOptions, rest, __doc__).format](registry))
+    elif action == "run":
+        names = rest[: next((k for k, word in enumerate(rest) if word[0] == "-"), len(rest))]
+        options = parse(RunOptions, rest[len(names) :], __doc__)
+        require(bool(names), f"run: expected a name, one of {', '.join(registry.runs)}")
+        for each in [registry.run(name) for name in names]:
+            for seed in options.seeds:
+                reproduce(registry, each, seed, options.paths)
+    elif action in ("-h", "--help"):
+        say(__doc__)
+    else:
+        raise InputError(f"{action}: expected list, run or table (see --help)")
+
+
+if __name__ == "__main__":
+    run(main)

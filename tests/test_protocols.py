@@ -1,0 +1,243 @@
+"""evaluate_models.py on saved matrices: ensembles, protocols, intervals, ranks, MSCOCO."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_here, run_program, tiny_train
+from test_train import last_line
+
+import evaluate_models
+import mscoco
+from evaluate_models import evaluate
+from evaluation import owners, ranks, retrieval
+from files import write_array
+from options import InputError
+
+
+def saved(folder: Path, name: str, images: int = 10, seed: int = 0) -> Path:
+    scores = np.random.default_rng(seed).random((images, 5 * images), dtype=np.float32)
+    write_array(folder / name, scores)
+    return folder / name
+
+
+def test_an_ensemble_of_files_is_that_of_models(
+    tiny: Path, tmp_path: Path, run_train: Callable[..., int]
+) -> None:
+    """Two models and their saved scores, through the program."""
+    models, files = [], []
+    for way in ("i2t", "t2i"):
+        assert run_train(*tiny_train(tiny, "--max_steps", "1", direction=way)) == 0
+        models.append(tiny / "runs" / way / "model_best.pth.tar")
+        files.append(tmp_path / f"{way}.npy")
+        evaluate(models[-1], save_scores=files[-1], workers=0)
+    both = run_program("evaluate_models.py", "--model_path", *models)
+    done = run_program("evaluate_models.py", "--scores", *files, "--json", tmp_path / "r.json")
+    assert done.returncode == both.returncode == 0, done.stderr + both.stderr
+    assert done.stdout == both.stdout
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["scores"] == [str(path) for path in files]
+    unknown = ("models", "data_name", "split", "seconds", "closed", "shortlist", "extended")
+    assert all(result[name] is None for name in unknown)
+
+
+def test_both_protocols_are_two_evaluations(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = saved(tmp_path, "a.npy")
+    both = evaluate(scores=[path], protocols=["1k5", "5k"])
+    whole, five = evaluate(scores=[path]), evaluate(scores=[path], fold5=True)
+    assert both["protocols"] == whole["protocols"] | five["protocols"]
+    assert both["metrics"] == five["metrics"] and both["folds"] == five["folds"] != []
+    evaluate_models.main(["--scores", str(path), "--protocols", "1k5", "5k"])
+    text = capsys.readouterr().out
+    evaluate_models.main(["--scores", str(path), "--fold5"])
+    evaluate_models.main(["--scores", str(path)])
+    first, second = capsys.readouterr().out.split("Mean of 5 folds\n")[1].split("rsum")[1:]
+    assert text.endswith(f"Mean of 5 folds\nrsum{first}All images\nrsum{second}")
+
+
+def test_ranks_of_every_query_are_written(tmp_path: Path) -> None:
+    path = saved(tmp_path, "a.npy")
+    evaluate(scores=[path], protocols=["5k", "1k5"], ranks=str(tmp_path / "r.npz"))
+    of_images, of_captions = ranks(np.load(path), owners(50))
+    with np.load(tmp_path / "r.npz") as found:
+        assert set(found) == {"i2t", "t2i", "1k5.i2t", "1k5.t2i"}
+        assert np.array_equal(found["i2t"], of_images)
+        assert np.array_equal(found["t2i"], of_captions)
+        block = retrieval(np.load(path)[2:4, 10:20], owners(10))
+        assert 100 * np.mean(found["1k5.t2i"][10:20] < 1) == pytest.approx(block.t2i.r1)
+
+
+def test_intervals_hold_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = saved(tmp_path, "a.npy", 40)
+    result = evaluate(scores=[path], bootstrap=200)
+    for side in ("i2t", "t2i"):
+        for name, (low, high) in result["intervals"][side].items():
+            assert low <= result["metrics"][side][name] <= high
+    low, high = result["intervals"]["rsum"]
+    assert low < result["metrics"]["rsum"] < high
+    evaluate_models.main(["--scores", str(path), "--bootstrap", "200"])
+    assert f"95 % interval of rsum: {low:.1f}-{high:.1f}" in capsys.readouterr().out
+
+
+FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "nothing": (lambda t: [], "expected either --model_path or --scores"),
+    "both": (lambda t: ["--scores", "a", "--model_path", "b"], "either --model_path or --scores"),
+    "twice": (
+        lambda t: ["--scores", saved(t, "a.npy"), "--fold5", "--protocols", "5k"],
+        "--fold5 and --protocols exclude each other",
+    ),
+    "protocol": (lambda t: ["--scores", "a", "--protocols", "1k"], "invalid choice: '1k'"),
+    "samples": (lambda t: ["--scores", "a", "--bootstrap", "-1"], "--bootstrap -1"),
+    "shortlist": (
+        lambda t: ["--scores", saved(t, "a.npy"), "--shortlist", "3"],
+        "--shortlist goes with --model_path",
+    ),
+    "no file": (lambda t: ["--scores", t / "no.npy"], "no.npy: not found"),
+    "shapes": (
+        lambda t: ["--scores", saved(t, "a.npy"), saved(t, "b.npy", 5)],
+        "b.npy: scores of shape (5, 25)",
+    ),
+    "flat": (lambda t: ["--scores", array(t, np.zeros(5, np.float32))], "shape (5,); expected sc"),
+    "wide": (lambda t: ["--scores", array(t, np.zeros((2, 9), np.float32))], "shape (2, 9)"),
+    "empty": (lambda t: ["--scores", array(t, np.zeros((0, 0), np.float32))], "shape (0, 0)"),
+    "whole": (lambda t: ["--scores", array(t, np.zeros((1, 5), int))], "int64, shape (1, 5)"),
+    "no number": (
+        lambda t: ["--scores", array(t, np.full((1, 5), np.nan, np.float32))],
+        "the scores hold NaN",
+    ),
+    "folds": (lambda t: ["--scores", saved(t, "a.npy", 4), "--fold5"], "4 images"),
+    "over itself": (
+        lambda t: ["--scores", saved(t, "a.npy"), "--save_scores", t / "a.npy"],
+        "another result",
+    ),
+    "same": (
+        lambda t: ["--scores", saved(t, "a.npy"), "--ranks", t / "r", "--json", t / "r"],
+        "another result",
+    ),
+}
+
+
+def array(folder: Path, values: np.ndarray) -> Path:
+    np.save(folder / "array.npy", values)
+    return folder / "array.npy"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_matrices_are_one_line(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    make, said = FAULTS[fault]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run_here(monkeypatch, evaluate_models.main, make(tmp_path)) == 2
+    assert said in last_line(capsys)
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_a_split_that_selected_the_model_is_told(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    model = tiny / "runs/i2t/model_best.pth.tar"
+    evaluate(model, split="test", workers=0)
+    assert "too good" not in caplog.text
+    evaluate(model, split="dev", workers=0)
+    assert "model_best.pth.tar: was selected on this split" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def package():
+    """MSCOCO's answers, cut down to the first 80 images of the test split."""
+    found = mscoco.published()
+    found.coco_ids = found.coco_ids[:400]
+    captions = {int(c) for c in found.coco_ids}
+    images = {found.coco_gts["t2i"][c][0] for c in captions}
+    for name in ("coco_gts", "cxc_gts", "eccv_gts"):
+        gts = getattr(found, name)
+        cut = {}
+        for way, queries, items in (("i2t", images, captions), ("t2i", captions, images)):
+            kept = {q: [i for i in right if i in items] for q, right in gts[way].items()}
+            cut[way] = {q: right for q, right in kept.items() if q in queries and right}
+        setattr(found, name, cut)
+    return found
+
+
+def folder_of(package, path: Path, order: np.ndarray, mapped: bool) -> Path:
+    """A data folder with the ids of the images in some order."""
+    images = [package.coco_gts["t2i"][int(c)][0] for c in package.coco_ids[::5]]
+    ids = [images[k] for k in order]
+    if mapped:
+        files = {str(n): f"val2014/COCO_val2014_{i:012d}.jpg" for n, i in enumerate(ids)}
+        (path / "id_mapping.json").write_text(json.dumps(files))
+        ids = list(range(len(ids)))
+    (path / "testall_ids.txt").write_text("".join(f"{i}\n" for i in ids))
+    return path
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_figures_of_eccv_caption(package, mapped: bool, tmp_path: Path) -> None:
+    """Against plain loops over the package's answers."""
+    order = np.random.default_rng(1).permutation(80)
+    scores = np.random.default_rng(0).random((80, 400), dtype=np.float32)
+    scores[np.arange(400) // 5, np.arange(400)] += 0.5  # somewhat right
+    captions = mscoco.caption_ids(
+        package, folder_of(package, tmp_path, order, mapped), "testall", 80
+    )
+    assert np.array_equal(captions, package.coco_ids.reshape(80, 5)[order])
+    found = mscoco.extended(package, scores, captions)
+    names = {"eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_r1", "cxc_r5", "cxc_r10"}
+    assert found.keys() == names
+    flat, image_ids = captions.ravel(), [package.coco_gts["t2i"][int(c[0])][0] for c in captions]
+    for way, matrix, queries, items in (
+        ("i2t", scores, image_ids, flat.tolist()),
+        ("t2i", scores.T, flat.tolist(), image_ids),
+    ):
+        expected: dict[str, list[float]] = {name: [] for name in names}
+        for row, query in zip(matrix, queries, strict=True):
+            ranked = [items[k] for k in np.argsort(-row)]
+            right = package.cxc_gts[way].get(query)
+            for k in (1, 5, 10) if right else ():
+                expected[f"cxc_r{k}"].append(float(bool(set(ranked[:k]) & set(right))))
+            right = package.eccv_gts[way].get(query)
+            if right:
+                marks = [item in right for item in ranked[: len(set(right))]]
+                precisions = [sum(marks[: r + 1]) / (r + 1) for r in range(len(marks))]
+                expected["eccv_r1"].append(marks[0])
+                expected["eccv_rprecision"].append(precisions[-1])
+                expected["eccv_map_at_r"].append(np.dot(marks, precisions) / len(marks))
+        for name, values in expected.items():
+            assert len(values) > 10
+            assert found[name][way] == pytest.approx(100 * np.mean(values)), (name, way)
+
+
+def test_ids_of_other_images_are_told(package, tmp_path: Path) -> None:
+    folder = folder_of(package, tmp_path, np.arange(79), False)
+    with pytest.raises(InputError, match="expected the ids of MSCOCO's 80 test images"):
+        mscoco.caption_ids(package, folder, "testall", 79)
+    with pytest.raises(InputError, match=r"test_ids.txt: not found"):
+        mscoco.caption_ids(package, folder, "test", 79)
+
+
+def test_extended_figures_where_they_can_be_had(
+    package,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(evaluate_models, "published", lambda: package)
+    path = saved(tmp_path, "a.npy", 80)
+    assert evaluate(scores=[path], extended=True)["extended"] is None
+    assert "no ECCV Caption and CxC figures: --data_path" in caplog.text
+    (tmp_path / "coco").mkdir()
+    folder_of(package, tmp_path / "coco", np.arange(80), False)
+    where = ["--data_path", str(tmp_path), "--data_name", "coco", "--split", "testall"]
+    evaluate_models.main(["--scores", str(path), "--extended", *where])
+    assert "\neccv_map_at_r: i2t " in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mscoco.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install eccv_caption"):
+        evaluate(scores=["nowhere.npy"], extended=True)

@@ -1,0 +1,220 @@
+"""scripts/reproduce.py: the registry, runs that are skipped or gone on with, and the tables."""
+
+import csv
+import io
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_here, tiny_train
+from test_train import last_line
+
+import evaluate_models
+import train
+from evaluate_models import evaluate
+from options import InputError, parse
+from scripts import reproduce
+from scripts.experiments import COLUMNS, REGISTRY, Registry, as_markdown, rows
+from trainconfig import TrainConfig
+
+TINY = """
+[tables]
+first = "First"
+five = "Five folds"
+
+[data.tiny]
+needs = "the tiny data"
+data_path = "data"
+data_name = "tiny"
+bert_path = "bert"
+train = "{train} --max_steps 2 --workers 0"
+evaluate = "--workers 0 --protocols 1k5 5k"
+
+[run.one]
+title = "One"
+paper = "DIME"
+data = "tiny"
+direction = "i2t"
+train = "--extra_stc 1"
+tables = {{ first = "5k", five = "1k5" }}
+
+[run.other]
+title = "Other"
+data = "tiny"
+direction = "t2i"
+tables = {{ first = "5k" }}
+
+[run.both]
+title = "Both"
+of = ["one", "other"]
+tables = {{ first = "5k" }}
+"""
+PAPER = [10.0, 20.0, 30.0, 1.0, 2.0, 3.0]
+
+
+@pytest.fixture
+def small(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry on the tiny data, in a folder of its own."""
+    argv = tiny_train(tiny)
+    sizes = ("--embed_size", "--max_words", "--num_head_IMRC", "--hid_IMRC", "--hid_router")
+    options = [word for name in (*sizes, "--batch_size") for word in argv[argv.index(name) :][:2]]
+    path = tiny / "small.toml"
+    path.write_text(TINY.format(train=" ".join(options)))
+    (tiny / "results").mkdir()
+    paper = {"source": "a book", "first": {"DIME": PAPER}, "five": {"DIME": PAPER}}
+    (tiny / "results/paper.json").write_text(json.dumps(paper))
+    monkeypatch.setattr(reproduce, "REGISTRY", path)
+    monkeypatch.chdir(tiny)
+    return tiny
+
+
+def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The story of a user, its programs in this process."""
+    mains = {"train.py": train.main, "evaluate_models.py": evaluate_models.main}
+    monkeypatch.setattr(reproduce, "_call", lambda command: mains[command[0]](command[1:]))
+
+    def program(*argv: str) -> str:
+        assert run_here(monkeypatch, reproduce.main, argv) == 0
+        return capfd.readouterr().out
+
+    assert program("list").count("; not run\n") == 3
+    assert "| One |  | 10.0 · not run |" in program("table")
+    program("run", "both", "--seeds", "0", "1")
+    names = [f"{name}_seed{seed}.json" for name in ("both", "one", "other") for seed in (0, 1)]
+    results = small / "results/reproduce"
+    assert sorted(path.name for path in results.iterdir()) == names
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*.json")}
+    program("run", "one", "both", "--seeds", "1", "0")
+    assert before == {path: path.stat().st_mtime_ns for path in small.rglob("*.json")}
+
+    found = json.loads((results / "both_seed1.json").read_text())
+    models = [small / f"runs/reproduce/{n}/seed1/{w}/model_best.pth.tar" for n, w in MEMBERS]
+    again = evaluate(models, protocols=["1k5", "5k"], workers=0)
+    assert found["metrics"] == again["metrics"]
+    assert len(found["commands"]) == 1 and "--json" not in found["commands"][0]
+    one = json.loads((results / "one_seed0.json").read_text())
+    assert "train.py" in one["commands"][0] and one["machine"] and "commit" in one
+
+    figures = list(csv.DictReader(io.StringIO(program("table", "--format", "csv"))))
+    assert figures == [
+        {key: "" if value is None else str(value) for key, value in line.items()}
+        for line in json.loads(program("table", "--format", "json"))
+    ]
+    assert len(figures) == 4 * len(COLUMNS)
+    values = [
+        json.loads((results / f"one_seed{s}.json").read_text())["protocols"]["1k5"]["metrics"]
+        for s in (0, 1)
+    ]
+    rsums = [metrics["rsum"] for metrics in values]
+    (line,) = [x for x in figures if (x["table"], x["metric"]) == ("five", "rsum")]
+    mean = statistics.mean(rsums)
+    assert float(line["mean"]) == pytest.approx(mean, abs=1e-4)
+    assert float(line["sd"]) == pytest.approx(statistics.stdev(rsums), abs=1e-4)
+    assert line["paper"] == "66.0" and line["seeds"] == "2"
+    assert float(line["difference"]) == pytest.approx(mean - 66, abs=1e-4)
+    text = f"66.0 · {mean:.1f} ± {statistics.stdev(rsums):.1f} · {mean - 66:+.1f} |"
+    assert text in program("table")
+    assert r"\begin{tabular}{lrrrrrrr}" in program("table", "--format", "latex")
+
+    (results / "one_seed0.json").unlink()
+    (results / "one_seed1.json").unlink()
+    assert "| One |  | 10.0 · not run |" in program("table")
+    program("run", "one")  # its model is there, and is evaluated alone
+    assert json.loads((results / "one_seed0.json").read_text())["metrics"] == one["metrics"]
+
+
+MEMBERS = (("one", "i2t"), ("other", "t2i"))
+
+
+def test_a_run_that_was_cut_off_is_gone_on_with(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    registry = Registry(reproduce.REGISTRY)
+    assert run_here(monkeypatch, reproduce.main, ["run", "one", "--data_path", "nowhere"]) == 2
+    assert "ended with status 2; the same command goes on" in capfd.readouterr().err
+    assert not (small / "results/reproduce").exists()
+    cut = registry.train(registry.run("one"), 0, {})
+    cut[cut.index("--max_steps") + 1] = "1"
+    reproduce._call(cut)
+    capfd.readouterr()
+    assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 0
+    assert "step 1 of 2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["run"], "run: expected a name, one of one, other, both"),
+        (["run", "four"], "four: no such run; expected one, other, both"),
+        (["dance"], "dance: expected list, run or table"),
+        (["table", "--format", "pdf"], "invalid choice: 'pdf'"),
+    ],
+)
+def test_what_is_not_known_is_one_line(
+    argv: list[str],
+    said: str,
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert run_here(monkeypatch, reproduce.main, argv) == 2
+    assert said in last_line(capsys)
+
+
+def test_help_teaches(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_here(monkeypatch, reproduce.main, ["--help"]) == 0
+    assert "python -m scripts.reproduce run f30k_ensemble" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('data = "tiny"', 'data = "none"'),
+        ('of = ["one"', 'of = ["none"'),
+        ('first = "First"', 'third = "First"'),
+        ("title", "tittle"),
+        ("[run.one]", "[run.one"),
+    ],
+)
+def test_a_registry_with_a_slip_is_told(old: str, new: str, small: Path) -> None:
+    path = small / "small.toml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError, match=r"small\.toml: "):
+        Registry(path)
+
+
+def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
+    """Three models in three tables, with the paper's figures; all commands parse."""
+    registry = Registry(REGISTRY)
+    shutil.copy(ROOT / "results/paper.json", tmp_path)
+    paper = json.loads((tmp_path / "paper.json").read_text())
+    for table in ("flickr30k_1k", "mscoco_1k_fold5", "mscoco_5k"):
+        found = {row.title: row.paper[:6] for row in rows(registry, table, tmp_path)}
+        assert found == paper[table] and len(found) == 3
+    text = as_markdown(registry, tmp_path)
+    assert "±" not in text.split("A cell:")[0] and text.count("not run") == 7 * 21
+    for run in registry.runs.values():
+        for member in registry.members(run):
+            argv = registry.train(member, 0, {})[1:]
+            assert parse(TrainConfig, argv, "").direction == member.direction
+
+
+def test_a_deleted_file_turns_its_cell_into_not_run(small: Path) -> None:
+    registry = Registry(reproduce.REGISTRY)
+    path = registry.run("other").result(0)
+    path.parent.mkdir()
+    side = {"r1": 1, "r5": 2, "r10": 3}
+    part = {"metrics": {"i2t": side, "t2i": side, "rsum": 12}}
+    path.write_text(json.dumps({"protocols": {"5k": part}}))
+    assert "| Other | 1 | 1.0 | 2.0 |" in as_markdown(registry)
+    path.write_text(json.dumps({"protocols": {}}))
+    with pytest.raises(InputError, match="holds no metrics of protocol 5k"):
+        as_markdown(registry)
+    path.unlink()
+    assert "| Other |  | not run | not run |" in as_markdown(registry)
