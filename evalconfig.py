@@ -64,8 +64,7 @@ class EvaluateConfig:
         given = [bool(self.model_path), bool(self.scores)]
         require(sum(given) == 1, "expected either --model_path or --scores")
         check_range(self, ("workers", "bootstrap"), 0)
-        if self.shortlist is not None:
-            check_range(self, ("shortlist",), 1)
+        check_range(self, ("shortlist",), 1)
         twice = self.fold5 and self.protocols is not None
         require(not twice, "--fold5 and --protocols exclude each other")
         for name in ("shortlist", "precision", "bert_path", "compile") if self.scores else ():

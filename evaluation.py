@@ -108,6 +108,16 @@ def retrieval(scores: Tensor | np.ndarray, owner: Sequence[int]) -> Retrieval:
     return Retrieval.of(*ranks(scores, owner))
 
 
+def best_items(scores: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The `count` best columns of every row of `[rows, columns]`, best first.
+
+    A block of rows at a time: its first row, and its columns `[block, count]`.
+    """
+    for first in range(0, len(scores), ROW_BLOCK):
+        block = torch.from_numpy(np.array(scores[first : first + ROW_BLOCK], order="C"))
+        yield first, block.topk(min(count, block.shape[1]), dim=1).indices.numpy()
+
+
 def ceiling(known: np.ndarray, owner: Sequence[int]) -> dict[str, float]:
     """How many queries, in percent, have a right answer among the `known` pairs `[I, T]`."""
     own = known[np.asarray(owner), np.arange(len(owner))]  # [T]

@@ -59,7 +59,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router")
-        check_range(self, [name for name in sizes if getattr(self, name) is not None], 1, LARGEST)
+        check_range(self, sizes, 1, LARGEST)
         check_range(self, ("num_layer_routing",), 1, MOST_LAYERS)
         require(
             ",".join(self.cell_names).upper() == self.cells != "",

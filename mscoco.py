@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from data import CAPTIONS_PER_IMAGE
+from evaluation import best_items
 from files import read_json, read_text
 from options import require
 
@@ -71,8 +71,5 @@ def extended(metrics: Any, scores: np.ndarray, captions: np.ndarray) -> dict[str
 
 def _best(scores: np.ndarray, queries: np.ndarray, items: np.ndarray) -> dict[int, list[int]]:
     """The ids of each query's best items, best first."""
-    best = {}
-    for row, query in enumerate(queries.tolist()):
-        order = torch.from_numpy(np.array(scores[row])).topk(LIST).indices.numpy()
-        best[query] = items[order].tolist()
-    return best
+    best = np.concatenate([items[places] for _, places in best_items(scores, LIST)])
+    return dict(zip(queries.tolist(), best.tolist(), strict=True))

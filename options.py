@@ -54,11 +54,12 @@ def require(fact: bool, message: str) -> None:
 
 
 def check_range(options: object, names: Sequence[str], least: int, most: float = math.inf) -> None:
-    """Raise InputError where an option of these names is out of bounds."""
+    """Raise InputError where an option of these names is given and out of bounds."""
     bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
     for name in names:
         value = getattr(options, name)
-        require(least <= value <= most, f"--{name} {value}: expected {bounds}")
+        fits = value is None or least <= value <= most
+        require(fits, f"--{name} {value}: expected {bounds}")
 
 
 def some(names: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data import CAPTIONS_PER_IMAGE, ImageBlocks, Split, load
-from evaluation import ROW_BLOCK
+from evaluation import best_items
 from memory import free_memory, most_pairs, no_memory, out_of_memory
 from options import InputError, progress
 from router import Modality
@@ -237,11 +237,8 @@ def shortlist(products: np.ndarray, count: int) -> np.ndarray:
     """Which pairs `[I, T]` are among the `count` best of their image or of their caption."""
     chosen = np.zeros(products.shape, dtype=bool)
     for matrix, marks in ((products, chosen), (products.T, chosen.T)):
-        best = min(count, matrix.shape[1])
-        for first in range(0, len(matrix), ROW_BLOCK):
-            rows = torch.from_numpy(np.ascontiguousarray(matrix[first : first + ROW_BLOCK]))
-            places = rows.topk(best, dim=1).indices.numpy()
-            np.put_along_axis(marks[first : first + ROW_BLOCK], places, True, axis=1)
+        for first, places in best_items(matrix, count):
+            np.put_along_axis(marks[first : first + len(places)], places, True, axis=1)
     return chosen
 
 

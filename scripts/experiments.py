@@ -3,7 +3,6 @@
 Read by scripts/reproduce.py, which runs them, and scripts/results_table.py, which fills the README.
 """
 
-import json
 import shlex
 import statistics
 import sys
@@ -25,6 +24,7 @@ RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
 METRICS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
 COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
+NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,14 @@ class Run:
         """Where its checkpoints are."""
         return RUNS / self.name / f"seed{seed}"
 
-    def result(self, seed: int, results: Path = RESULTS) -> Path:
+    def result(self, seed: int | str, results: Path = RESULTS) -> Path:
         """The file of its evaluation."""
         return results / "reproduce" / f"{self.name}_seed{seed}.json"
+
+    def results(self, results: Path = RESULTS) -> list[Path]:
+        """The files of its evaluations, of any seed, that are there."""
+        pattern = self.result("*", results)
+        return sorted(pattern.parent.glob(pattern.name))
 
 
 class Registry:
@@ -145,8 +150,7 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
         if table in run.tables:
             recalls = papers[table][run.paper] if run.paper else None
             paper = None if recalls is None else [*recalls, sum(recalls)]
-            files = sorted((results / "reproduce").glob(f"{run.name}_seed*.json"))
-            ours = [_figures(path, run.tables[table]) for path in files]
+            ours = [_figures(path, run.tables[table]) for path in run.results(results)]
             found.append(Row(run.title, paper, ours))
     return found
 
@@ -181,7 +185,7 @@ def cells(row: Row) -> list[str]:
 
 def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
     """Every table."""
-    source = json.loads((results / "paper.json").read_text(encoding="utf-8"))["source"]
+    source = read_json(results / "paper.json", "the paper's figures")["source"]
     parts = []
     for name, title in registry.tables.items():
         lines = [

@@ -27,7 +27,17 @@ import torch
 import runlog
 from files import read_json, write_json
 from options import InputError, Stopped, parse, require, run, say
-from scripts.experiments import COLUMNS, REGISTRY, Registry, Row, Run, as_markdown, cells, rows
+from scripts.experiments import (
+    COLUMNS,
+    NAMES,
+    REGISTRY,
+    Registry,
+    Row,
+    Run,
+    as_markdown,
+    cells,
+    rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +71,7 @@ def listed(registry: Registry) -> str:
     """Every run: what it needs, its commands, and whether it is done."""
     lines = []
     for each in registry.runs.values():
-        done = [path.stem.split("_seed")[1] for path in _results(each)]
+        done = [path.stem.split("_seed")[1] for path in each.results()]
         state = f"done for seed {', '.join(done)}" if done else "not run"
         lines.append(f"{each.name}: {each.title}; {state}")
         lines.append(f"  tables: {'; '.join(registry.tables[name] for name in each.tables)}")
@@ -70,10 +80,6 @@ def listed(registry: Registry) -> str:
         for command in [*commands, registry.evaluate(each, 0, {})]:
             lines.append(f"  python {shlex.join(command)}")
     return "\n".join(lines) + "\n"
-
-
-def _results(each: Run) -> list[Path]:
-    return sorted(each.result(0).parent.glob(f"{each.name}_seed*.json"))
 
 
 def reproduce(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
@@ -143,7 +149,7 @@ def _figure(table: str, row: Row, k: int) -> dict[str, object]:
     return {
         "table": table,
         "model": row.title,
-        "metric": ("t2i " if k in (4, 5) else "i2t " if k in (1, 2) else "") + COLUMNS[k],
+        "metric": NAMES[k],
         "paper": at(row.paper),
         "mean": at(row.mean),
         "sd": at(row.deviation),

@@ -20,6 +20,9 @@ from trainconfig import TrainConfig
 from trainer import Trainer
 
 ENCODED = SCORES = CLIPPED = 1e-5
+# Dividing by gates that are nearly closed magnifies rounding: in t2i_variant those of an out-path
+# sum to 0.0022, and torch 2.6 makes up to 3.1e-5 of it.
+MAGNIFIED = 5 if torch.__version__.startswith("2.6.") else 1
 LAYERS = 5e-5
 LOSS = 1e-5  # relative
 BUFFERS = 1e-6
@@ -108,18 +111,11 @@ def check_gradients(model: DIME, arrays: dict[str, np.ndarray]) -> None:
     """Clipped gradients of the first step; the arrays hold what has a gradient and no more."""
     prefix = "step0.clipped_grad/"
     left = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    gaps = []
     for own, published in published_names(model.config.direction == "t2i").items():
         if own in dict(model.named_parameters()):
             expected = joined(own, [torch.tensor(left.pop(name)) for name in published])
-            gaps.append((model.get_parameter(own).grad - expected).abs().flatten())
+            close(model.get_parameter(own).grad, expected.numpy(), CLIPPED * MAGNIFIED)
     assert not left
-    every = torch.cat(gaps)
-    # Dividing by the sum of an out-path's gates magnifies rounding where they are nearly closed:
-    # in t2i_variant one sums to 0.0022, and with torch 2.6 on two threads 0.3 % of the gradients
-    # are then up to 3.1e-5 off.
-    assert (every <= CLIPPED).double().mean() >= 0.995
-    assert every.max() <= 5 * CLIPPED
 
 
 def test_three_training_steps(case: Case) -> None:
