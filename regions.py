@@ -298,7 +298,7 @@ def rows_of(path: Path) -> Any:
         while content := file.readline(LONGEST_ROW):
             require(
                 len(content) < LONGEST_ROW,
-                f"{path}: line {line} has {LONGEST_ROW} bytes or more; expected a row of a TSV file",
+                f"{path}: line {line} has {LONGEST_ROW} bytes or more; expected a row",
             )
             yield Place(path, line, offset, len(content)), content
             line, offset = line + 1, offset + len(content)
