@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -144,11 +145,14 @@ class Extraction:
 
     def _rename(self, state: dict[str, Any]) -> None:
         write_json(self.record, state | {"renaming": True})
-        for path in self.results:
+        working = (self.partial("ims"), self.partial("boxes"), None, None)
+        for path, rows in zip(self.results, working, strict=True):
             if self.fresh(path).exists():
                 self.fresh(path).replace(path)
-        for name in ("ims", "boxes"):
-            self.partial(name).unlink(missing_ok=True)
+            elif rows is not None and rows.exists() and not state["left_out"]:
+                rows.replace(path)
+            if rows is not None:
+                rows.unlink(missing_ok=True)
         write_json(self.record, state | {"renaming": False, "complete": True})
 
     def state(self, source: Source) -> dict[str, Any]:
@@ -170,15 +174,23 @@ class Extraction:
         other = [key for key in about if known.get(key) != about[key]]
         message = f"{self.record}: begun with another {', '.join(other)}; --overwrite begins afresh"
         require(not other, message)
+        left_out = old.get("left_out")
+        rows = [old.get("rows"), *(left_out if isinstance(left_out, list) else [None])]
+        fits = all(type(row) is int and 0 <= row <= len(self.ids) for row in rows)
+        require(fits or old.get("complete") is True, f"{self.record}: is no record of rows done")
         return old
 
     def run(self, source: Source, signals: Signals) -> None:
         """Extract what is not there yet. Raises InputError, and Stopped between two batches."""
         state = self.state(source)
-        if state["complete"]:
+        if state.get("complete"):
             say(f"{self.split}: complete\n")
             return
+        if not state["rows"]:
+            for path in self.results:  # of a run before that was cut off at its end
+                self.fresh(path).unlink(missing_ok=True)
         arrays = self._arrays(state, source.width)
+        self._save(arrays, state)
         size, total = self.options.batch_size, len(self.ids)
         places = [(row, min(row + size, total)) for row in range(state["rows"], total, size)]
         blocks = load(Blocks(source.reader, self.pictures), places, self.options.workers)
@@ -214,7 +226,7 @@ class Extraction:
                 else:
                     path.unlink(missing_ok=True)
                     array = open_memmap(path, mode="w+", dtype=kind, shape=shape)
-                    with path.open("r+b") as file:
+                    with path.open("r+b") as file, suppress(AttributeError):  # macOS lacks it
                         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             arrays.append(array)
         return arrays
@@ -251,12 +263,10 @@ class Extraction:
         left_out = set(state["left_out"])
         kept = [row for row in range(len(self.ids)) if row not in left_out]
         require(bool(kept), f"{self.split}: no picture can be read")
-        for name, array, path in zip(("ims", "boxes"), arrays, self.results, strict=False):
-            if not left_out:
-                self.partial(name).replace(self.fresh(path))
-                continue
-            shape = (len(kept), *array.shape[1:])
-            write_blocks(self.fresh(path), shape, array.dtype, _rows(array, kept))
+        for array, path in zip(arrays, self.results[:2], strict=True):
+            if left_out:
+                shape = (len(kept), *array.shape[1:])
+                write_blocks(self.fresh(path), shape, array.dtype, _rows(array, kept))
         if left_out:
             n = CAPTIONS_PER_IMAGE
             texts = (
