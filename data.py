@@ -74,18 +74,21 @@ class Split:
 
     @classmethod
     def open(
-        cls, folder: str | Path, name: SplitName, img_dim: int, training: bool = False
+        cls, folder: str | Path, name: SplitName, img_dim: int | None, training: bool = False
     ) -> "Split":
         """Open `folder/{name}_ims.npy` and `_caps.txt`, and check that they fit each other.
 
-        Raises InputError that names the file, what was found and what was expected. In training
-        an empty caption is an error too.
+        Features may have any width where `img_dim` is None. Raises InputError that names the file,
+        what was found and what was expected. In training an empty caption is an error too.
         """
         path, captions_path = split_files(folder, name)
         captions = read_captions(captions_path, allow_empty=not training)
         features = _map_features(path)
         rows, width = features.shape[0], features.shape[2]
-        require(width == img_dim, f"{path}: features are {width} wide, --img_dim is {img_dim}")
+        require(
+            img_dim in (None, width),
+            f"{path}: features are {width} wide; expected {img_dim}, the model's --img_dim",
+        )
         fits = {len(captions): CAPTIONS_PER_IMAGE, len(captions) // CAPTIONS_PER_IMAGE: 1}
         require(
             rows in fits and len(captions) % CAPTIONS_PER_IMAGE == 0,
@@ -107,6 +110,11 @@ class Split:
     def regions_per_image(self) -> int:
         """Regions of an image, L."""
         return self._features.shape[1]
+
+    @property
+    def img_dim(self) -> int:
+        """Width of the features."""
+        return self._features.shape[2]
 
     @cached_property
     def _features(self) -> np.memmap:

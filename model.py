@@ -51,7 +51,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router")
-        check_range(self, sizes, 1, LARGEST)
+        check_range(self, [name for name in sizes if getattr(self, name) is not None], 1, LARGEST)
         require(self.max_words >= 2, f"--max_words {self.max_words}: [CLS] and [SEP] need 2")
         require(
             self.embed_size % self.num_head_IMRC == 0,

@@ -33,6 +33,7 @@ def train(config: TrainConfig, device: torch.device) -> None:
     check_positions(bert, config)
     folder = Path(config.data_path) / config.data_name
     split = Split.open(folder, "train", config.img_dim, training=True)
+    config = replace(config, img_dim=split.img_dim)
     dev = Split.open(folder, "dev", config.img_dim)
     skips = config.skips_single(split.regions_per_image)
     batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, skips)

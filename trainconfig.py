@@ -26,6 +26,9 @@ FREE = {
 class TrainConfig(DataConfig, ModelConfig):
     """Every option of training. Defaults are the published ones."""
 
+    img_dim: Annotated[int | None, "width of the region features (default: that of the data)"] = (
+        None
+    )
     bert_path: Annotated[str, "folder with vocab.txt, configuration and weights of BERT"] = "./"
     logger_name: Annotated[str, "checkpoints and logs go to its subfolder i2t or t2i"] = "runs/runX"
     num_epochs: Annotated[int, "passes over the training captions"] = 30

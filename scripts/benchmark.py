@@ -54,6 +54,7 @@ RUNS = 5  # of which a row is the median
 PRODUCT = (36 * 1024, 256, 256)
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 BATCH = 32
+WIDTH = 2048  # of region features
 IMAGES, CAPTIONS = 32, 48  # scored at a time
 RANKED = (5000, 25000)  # images and captions of MSCOCO
 PLAIN = 24  # images and captions of the plain formulation
@@ -156,6 +157,7 @@ def trainer_of(case: Case) -> Trainer:
     i2t = case.direction == "i2t"
     config = TrainConfig(
         direction=case.direction,
+        img_dim=WIDTH,
         precision=case.precision,
         compile=case.compiled,
         extra_stc=int(i2t),
@@ -177,7 +179,7 @@ def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality
     lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
     mask = torch.arange(32) < lengths[:, None]
     with torch.no_grad():
-        regions = torch.rand(images, 36, 2048).to(device)
+        regions = torch.rand(images, 36, WIDTH).to(device)
         return model.encode_images(regions), model.text(hidden, mask.to(device))
 
 
@@ -197,7 +199,7 @@ def training(trainer: Trainer, bert: bool) -> tuple[int, float]:
     mask = torch.arange(32) < lengths[:, None]
     ids = torch.where(mask, torch.randint(1, 30522, mask.shape), 0)
     states = None if bert else torch.randn(captions, 32, 384)
-    batch = Batch(torch.rand(images, 36, 2048), ids, mask, torch.arange(captions), BATCH, states)
+    batch = Batch(torch.rand(images, 36, WIDTH), ids, mask, torch.arange(captions), BATCH, states)
     batch = batch.to(trainer.device)
     return images * captions, median(lambda: trainer.step(batch), trainer.device)
 

@@ -122,7 +122,7 @@ def write_tiny(folder: Path) -> Path:
 def tiny_train(folder: Path, *more: str, direction: str = "i2t") -> list[str]:
     """Options of a training on `tiny` that takes a second."""
     paths = {"data_path": "data", "bert_path": "bert", "logger_name": "runs"}
-    sizes = {"embed_size": 8, "img_dim": IMG_DIM, "max_words": 12, "num_head_IMRC": 2}
+    sizes = {"embed_size": 8, "max_words": 12, "num_head_IMRC": 2}
     small = {"hid_IMRC": 6, "hid_router": 5, "batch_size": 6, "workers": 0, "log_step": 2}
     where = [x for name, v in paths.items() for x in (f"--{name}", str(folder / v))]
     rest = [x for name, v in (sizes | small).items() for x in (f"--{name}", str(v))]

@@ -240,6 +240,7 @@ def tiny_trainer(folder: Path) -> Trainer:
     config = options.parse(TrainConfig, conftest.tiny_train(folder), "")
     bert = load_bert(folder / "bert")
     split = Split.open(folder / "data/tiny", "train", config.img_dim, training=True)
+    config = replace(config, img_dim=split.img_dim)
     batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, False)
     model = DIME(config, bert.model)
     return Trainer(config, model, bert, batches, split, torch.device("cpu"))

@@ -126,7 +126,10 @@ BAD = {
     "doubles": (lambda p: save(p, np.zeros((4, 7, 13))), "float64"),
     "flat": (lambda p: save(p, np.zeros((4, 13), dtype=np.float32)), "shape (4, 13)"),
     "rows": (lambda p: save(p, np.zeros((9, 7, 13), np.float32)), "9 rows for 20 captions"),
-    "width": (lambda p: save(p, np.zeros((4, 7, 12), np.float32)), "--img_dim is 13"),
+    "width": (
+        lambda p: save(p, np.zeros((4, 7, 12), np.float32)),
+        "expected 13, the model's --img_dim",
+    ),
     "nan": (spoil(np.nan), "row 2"),
     "infinite": (spoil(-np.inf), "row 2"),
     "latin": (lambda p: (p / "dev_caps.txt").write_bytes(b"a\n\xe9\n" * 10), "line 2"),

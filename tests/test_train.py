@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run_program, same, tiny_train, write_split
+from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trainer
@@ -457,7 +457,7 @@ REFUSED = {
     "wide": (lambda t: ["--hid_router", "999999999999"], "--hid_router 999999999999"),
     "meta": (lambda t: ["--device", "meta"], "--device meta: expected one of"),
     "both": (lambda t: ["--resume", "auto", "--overwrite"], "--overwrite"),
-    "no width": (lambda t: ["--img_dim", "14"], "--img_dim is 14"),
+    "no width": (lambda t: ["--img_dim", "14"], "expected 14, the model's --img_dim"),
     "heads": (lambda t: ["--num_head_IMRC", "3"], "--num_head_IMRC 3"),
     "words": (lambda t: ["--max_words", "65"], "--max_words 65"),
     "few captions": (lambda t: ["--val_captions", "4"], "--val_captions 4"),
@@ -500,12 +500,23 @@ def test_nan_met_in_a_batch_ends_the_program_with_its_line(
     assert steps <= state(tiny / "runs/i2t" / NEWEST)["step"] <= steps + 1  # none of them is lost
 
 
+def test_the_width_of_features_is_read_from_the_data_or_must_be_that(
+    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    assert state(tiny / "runs/i2t" / NEWEST)["options"]["img_dim"] == IMG_DIM
+    argv = tiny_train(tiny, "--max_steps", "2", "--resume", "auto")
+    assert run_train(*argv, "--img_dim", str(IMG_DIM)) == 0
+    assert run_train(*argv, "--img_dim", "14") == 2
+    assert "train_ims.npy: features are 13 wide; expected 14" in last_line(capsys)
+
+
 def test_the_published_commands_parse_with_the_published_defaults() -> None:
     defaults = {
         **{"logger_name": "runs/runX", "data_path": "/data", "data_name": "precomp"},
         **{"bert_path": "./", "max_words": 32, "extra_stc": 0, "extra_img": 0, "num_epochs": 30},
         **{"batch_size": 32, "learning_rate": 0.0002, "lr_update": 15, "grad_clip": 2.0},
-        **{"drop": 0.0, "margin": 0.2, "max_violation": True, "trade_off": 0.5, "img_dim": 2048},
+        **{"drop": 0.0, "margin": 0.2, "max_violation": True, "trade_off": 0.5},
         **{"embed_size": 256, "direction": "i2t", "workers": 2, "log_step": 10, "val_step": 2000},
         **{"resume": "", "finetune": False, "use_restval": False, "measure": "cosine"},
         **{"use_abs": False, "no_imgnorm": False, "reset_train": False, "num_head_IMRC": 16},
