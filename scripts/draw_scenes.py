@@ -120,7 +120,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         text += one(rng, (" and {c}", ", and {c} {r} the {b}", ", with {c} {r} the {b}")).format(
             c=named(c, rng), r=where(c, b, rng), b=f"{b.colour} one"
         )
-    return text + one(rng, ("", " on {g}", ", all on {g}")).format(g=scene.ground)
+    return text + one(rng, ("", " on {g}", " on {g}")).format(g=scene.ground)
 
 
 def named(thing: Thing, rng: np.random.Generator) -> str:

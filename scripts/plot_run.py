@@ -74,7 +74,7 @@ def figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     loss, recall = picture.subplots(1, 2)
     for number, (name, found) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
-        loss.plot(*curve(found, "loss"), color=colour, label=name)
+        loss.plot(*curve(found, "Le"), color=colour, label=name)
         for (tag, title), dash in zip(RECALLS, DASHES, strict=True):
             style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
             recall.plot(*curve(found, tag), **style, label=f"{name}: {title}")

@@ -45,7 +45,7 @@ def test_five_captions_each_and_none_of_two_pictures() -> None:
         assert len(set(captions)) == 5
         for caption in captions:
             assert all(thing.colour in caption for thing in scene.things)
-            assert len(caption.split()) <= 30  # what 32 WordPieces hold
+            assert len(caption.split()) <= 28  # with marks and [CLS], [SEP] 32 WordPieces
     assert len({caption for _, captions in found for caption in captions}) == 1000
 
 
@@ -83,7 +83,7 @@ def test_scenes_that_run_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
 
 def write_metrics(folder: Path) -> None:
     folder.mkdir()
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    lines = [{"step": 1, "Le": 3.0}, {"step": 2, "Le": 2.0}]
     lines.append({"step": 2, "r1": 9.0, "r1i": 8.0, "r10": 40.0, "r10i": 35.0, "rsum": 200.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
