@@ -81,7 +81,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(cls: type[Options], argv: Sequence[str] | None, description: str) -> Options:
     """Read the options of dataclass `cls` from the command line; one option a field.
 
-    A field is `Annotated[type, help, *further spellings]`; one without a default is required.
+    A field is `Annotated[type, help, *further spellings]`; one without a default is required. A
+    spelling without dashes makes it an argument without a name, which help calls so.
     Booleans get a `--no-` twin unless their name is negative already, literals become choices,
     lists take one or more values. Raises InputError on a wrong or abbreviated option.
     """
@@ -93,7 +94,12 @@ def parse(cls: type[Options], argv: Sequence[str] | None, description: str) -> O
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         kind, text, *spellings = get_args(hints[field.name])
-        parser.add_argument(f"--{field.name}", *spellings, **_argument(field, kind, text))
+        argument = _argument(field, kind, text)
+        if spellings and not spellings[0].startswith("-"):
+            unnamed = {key: argument[key] for key in ("nargs", "type", "help") if key in argument}
+            parser.add_argument(field.name, metavar=spellings[0], **unnamed)
+            continue
+        parser.add_argument(f"--{field.name}", *spellings, **argument)
     return cls(**vars(parser.parse_args(argv)))
 
 

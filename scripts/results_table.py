@@ -125,6 +125,28 @@ def speed_rows(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def demo(folder: Path) -> str:
+    """What the demonstration measured."""
+    path = folder / "demo.json"
+    if not path.exists():
+        return "Demonstration: not run.\n"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    minutes = sum(found["seconds"].values()) / 60
+    return (
+        f"{about(found)}, {minutes:.1f} minutes after the installation, width {found['width']} in "
+        f"place of the paper's 256; {found['settings']}:\n\n{demo_rows(found)}"
+    )
+
+
+def demo_rows(found: dict[str, Any]) -> str:
+    """The demonstration's recalls beside chance, as a table."""
+    rows = [
+        [name, *(f"{recall:.1f}" for recall in recalls), f"{sum(recalls):.1f}"]
+        for name, recalls in found["rows"].items()
+    ]
+    return table([f"{found['images']} unseen scenes", *SIDES], rows)
+
+
 def about(found: dict[str, Any]) -> str:
     """How a report came about."""
     commit = (found["commit"] or "unknown")[:12]
@@ -132,6 +154,7 @@ def about(found: dict[str, Any]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
+    "demo": demo,
     "results": results,
     "reliability": reliability,
     "speed": speed,

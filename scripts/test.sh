@@ -3,17 +3,7 @@
 #   bash scripts/test.sh [options of pytest, such as -m slow]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export HF_HUB_OFFLINE=1
-
-if [ ! -x .venv/bin/python ]; then
-    "${PYTHON:-python3}" -m venv .venv
-fi
-wanted=$(cat requirements.txt pyproject.toml | sha256sum)
-if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-    .venv/bin/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"
-    .venv/bin/python -m pip install -q -r requirements.txt --group dev
-    echo "$wanted" >.venv/installed
-fi
+. scripts/set_up.sh
 
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .

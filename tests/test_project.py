@@ -42,7 +42,19 @@ def test_the_layout_is_there() -> None:
 
 def test_imports_point_one_way() -> None:
     """options below all; router, cells, model, checkpoint; the two programs on top."""
-    order = ["memory", "options", "pickles", "files", "vocab", "data", "router", "cells", "space"]
+    order = [
+        "memory",
+        "options",
+        "pickles",
+        "files",
+        "pictures",
+        "regions",
+        "vocab",
+        "data",
+        "router",
+        "cells",
+        "space",
+    ]
     order += ["model", "published", "checkpoint", "evaluation", "scoring", "runlog", "runfolder"]
     order += [
         "mscoco",

@@ -1,0 +1,66 @@
+"""pictures.py — a user's picture, from a file of any kind to upright RGB of eight bits.
+
+Kept apart from regions.py because a picture is a stranger's file: only decoders that run nothing
+are asked, and its size is looked at before its pixels are.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from files import size_of
+from memory import out_of_memory
+from options import InputError, require
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # EPS would start Ghostscript
+MOST_PIXELS = 2**26  # 200 MB in memory; a camera's picture has half of it
+SMALLEST = 8  # pixels of the shorter side: nothing can be told apart in less
+NARROWEST = 100  # times that a side may be longer: a detector would shrink the other to nothing
+SIXTEEN_BITS = 257  # 65535 / 255
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The picture as it is meant to be seen: RGB, turned as its EXIF says, on white, first frame.
+
+    Raises InputError that names the file where it is broken, cut off, too small or too large.
+    """
+    size_of(path, "a picture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a decoder puts right
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                _check_size(path, *picture.size)
+                return _rgb(ImageOps.exif_transpose(picture))
+        except InputError:
+            raise
+        except Exception as error:  # a decoder of a damaged file can fail in any way
+            if out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: no whole picture: {reason}") from error
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    found = f"{path}: {width} x {height} pixels"
+    least, most = sorted((width, height))
+    require(width * height <= MOST_PIXELS, f"{found}; expected {MOST_PIXELS} at most")
+    require(least >= SMALLEST, f"{found}; expected sides of {SMALLEST} at least")
+    require(
+        most <= NARROWEST * least, f"{found}; expected sides that differ {NARROWEST} times at most"
+    )
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise ValueError("its pixels are floats, whose white is unknown")
+    if picture.mode.startswith("I"):  # Pillow would cut everything above 255 off
+        levels = np.asarray(picture).astype(np.float64)
+        levels /= SIXTEEN_BITS if levels.max() > 255 else 1
+        picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        seen = picture.convert("RGBA")
+        white = Image.new("RGBA", seen.size, "white")
+        return Image.alpha_composite(white, seen).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,84 @@
+"""demo_table.py — what the demonstration measured, beside chance.
+
+    python -m scripts.demo_table runs/demo --least 320
+    python -m scripts.demo_table runs/demo --json results/demo.json
+
+Reads what `bash scripts/demo.sh` left. Exit status 2 where the ensemble's rsum is below --least.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+
+import runlog
+from files import check_writable, read_json, read_text, write_json
+from options import parse, require, run, say
+from scripts.results_table import about, demo_rows
+
+MODELS = ("i2t", "t2i", "ensemble")
+CUTS = (1, 5, 10)
+CAPTIONS_PER_IMAGE = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    folder: Annotated[str, "what demo.sh left", "FOLDER"]
+    least: Annotated[float, "rsum that the ensemble must reach"] = 0.0
+    json: Annotated[str, "write the figures here, with how they came about"] = ""
+
+
+def chance(images: int) -> list[float]:
+    """R@1 R@5 R@10 of both ways, in per cent, of an order at random."""
+    captions = images * CAPTIONS_PER_IMAGE
+    others = captions - CAPTIONS_PER_IMAGE
+    i2t = [100 * (1 - math.comb(others, k) / math.comb(captions, k)) for k in CUTS]
+    return i2t + [100 * min(1, k / images) for k in CUTS]
+
+
+def recalls(path: Path) -> list[float]:
+    """R@1 R@5 R@10 of both ways, as evaluate_models.py --json wrote them."""
+    metrics = read_json(path, "what evaluate_models.py --json wrote")["metrics"]
+    return [metrics[side][f"r{k}"] for side in ("i2t", "t2i") for k in CUTS]
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """All figures of a demonstration."""
+    trained = read_json(folder / "i2t" / runlog.RUN, "the run of demo.sh")
+    images = len(read_text(folder / "data" / "test_ids.txt", "ids, one a line").split())
+    seconds = {
+        path.name: int(read_text(path, "seconds of a step"))
+        for path in sorted((folder / "done").iterdir())
+        if path.name != "settings"
+    }
+    return {
+        "command": "bash scripts/demo.sh",
+        "settings": read_text(folder / "done/settings", "the demonstration's settings").strip(),
+        "width": trained["options"]["embed_size"],
+        "machine": f"{runlog.processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": runlog.commit(),
+        "images": images,
+        "seconds": seconds,
+        "rows": {"chance": chance(images)}
+        | {name: recalls(folder / f"{name}.json") for name in MODELS},
+    }
+
+
+def main() -> None:
+    chosen = parse(Options, None, __doc__)
+    if chosen.json:
+        check_writable(Path(chosen.json))
+    found = collected(Path(chosen.folder))
+    if chosen.json:
+        write_json(Path(chosen.json), found)
+    say(f"{about(found)}\n\n{demo_rows(found)}")
+    rsum = sum(found["rows"]["ensemble"])
+    require(rsum >= chosen.least, f"rsum {rsum:.1f}; expected {chosen.least:.0f} or more")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,197 @@
+"""prepare_captions.py — captions, ids and file names of a data set in SCAN's layout.
+
+    python -m scripts.prepare_captions dataset_flickr30k.json --out data/f30k_precomp
+    python -m scripts.prepare_captions dataset_coco.json --out data/coco_precomp
+    python -m scripts.prepare_captions captions_train2014.json captions_val2014.json --out data/coco
+
+JSON is Karpathy's (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json, or your own
+pictures in that form) or MSCOCO's annotations (captions_*.json, through pycocotools).
+
+Splits. Karpathy's: train and restval become train, val becomes dev, test becomes test. MSCOCO's
+annotations: captions_train* becomes train; of captions_val*, by id of the picture, the first 5,000
+become dev, the next 5,000 test and the rest train (of fewer than 10,000, halves become dev and
+test). Of MSCOCO, in either form, testall holds the whole test split and test its first 1,000.
+
+Written: {split}_caps.txt, five lines a picture (its first five sentences, each on one line);
+{split}_ids.txt, one id a picture (MSCOCO's id of the picture, else Karpathy's imgid);
+id_mapping.json, id to file name. A picture with fewer than five sentences is an error.
+"""
+
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pycocotools.coco import COCO
+
+from data import CAPTIONS_PER_IMAGE, LONGEST_CAPTION, split_files
+from files import naming, read_json, read_text, whole_file, write_json
+from options import parse, progress, require, run, say, short
+
+SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
+TEST_1K = 1000  # pictures of MSCOCO's test split that the 1K figures' first fold is
+HELD_OUT = 5000  # pictures of MSCOCO's dev and test splits
+WANTED = "Karpathy's JSON or MSCOCO's annotations"
+
+
+@dataclass(frozen=True)
+class Options:
+    json: Annotated[list[str], "Karpathy's JSON or MSCOCO's captions_*.json", "JSON"]
+    out: Annotated[str, "data set's folder to write, DATA_PATH/DATA_NAME"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what is said of it."""
+
+    key: str
+    name: str  # of its file, with the subfolder that the JSON gives
+    split: str
+    captions: tuple[str, ...]
+    of_coco: bool
+
+
+def plain(value: Any, kind: type, what: str) -> Any:
+    """A value of a JSON file that must be of a type. Raises InputError that says what it is."""
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    names = "a list" if kind is list else {dict: "an object", str: "text", int: "a number"}[kind]
+    require(fits, f"{what}: {short(value)}; expected {names}")
+    return value
+
+
+def file_name(parts: Sequence[str], what: str) -> str:
+    """A relative name without a way out of the pictures' folder. Raises InputError."""
+    name = "/".join(part for part in parts if part)
+    path = PurePosixPath(name)
+    leads_out = path.is_absolute() or ".." in path.parts or "\\" in name or not path.name
+    require(
+        name.isprintable() and not leads_out,
+        f"{what}: file name {name!r}; expected one inside the pictures' folder",
+    )
+    return name
+
+
+def first_five(sentences: Sequence[Any], what: str) -> tuple[str, ...]:
+    """The first five sentences, each made one line. Raises InputError that names the picture."""
+    require(
+        len(sentences) >= CAPTIONS_PER_IMAGE,
+        f"{what}: {len(sentences)} sentences; expected {CAPTIONS_PER_IMAGE}",
+    )
+    lines = []
+    for number, sentence in enumerate(sentences[:CAPTIONS_PER_IMAGE], 1):
+        line = " ".join(plain(sentence, str, f"{what}, sentence {number}").split())
+        whole = 0 < len(line) <= LONGEST_CAPTION and not any(
+            "\ud800" <= c <= "\udfff" for c in line
+        )
+        found = f"{what}, sentence {number}: {line[:40]!r}, {len(line)} characters"
+        require(whole, f"{found}; expected text of 1 to {LONGEST_CAPTION} characters")
+        lines.append(line)
+    return tuple(lines)
+
+
+def of_karpathy(path: Path, content: dict[str, Any]) -> Iterator[Picture]:
+    """The pictures of Karpathy's JSON, in its order. Raises InputError."""
+    for place, image in enumerate(plain(content["images"], list, f"{path}: images")):
+        what = f"{path}: image {place}"
+        plain(image, dict, what)
+        names = [plain(image.get(k, ""), str, f"{what}, {k}") for k in ("filepath", "filename")]
+        name = file_name(names, what)
+        what = f"{path}: {name}"
+        split = image.get("split")
+        known = isinstance(split, str) and split in SPLITS
+        require(known, f"{what}: split {short(split)}; expected one of {', '.join(SPLITS)}")
+        key = "cocoid" if "cocoid" in image else "imgid"
+        number = plain(image.get(key), int, f"{what}, {key}")
+        sentences = plain(image.get("sentences"), list, f"{what}, sentences")
+        raw = [plain(s, dict, f"{what}, sentences").get("raw") for s in sentences]
+        yield Picture(str(number), name, SPLITS[split], first_five(raw, what), key == "cocoid")
+
+
+def of_annotations(path: Path, content: dict[str, Any]) -> Iterator[Picture]:
+    """The pictures of MSCOCO's annotations, by id. Raises InputError."""
+    for part, fields in {
+        "images": {"id": int, "file_name": str},
+        "annotations": {"id": int, "image_id": int, "caption": str},
+    }.items():
+        for place, entry in enumerate(plain(content.get(part), list, f"{path}: {part}")):
+            plain(entry, dict, f"{path}: {part} {place}")
+            for field, kind in fields.items():
+                plain(entry.get(field), kind, f"{path}: {part} {place}, {field}")
+    kinds = [kind for kind in ("train", "val") if path.name.startswith(f"captions_{kind}")]
+    require(bool(kinds), f"{path}: expected a name that begins with captions_train or captions_val")
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
+        coco.createIndex()
+    ids = sorted(coco.imgs)
+    held = min(HELD_OUT, len(ids) // 2) if kinds == ["val"] else 0
+    for place, number in enumerate(ids):
+        what = f"{path}: {coco.imgs[number]['file_name']}"
+        said = sorted(coco.imgToAnns[number], key=lambda annotation: annotation["id"])
+        captions = first_five([annotation["caption"] for annotation in said], what)
+        name = file_name([coco.imgs[number]["file_name"]], what)
+        split = "dev" if place < held else "test" if place < 2 * held else "train"
+        yield Picture(str(number), name, split, captions, True)
+
+
+def read(path: Path) -> list[Picture]:
+    """The pictures of one JSON file. Raises InputError."""
+    content = read_json(path, WANTED)
+    require("images" in content, f"{path}: has no images; expected {WANTED}")
+    reader = of_annotations if "annotations" in content else of_karpathy
+    return list(reader(path, content))
+
+
+def splits_of(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
+    """The pictures of each split that has any; of MSCOCO also testall."""
+    found = {s: [p for p in pictures if p.split == s] for s in ("train", "dev", "test")}
+    if any(picture.of_coco for picture in pictures):
+        found["testall"] = found["test"]
+        found["test"] = found["testall"][:TEST_1K]
+    return {name: chosen for name, chosen in found.items() if chosen}
+
+
+def write(path: Path, lines: Sequence[str]) -> None:
+    """Write a text file, one line each. Raises InputError."""
+    data = ("\n".join(lines) + "\n").encode()
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+
+
+def check_features(folder: Path, splits: dict[str, list[Picture]]) -> None:
+    """Raise InputError where features of other pictures are there: rows and ids would not fit."""
+    for name, pictures in splits.items():
+        features, _ = split_files(folder, name)
+        ids = folder / f"{name}_ids.txt"
+        if features.exists():
+            same = ids.exists() and read_text(ids, "ids").split() == [p.key for p in pictures]
+            require(same, f"{features}: is of other pictures or in another order; move it away")
+
+
+def main() -> None:
+    options = parse(Options, None, __doc__)
+    pictures: list[Picture] = []
+    with progress("reading", len(options.json), "file") as bar:
+        for path in options.json:
+            pictures += read(Path(path))
+            bar.update()
+    require(bool(pictures), f"{options.json[0]}: holds no picture")
+    key, times = Counter(picture.key for picture in pictures).most_common(1)[0]
+    require(times == 1, f"id {key} is {times} pictures'; expected an id of its own for each")
+    folder, splits = Path(options.out), splits_of(pictures)
+    with naming(folder, "a folder to write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+    check_features(folder, splits)
+    write_json(folder / "id_mapping.json", {picture.key: picture.name for picture in pictures})
+    for name, chosen in splits.items():
+        _, captions = split_files(folder, name)
+        write(captions, [caption for picture in chosen for caption in picture.captions])
+        write(folder / f"{name}_ids.txt", [picture.key for picture in chosen])
+        say(f"{name}: {len(chosen)} pictures, {CAPTIONS_PER_IMAGE * len(chosen)} captions\n")
+
+
+if __name__ == "__main__":
+    run(main)

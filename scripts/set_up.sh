@@ -1,0 +1,12 @@
+# Sourced by test.sh and demo.sh in the project's folder: makes .venv where it is missing, installs.
+export HF_HUB_OFFLINE=1
+
+if [ ! -x .venv/bin/python ]; then
+    "${PYTHON:-python3}" -m venv .venv
+fi
+wanted=$(cat requirements.txt pyproject.toml | sha256sum)
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+    .venv/bin/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"
+    .venv/bin/python -m pip install -q -r requirements.txt --group dev
+    echo "$wanted" >.venv/installed
+fi

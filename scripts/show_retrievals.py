@@ -1,0 +1,161 @@
+"""show_retrievals.py — a picture of what a model finds: right and wrong answers of some queries.
+
+    python -m scripts.show_retrievals --scores s.npy --data data/own --images photos --out p.png
+
+SCORES is what `evaluate_models.py --save_scores` wrote for the split. Above: captions, each with
+its five best pictures. Below: pictures, each with its five best captions. Queries are taken evenly
+through the split, so that nobody chose the good ones.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from data import CAPTIONS_PER_IMAGE, read_captions, split_files
+from evaluation import owners
+from files import check_writable, naming, read_json, read_text
+from options import InputError, check_range, parse, require, run
+from scripts.plot_run import COLOURS, write_figure
+
+RIGHT, WRONG = COLOURS[0], COLOURS[1]
+SHOWN = 5  # answers of a query
+SIDE = 320  # pixels of a picture that is shown, at most
+
+
+@dataclass(frozen=True)
+class Options:
+    scores: Annotated[str, ".npy file of --save_scores: (images, captions)"]
+    data: Annotated[str, "the data set's folder, DATA_PATH/DATA_NAME"]
+    images: Annotated[str, "folder of the pictures"]
+    out: Annotated[str, "picture to write, .png"]
+    split: Annotated[Literal["train", "dev", "test", "testall"], "split of the scores"] = "test"
+    queries: Annotated[int, "queries of each kind"] = 4
+
+    def __post_init__(self) -> None:
+        check_range(self, ("queries",), 1, 50)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A split with its scores."""
+
+    scores: np.ndarray  # [I, T]
+    captions: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def opened(chosen: Options) -> Found:
+    """Scores, captions and the pictures' files. Raises InputError where they do not fit."""
+    folder = Path(chosen.data)
+    captions = read_captions(split_files(folder, chosen.split)[1])
+    path = folder / f"{chosen.split}_ids.txt"
+    ids = read_text(path, "ids, one a line").split()
+    names = read_json(folder / "id_mapping.json", "file names by id")
+    require(len(ids) * CAPTIONS_PER_IMAGE == len(captions), f"{path}: {len(ids)} ids for "
+            f"{len(captions)} captions; expected five captions an id")  # fmt: skip
+    for key in ids:
+        require(isinstance(names.get(key), str), f"{folder / 'id_mapping.json'}: no id {key}")
+    files = tuple(Path(chosen.images) / names[key] for key in ids)
+    return Found(read_scores(Path(chosen.scores), len(files), len(captions)), captions, files)
+
+
+def read_scores(path: Path, images: int, captions: int) -> np.ndarray:
+    """Scores `[I, T]` by memory map. Raises InputError where they are of another split."""
+    with naming(path, "scores, a .npy file"):
+        try:
+            scores = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path}: no .npy array of numbers: {error}") from error
+    require(
+        scores.shape == (images, captions) and scores.dtype.kind == "f",
+        f"{path}: {scores.dtype} {scores.shape}; expected the scores of {images} images and "
+        f"{captions} captions",
+    )
+    return scores
+
+
+def shown(path: Path) -> Image.Image:
+    """A picture, small. Raises InputError where it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            small = picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as a picture: {error}") from error
+    small.thumbnail((SIDE, SIDE))
+    return small
+
+
+def put(axes: Axes, path: Path, right: bool | None) -> None:
+    """One picture; of an answer, whether it is right."""
+    axes.imshow(shown(path))
+    axes.set(xticks=[], yticks=[])
+    if right is not None:
+        frame(axes, right)
+        axes.set_xlabel("right" if right else "wrong", fontsize=8)
+
+
+def frame(axes: Axes, right: bool) -> None:
+    """Right answers have a thick blue frame, wrong ones a thin dashed orange one."""
+    for side in axes.spines.values():
+        side.set(color=RIGHT if right else WRONG, linewidth=4 if right else 1.5)
+        side.set_linestyle("-" if right else "--")
+
+
+def text(axes: Axes, lines: Sequence[str], colours: Sequence[str]) -> None:
+    """Lines of text, evenly spread over a panel."""
+    axes.axis("off")
+    for number, (line, colour) in enumerate(zip(lines, colours, strict=True)):
+        height = 1 - (number + 0.5) / len(lines)
+        axes.text(0, height, line, color=colour, va="center", fontsize=9, parse_math=False)
+
+
+def figure(found: Found, queries: int) -> Figure:
+    """Rows of captions with pictures, then rows of pictures with captions."""
+    owner = owners(len(found.captions))
+    picture = Figure(figsize=(13, 4.2 * queries), layout="constrained")
+    above, below = picture.subfigures(2, 1)
+    above.suptitle("Captions, and the best pictures of each")
+    below.suptitle("Pictures, and the best captions of each")
+    rows = above.subplots(queries, 1 + SHOWN, width_ratios=[1.6] + [1] * SHOWN, squeeze=False)
+    for row, caption in zip(rows, evenly(len(found.captions), queries), strict=True):
+        text(row[0], [textwrap.fill(found.captions[caption], 30)], ["black"])
+        best = np.argsort(-found.scores[:, caption], kind="stable")[:SHOWN]
+        for axes in row[1:]:
+            axes.axis("off")
+        for axes, image in zip(row[1:], best, strict=False):
+            axes.axis("on")
+            put(axes, found.files[image], bool(image == owner[caption]))
+    rows = below.subplots(queries, 2, width_ratios=[1, 5.6], squeeze=False)
+    for row, image in zip(rows, evenly(len(found.files), queries), strict=True):
+        put(row[0], found.files[image], None)
+        best = np.argsort(-found.scores[image], kind="stable")[:SHOWN]
+        rights = [bool(owner[caption] == image) for caption in best]
+        lines = [f"{'right' if r else 'wrong'}: {found.captions[c][:140]}"
+                 for r, c in zip(rights, best, strict=True)]  # fmt: skip
+        text(row[1], lines, [RIGHT if right else WRONG for right in rights])
+    return picture
+
+
+def evenly(count: int, queries: int) -> list[int]:
+    """Places through `count` items, each in the middle of its part."""
+    return [(2 * k + 1) * count // (2 * queries) for k in range(queries)]
+
+
+def main() -> None:
+    chosen = parse(Options, None, __doc__)
+    out = Path(chosen.out)
+    require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
+    check_writable(out)
+    found = opened(chosen)
+    write_figure(figure(found, min(chosen.queries, len(found.files))), out)
+
+
+if __name__ == "__main__":
+    run(main)

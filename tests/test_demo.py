@@ -1,0 +1,211 @@
+"""scripts/demo.sh and what it runs: drawn scenes, curves, example retrievals, the final table."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ROOT, run_here
+from PIL import Image
+
+from scripts import demo_table, draw_scenes, plot_run, show_retrievals
+
+SCENES = {"train": 12, "dev": 3, "test": 8}
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, out: Path, *more: object) -> dict:
+    """The JSON of a few scenes."""
+    counts = [x for name, count in SCENES.items() for x in (f"--{name}", count)]
+    assert run_here(monkeypatch, draw_scenes.main, ["--out", out, *counts, *more]) == 0
+    return json.loads((out / "dataset_scenes.json").read_text())
+
+
+def test_scenes_follow_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = drawn(monkeypatch, tmp_path / "a")
+    assert drawn(monkeypatch, tmp_path / "b") == first
+    other = drawn(monkeypatch, tmp_path / "c", "--seed", 1)
+    for entry in first["images"]:
+        pictures = [tmp_path / name / "images" / entry["filename"] for name in "abc"]
+        a, b, c = (path.read_bytes() for path in pictures)
+        assert a == b != c
+        with Image.open(pictures[0]) as picture:
+            assert picture.size == (260, 260) and picture.mode == "RGB"
+    assert other != first
+    splits = [entry["split"] for entry in first["images"]]
+    assert splits == ["train"] * 12 + ["val"] * 3 + ["test"] * 8
+
+
+def test_five_captions_each_and_none_of_two_pictures() -> None:
+    found = list(draw_scenes.scenes(200, np.random.default_rng(0)))
+    for scene, captions in found:
+        assert len(set(captions)) == 5
+        for caption in captions:
+            assert all(thing.colour in caption for thing in scene.things)
+            assert len(caption.split()) <= 28  # with marks and [CLS], [SEP] 32 WordPieces
+    assert len({caption for _, captions in found for caption in captions}) == 1000
+
+
+def test_a_caption_says_where_things_are() -> None:
+    a = draw_scenes.Thing("star", "red", "big", 0, 0)
+    b = draw_scenes.Thing("cross", "blue", "small", 0, 2)
+    rng = np.random.default_rng(0)
+    scene = draw_scenes.Scene("white", (a, b))
+    for _ in range(50):
+        text = draw_scenes.caption(scene, rng)
+        first = "red" if text.index("red") < text.index("blue") else "blue"
+        if text.endswith(" it") or " it " in text.replace(",", " "):
+            first = "blue" if first == "red" else "red"  # what `it` is comes first
+        assert ("left of" if first == "red" else "right of") in text
+    assert draw_scenes.where(b, a, rng) in draw_scenes.SYNONYMS["right"]
+
+
+def test_the_right_colours_are_drawn() -> None:
+    thing = draw_scenes.Thing("circle", "red", "big", 1, 2)
+    picture = draw_scenes.draw(draw_scenes.Scene("grey", (thing,)), np.random.default_rng(0))
+    assert picture.getpixel((217, 130)) == draw_scenes.COLOURS["red"]
+    assert picture.getpixel((43, 130)) == draw_scenes.GROUNDS["grey"]
+
+
+def test_scenes_that_run_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr(draw_scenes, "TRIES", 3)
+    thing = draw_scenes.Thing("star", "red", "big", 0, 0)
+    scene = draw_scenes.Scene("white", (thing, draw_scenes.Thing("ring", "blue", "big", 0, 1)))
+    monkeypatch.setattr(draw_scenes, "new_scene", lambda rng: scene)
+    argv = ["--out", tmp_path / "s", "--train", 300]
+    assert run_here(monkeypatch, draw_scenes.main, argv) == 2
+    assert "no new captions after" in capsys.readouterr().err
+    assert not (tmp_path / "s/dataset_scenes.json").exists()
+
+
+def write_metrics(folder: Path) -> None:
+    folder.mkdir()
+    lines = [{"step": 1, "Le": 3.0}, {"step": 2, "Le": 2.0}]
+    lines.append({"step": 2, "r1": 9.0, "r1i": 8.0, "r10": 40.0, "r10i": 35.0, "rsum": 200.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_metrics(tmp_path / "i2t")
+    write_metrics(tmp_path / "t2i")
+    out = tmp_path / "curves.png"
+    argv = [tmp_path / "i2t", tmp_path / "t2i", "--out", out]
+    assert run_here(monkeypatch, plot_run.main, argv) == 0
+    with Image.open(out) as picture:
+        assert picture.size[0] > 1000 and len(picture.getcolors(2**20)) > 10
+    assert out.with_suffix(".svg").read_text().startswith("<?xml")
+    loss, recall = plot_run.figure({"i2t": plot_run.events(tmp_path / "i2t")}).axes
+    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
+    assert [line.get_ydata()[0] for line in recall.lines] == [9, 8, 40, 35]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [("", "is empty"), ("{}\n", "line 1"), ('{"step": 1}\nx\n', "line 2"), ("[1]\n", "line 1")],
+)
+def test_logs_that_are_none(
+    lines: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    argv = [tmp_path, "--out", tmp_path / "c.png"]
+    assert run_here(monkeypatch, plot_run.main, argv) == 2
+    assert f"metrics.jsonl: {said}" in capsys.readouterr().err
+    assert run_here(monkeypatch, plot_run.main, [tmp_path, "--out", tmp_path / "c.jpg"]) == 2
+    assert "ends in .png" in capsys.readouterr().err
+
+
+@pytest.fixture
+def retrieved(tmp_path: Path) -> list[object]:
+    """Options of show_retrievals for three pictures, the last two of them mixed up."""
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        Image.new("RGB", (30, 20), (80 * k, 0, 0)).save(tmp_path / f"images/{k}.png")
+    (tmp_path / "test_ids.txt").write_text("7\n8\n9\n")
+    (tmp_path / "test_caps.txt").write_text(
+        "".join(f"caption {k} costs 5$ or 6$\n" for k in range(15))
+    )
+    (tmp_path / "id_mapping.json").write_text(
+        json.dumps({"7": "0.png", "8": "1.png", "9": "2.png"})
+    )
+    scores = np.repeat(np.eye(3, dtype=np.float32)[[0, 2, 1]], 5, axis=1)
+    np.save(tmp_path / "s.npy", scores)
+    where = ["--scores", tmp_path / "s.npy", "--data", tmp_path, "--images", tmp_path / "images"]
+    return [*where, "--out", tmp_path / "p.png", "--queries", 3]
+
+
+def test_retrievals(retrieved: list[object], tmp_path: Path, monkeypatch) -> None:
+    marks = []
+    monkeypatch.setattr(show_retrievals, "frame", lambda axes, right: marks.append(right))
+    assert run_here(monkeypatch, show_retrievals.main, retrieved) == 0
+    assert marks == [True, False, False] + 2 * [False, False, True]
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_retrievals_of_files_that_do_not_fit(
+    retrieved: list[object], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def refused() -> str:
+        assert run_here(monkeypatch, show_retrievals.main, retrieved) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "images/1.png").write_text("no picture")
+    assert "1.png: cannot be read as a picture" in refused()
+    np.save(tmp_path / "s.npy", np.zeros((3, 14), np.float32))
+    assert "expected the scores of 3 images and 15 captions" in refused()
+    (tmp_path / "s.npy").write_text("none")
+    assert "s.npy: no .npy array" in refused()
+    (tmp_path / "id_mapping.json").write_text("{}")
+    assert "id_mapping.json: no id 7" in refused()
+    (tmp_path / "test_ids.txt").write_text("7\n")
+    assert "1 ids for 15 captions" in refused()
+
+
+def test_chance() -> None:
+    """Against orders that were drawn at random."""
+    rng = np.random.default_rng(0)
+    best = np.array([min(rng.permutation(500)[:5]) for _ in range(4000)])
+    found = demo_table.chance(100)
+    for value, k in zip(found[:3], (1, 5, 10), strict=True):
+        assert value == pytest.approx(100 * (best < k).mean(), abs=1.5)
+    assert found[3:] == [1, 5, 10] and round(sum(found)) == 32
+
+
+def demo(out: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    """The demonstration in a few seconds: a tiny BERT, nothing installed."""
+    sizes = {name.upper(): count for name, count in SCENES.items()} | {"STEPS": 2, "BATCH": 4}
+    more = {"OUT": out, "LEAST": 0, "DEMO_PYTHON": sys.executable, "OMP_NUM_THREADS": 1}
+    given = sizes | more | {"BERT_PATH": GOLDEN / "i2t/bert"} | settings
+    environment = os.environ | {name: str(value) for name, value in given.items()}
+    return subprocess.run(
+        ["bash", ROOT / "scripts/demo.sh"], env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_short_demonstration(tmp_path: Path) -> None:
+    """All of demo.sh but its installation and its backbone; random features stand for these."""
+    out = tmp_path / "demo"
+    (out / "done").mkdir(parents=True)
+    (out / "done/regions").write_text("0\n")
+    first = demo(out)
+    assert first.returncode == 2 and "train_ims.npy: not found" in first.stderr, first.stderr
+    rng = np.random.default_rng(0)
+    for name, count in SCENES.items():
+        features = rng.random((count, 36, 5), dtype=np.float32)
+        np.save(out / f"data/{name}_ims.npy", features)
+    second = demo(out)
+    assert second.returncode == 0, second.stderr
+    assert "draw 23 scenes: is there" in second.stdout and "| ensemble |" in second.stdout
+    for name in ("curves.png", "curves.svg", "retrievals.png", "i2t/model_best.pth.tar"):
+        assert (out / name).stat().st_size > 0
+    found = json.loads((out / "demo.json").read_text())
+    assert found["images"] == 8 and found["rows"].keys() == {"chance", "i2t", "t2i", "ensemble"}
+    third = demo(out, LEAST=601)
+    assert third.returncode == 2 and "expected 601 or more" in third.stderr
+    assert "train i2t: regions see words: is there" in third.stdout
+    fourth = demo(out, STEPS=3)
+    assert fourth.returncode == 2 and "delete it" in fourth.stderr
+    shutil.rmtree(out)

