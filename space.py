@@ -232,10 +232,14 @@ class RoutingSpace(nn.Module):
 
         All its gates are 0 for them.
         """
+        highest = [layer.amax(-2) for layer in self.gates(paths)]  # [Q, C, N]
+        return torch.stack([(gate == 0).sum((0, 1)) for gate in highest])
+
+    def gates(self, paths: Tensor) -> list[Tensor]:
+        """The gates `[..., O, N]` of each layer in path vectors `[..., K]`; the last one's raw."""
         count = len(self.merge.cells)
         *dense, last = paths.split([count * count] * len(self.layers) + [count], -1)
-        gates = [layer.unflatten(-1, (count, count)).amax(-2) for layer in dense]  # [Q, C, N]
-        return torch.stack([(gate == 0).sum((0, 1)) for gate in [*gates, last]])
+        return [*(layer.unflatten(-1, (count, count)) for layer in dense), last.unsqueeze(-2)]
 
     def embed_paths(self, paths: Tensor) -> Tensor:
         """Path embeddings `[Q, PATH_SIZE]` of path vectors `[Q, C, K]`, unit length."""
