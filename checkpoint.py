@@ -47,6 +47,8 @@ BERT_SIZES = {
 }
 
 
+CONFIGURATIONS = ("bert_config.json", "config.json")  # files of a BERT folder, the first is read
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 MOST_LAYERS = 100  # of BERT; the largest published one has 24
 
 
@@ -66,28 +68,43 @@ def load_bert(folder: str | Path) -> Bert:
     """
     folder = Path(folder)
     require(os.path.isdir(folder), f"{folder}: no such folder; --bert_path must name a BERT folder")
-    source = _one_of(folder, "model.safetensors", "pytorch_model.bin")
+    source = _one_of(folder, *WEIGHTS)
     return _assembled(folder, _read_weights(source), source)
 
 
 def _assembled(folder: Path, weights: Weights, source: Path) -> Bert:
     """BERT of a folder's vocabulary and configuration with the weights of a file `source`."""
     vocabulary = Vocabulary.load(folder)
-    sizes = _bert_sizes(_one_of(folder, "bert_config.json", "config.json"))
+    config = bert_config(folder)
     weights = normalised_bert(weights, source)
     entries = len(vocabulary.entries)
     words = list(weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape)
     require(
-        [entries] == words[:1] == [sizes["vocab_size"]],
+        [entries] == words[:1] == [config.vocab_size],
         f"{vocabulary.path}: {entries} entries, but word embeddings {words} in {source} "
-        f"and vocab_size {sizes['vocab_size']} in its configuration; expected one number",
+        f"and vocab_size {config.vocab_size} in its configuration; expected one number",
     )
     layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
-    claimed = sizes["num_hidden_layers"]
+    claimed = config.num_hidden_layers
     require(claimed == layers, f"{source}: holds {layers} layers, its configuration says {claimed}")
-    config = BertConfig(**sizes, hidden_act="gelu")
-    model = filled(lambda: BertModel(config, add_pooling_layer=False), weights, source)
+    model = filled(lambda: _bert_model(config), weights, source)
     return Bert(model, vocabulary, fingerprint(weights, vocabulary))
+
+
+def bert_config(folder: str | Path) -> BertConfig:
+    """The configuration in a BERT folder. Raises InputError where it is none of such a BERT."""
+    sizes = _bert_sizes(_one_of(Path(folder), *CONFIGURATIONS))
+    return BertConfig(**sizes, hidden_act="gelu")
+
+
+def bert_parameters(config: BertConfig) -> int:
+    """Numbers that a BERT of that configuration has, without the pooler, which is not used."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in _bert_model(config).parameters())
+
+
+def _bert_model(config: BertConfig) -> BertModel:
+    return BertModel(config, add_pooling_layer=False)
 
 
 def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:

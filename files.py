@@ -42,6 +42,7 @@ LOCATOR, LOCATOR_BYTES, END_64_BYTES = b"PK\x06\x07", 20, 56
 SEAL = re.compile(rb"sha256=([0-9a-f]{64})")  # the comment at the end of a sealed zip file
 SEAL_BYTES = len("sha256=") + 64
 OLD_PICKLES = 5  # of torch's format before it was a zip file
+HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
@@ -99,6 +100,36 @@ def read_json(path: Path, wanted: str) -> dict[str, Any]:
         raise InputError(f"{path}: not JSON: {error}; expected {wanted}") from error
     require(isinstance(content, dict), f"{path}: expected a JSON object, {wanted}")
     return content
+
+
+def map_array(path: Path, wanted: str) -> np.memmap:
+    """A .npy file by memory map. Raises InputError where it is none, or not whole."""
+    size = size_of(path, wanted)
+    try:
+        with naming(path, wanted):
+            _check_array(path, size)
+            return npy.open_memmap(path, mode="r")
+    except InputError:
+        raise
+    except Exception as error:  # numpy's reader of headers can fail in any way
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
+
+
+def _check_array(path: Path, size: int) -> None:
+    """Raise ValueError where a .npy file's header says that it is longer than the file."""
+    with path.open("rb") as file:
+        version = npy.read_magic(file)
+        length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+        if length > size:
+            raise ValueError(f"its header claims {length} bytes")
+        if version in HEADERS:  # later ones name fields, which no plain array has
+            file.seek(npy.MAGIC_LEN)
+            shape, _, dtype = HEADERS[version](file)
+            wanted = file.tell() + math.prod(shape) * dtype.itemsize
+            if wanted > size and not dtype.hasobject:
+                raise ValueError(f"its header asks for {wanted} bytes, the file has {size}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
