@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from memory import out_of_memory
@@ -361,7 +361,20 @@ def _sync(folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write plain data as JSON. Raises InputError where that cannot be done."""
-    data = json.dumps(content, indent=1).encode() + b"\n"
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file. Raises InputError where that cannot be done."""
+    _write_bytes(path, text.encode())
+
+
+def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> None:
+    """Write arrays by name. Raises InputError where that cannot be done."""
+    _write_bytes(path, save(arrays, {"format": "pt"}))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     with whole_file(path, len(data)) as file:
         file.write(data)
 
