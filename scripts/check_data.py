@@ -207,7 +207,7 @@ def read_through(found: Found, features: np.memmap, full: bool) -> None:
 def look_at_ids(found: Found, path: Path) -> None:
     """A line for each image or for each caption, and no image twice."""
     ids = found.attempt(read_lines, path, "ids, one a line")
-    if ids is None or not found.captions:
+    if ids is None or not found.images or len(found.captions) % CAPTIONS_PER_IMAGE:
         return
     images, captions = found.images, len(found.captions)
     if len(ids) not in (images, captions):

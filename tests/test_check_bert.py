@@ -1,4 +1,4 @@
-"""check_bert.py: what it tells of a folder, what is wrong with it, and the folder that it writes."""
+"""check_bert.py: what it tells of a folder, what is wrong with it, and the folder it writes."""
 
 import json
 import shutil
@@ -15,6 +15,8 @@ from checkpoint import Bert, load_bert
 from scripts import check_bert
 from vocab import Vocabulary
 
+LIGHT = """a an the is in on of at was to with and over under above across through along beside it that
+from"""
 Check = Callable[..., tuple[int, dict]]
 
 
@@ -82,9 +84,9 @@ def test_the_style_of_keys_is_told(folder: Path, check: Check) -> None:
 def test_a_cased_vocabulary_is_a_fault(folder: Path, check: Check) -> None:
     path = folder / "vocab.txt"
     entries = path.read_text().split("\n")
-    path.write_text("\n".join([*entries[:10], *(e.capitalize() for e in entries[10:])]))
+    path.write_text("\n".join([*entries[:10], *(e.upper() for e in entries[10:])]))
     status, report = check(folder)
-    assert status == 1 and report["capitals"] > 0.5
+    assert status == 1 and report["capitals"] > 0.1
     assert any("vocab.txt: is cased" in fault for fault in report["faults"])
 
 
@@ -119,8 +121,7 @@ def test_what_cannot_be_loaded_ends_with_a_line(
 
 def test_no_word_of_weight_is_in_two_sentences() -> None:
     """Else the number of shared words alone would tell partners from others."""
-    light = set("a an the is in on of at was to with over under above across through along".split())
-    light |= set("beside it or that from and".split())
+    light = set(LIGHT.split())
     seen: set[str] = set()
     for sentence in (sentence for pair in check_bert.PAIRS for sentence in pair):
         words = set(sentence.split()) - light

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 
-from data import Split
 from scripts import check_data
 
 GROWTH = 500e6  # bytes
@@ -101,6 +100,12 @@ def mapping(folder: Path) -> None:
     (folder / "id_mapping.json").write_text(json.dumps({name: name for name in names}))
 
 
+def several(folder: Path) -> None:
+    cut(folder)
+    change("dev", put((2, 0, 0), np.nan))(folder)
+    write_ids(folder, "test", ["a"])
+
+
 FIVE = [f"{i}.jpg" for i in range(7) for _ in range(5)]
 FAULTS = {
     "no features": (lambda f: (f / "dev_ims.npy").unlink(), ["dev_ims.npy: not found"]),
@@ -159,7 +164,7 @@ FAULTS = {
     ),
     "no file of an id": (mapping, ["id_mapping.json: lacks dev3.jpg of dev_ids.txt"]),
     "several": (
-        lambda f: (cut(f), put_nan(f), ids("test", "a")(f)) and None,
+        several,
         [
             "its header asks for",
             "dev_ims.npy: row 2 holds",
@@ -168,10 +173,6 @@ FAULTS = {
         ],
     ),
 }
-
-
-def put_nan(folder: Path) -> None:
-    change("dev", put((2, 0, 0), np.nan))(folder)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -309,7 +310,8 @@ def test_needs_grow_with_the_data(folder: Path, check: Callable[..., tuple[int, 
     train = rows["training i2t"]
     pairs, token = 2 * 32 * 32, REGIONS * 256 * 4
     assert train["most"] - train["least"] == pairs * token * 78
-    assert train["cache_text"] == 55 * 32 * Split.open(folder, "train", None).images // 11 * 64
+    hidden = json.loads((bert / "bert_config.json").read_text())["hidden_size"]
+    assert train["cache_text"] == 55 * 32 * hidden * 4
     assert rows["evaluation of one model on test"]["scores"] == 10 * 50 * 4
     one, two = (rows[f"evaluation of {n} on test"]["least"] for n in ("one model", "an ensemble"))
     assert one < two
