@@ -15,8 +15,8 @@ from checkpoint import Bert, load_bert
 from scripts import check_bert
 from vocab import Vocabulary
 
-LIGHT = """a an the is in on of at was to with and over under above across through along beside it that
-from"""
+LIGHT = """a an the is in on of at was to with and over under above across through along beside it
+that from"""
 Check = Callable[..., tuple[int, dict]]
 
 
