@@ -11,6 +11,7 @@ looked for in 200 images of a split, spread evenly. Needs are estimates for the 
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ from data import (
 from files import check_writable, map_array, read_json, write_json
 from memory import free_memory, used_memory
 from model import DIME
-from options import InputError, check_range, parse, progress, require, run, say, some
+from options import InputError, check_range, parse, progress, require, run, say, short, some
 from scoring import scoring_memory
 from scripts.results_table import table
 from space import step_memory
@@ -209,31 +210,32 @@ def look_at_ids(found: Found, path: Path) -> None:
     ids = found.attempt(read_lines, path, "ids, one a line")
     if ids is None or not found.images or len(found.captions) % CAPTIONS_PER_IMAGE:
         return
-    images, captions = found.images, len(found.captions)
-    if len(ids) not in (images, captions):
+    if len(ids) == len(found.captions):
+        if len(set(ids)) == len(ids):
+            return  # of captions, which name no images
+        found.faults += list(mixed_ids(path, ids))[:1]
+        ids = ids[::CAPTIONS_PER_IMAGE]
+    elif len(ids) != found.images:
         found.faults.append(
-            f"{path}: {len(ids)} ids for {images} images; expected one an image, or one a caption"
+            f"{path}: {len(ids)} ids for {found.images} images; expected one an image, or one a "
+            "caption"
         )
         return
-    first = dict.fromkeys(ids)
-    if len(ids) == captions != images:
-        firsts = ids[::CAPTIONS_PER_IMAGE]
-        repeated = tuple(i for i in firsts for _ in range(CAPTIONS_PER_IMAGE))
-        if repeated != ids and len(first) == captions:
-            return  # of captions, which name no images
-        same = [n for n, (a, b) in enumerate(zip(ids, repeated, strict=False)) if a != b]
-        if same:
-            found.faults.append(
-                f"{path}: line {same[0] + 1} is {ids[same[0]]!r}; expected "
-                f"{repeated[same[0]]!r} as in the lines of that image before it"
-            )
-            return
-        ids = firsts
-    if len(first) < len(ids):
-        counts = np.unique(np.array(ids), return_counts=True)
-        twice = [str(i) for i, count in zip(*counts, strict=True) if count > 1]
+    twice = [i for i, count in Counter(ids).items() if count > 1]
+    if twice:
         found.faults.append(f"{path}: {some(twice)} is there twice; expected an image once")
     found.ids = ids
+
+
+def mixed_ids(path: Path, ids: tuple[str, ...]) -> Iterator[str]:
+    """Lines of captions that are not under the id of their image's first one."""
+    for number, found in enumerate(ids):
+        first = ids[number - number % CAPTIONS_PER_IMAGE]
+        if found != first:
+            yield (
+                f"{path}: line {number + 1} is {short(found)}; expected {short(first)} as in the "
+                "lines of that image before it"
+            )
 
 
 def between(splits: list[Found], folder: Path) -> Iterator[str]:
@@ -406,33 +408,37 @@ def needs_table(rows: list[dict[str, Any]]) -> str:
     return table(["program", "memory", "disk"], lines)
 
 
+def splits_of(folder: Path) -> list[SplitName]:
+    """The splits that a folder holds a file of. Raises InputError where there is none."""
+    require(folder.is_dir(), f"{folder}: no such folder; expected a data set's")
+    parts = ("ims.npy", "caps.txt", "ids.txt")
+    names = get_args(SplitName)
+    held = [n for n in names if any((folder / f"{n}_{part}").exists() for part in parts)]
+    require(bool(held), f"{folder}: holds no split; expected train_ims.npy, train_caps.txt, ...")
+    return held
+
+
 def checked(options: Options) -> dict[str, Any]:
     """All that is found of a data set, plain data. Raises InputError where there is none."""
     folder = Path(options.folder)
-    require(folder.is_dir(), f"{folder}: no such folder; expected a data set's")
-    names = [
-        name
-        for name in get_args(SplitName)
-        if any((folder / f"{name}_{part}").exists() for part in ("ims.npy", "caps.txt", "ids.txt"))
-    ]
-    require(bool(names), f"{folder}: holds no split; expected train_ims.npy, train_caps.txt, ...")
+    names = splits_of(folder)
     vocabulary = Vocabulary.load(options.bert_path) if options.bert_path else None
     splits = [looked_at(folder, name, options.full) for name in names]
     for split in splits:
         if vocabulary is not None and split.captions:
             look_at_words(split, vocabulary, options.max_words)
     estimated, free = needs(splits, options.bert_path, options.max_words), free_memory(CPU)
-    short = [row["what"] for row in estimated if row["least"] - used_memory(CPU) > free]
+    tight = [row["what"] for row in estimated if row["least"] - used_memory(CPU) > free]
+    faults = [fault for split in splits for fault in split.faults]
     remarks = [remark for split in splits for remark in split.remarks]
     remarks += remarks_on(splits, folder)
-    if short:
-        remarks.append(f"this machine has too little free memory for {', '.join(short)}")
+    if tight:
+        remarks.append(f"this machine has too little free memory for {', '.join(tight)}")
     return {
         "folder": str(folder),
         "bert_path": options.bert_path,
         "splits": [split.as_dict(options.max_words) for split in splits],
-        "faults": [fault for split in splits for fault in split.faults]
-        + list(between(splits, folder)),
+        "faults": [*faults, *between(splits, folder)],
         "remarks": remarks,
         "needs": estimated,
         "free_memory": free,
