@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from files import has_checksum, read_json, read_safetensors, read_torch, size_of, write_torch
+from files import (
+    beside,
+    has_checksum,
+    naming,
+    read_json,
+    read_safetensors,
+    read_torch,
+    size_of,
+    write_json,
+    write_safetensors,
+    write_text,
+    write_torch,
+)
 from model import DIME, ModelConfig
 from options import LARGEST_FLOAT, PLAIN, InputError, require, short, some
 from published import own_names
@@ -47,6 +60,9 @@ BERT_SIZES = {
 }
 
 
+LAYER_NORM_EPS = 1e-12
+CONFIGURATIONS = ("bert_config.json", "config.json")  # files of a BERT folder, the first is read
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 MOST_LAYERS = 100  # of BERT; the largest published one has 24
 
 
@@ -64,30 +80,83 @@ def load_bert(folder: str | Path) -> Bert:
 
     Raises InputError that names the file, and the key that is missing or too many.
     """
+    return assembled_bert(Path(folder), *read_bert(folder))
+
+
+def read_bert(folder: str | Path) -> tuple[Weights, Path]:
+    """The weights of a BERT folder as they are stored, and their file. Raises InputError."""
     folder = Path(folder)
     require(os.path.isdir(folder), f"{folder}: no such folder; --bert_path must name a BERT folder")
-    source = _one_of(folder, "model.safetensors", "pytorch_model.bin")
-    return _assembled(folder, _read_weights(source), source)
+    source = _one_of(folder, *WEIGHTS)
+    return _read_weights(source), source
 
 
-def _assembled(folder: Path, weights: Weights, source: Path) -> Bert:
+def assembled_bert(folder: Path, weights: Weights, source: Path) -> Bert:
     """BERT of a folder's vocabulary and configuration with the weights of a file `source`."""
     vocabulary = Vocabulary.load(folder)
-    sizes = _bert_sizes(_one_of(folder, "bert_config.json", "config.json"))
+    config = bert_config(folder)
     weights = normalised_bert(weights, source)
     entries = len(vocabulary.entries)
     words = list(weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape)
     require(
-        [entries] == words[:1] == [sizes["vocab_size"]],
+        [entries] == words[:1] == [config.vocab_size],
         f"{vocabulary.path}: {entries} entries, but word embeddings {words} in {source} "
-        f"and vocab_size {sizes['vocab_size']} in its configuration; expected one number",
+        f"and vocab_size {config.vocab_size} in its configuration; expected one number",
     )
     layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
-    claimed = sizes["num_hidden_layers"]
+    claimed = config.num_hidden_layers
     require(claimed == layers, f"{source}: holds {layers} layers, its configuration says {claimed}")
-    config = BertConfig(**sizes, hidden_act="gelu")
-    model = filled(lambda: BertModel(config, add_pooling_layer=False), weights, source)
+    model = filled(lambda: _bert_model(config), weights, source)
     return Bert(model, vocabulary, fingerprint(weights, vocabulary))
+
+
+def bert_config(folder: str | Path) -> BertConfig:
+    """The configuration in a BERT folder. Raises InputError where it is none of such a BERT."""
+    sizes = _bert_sizes(_one_of(Path(folder), *CONFIGURATIONS))
+    return BertConfig(**sizes, hidden_act="gelu")
+
+
+def bert_parameters(config: BertConfig) -> int:
+    """Numbers that a BERT of that configuration has, without the pooler, which is not used."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in _bert_model(config).parameters())
+
+
+def _bert_model(config: BertConfig) -> BertModel:
+    return BertModel(config, add_pooling_layer=False)
+
+
+def write_bert(bert: Bert, folder: Path) -> None:
+    """Write a BERT folder under one set of names: configuration, vocabulary, float32 weights.
+
+    The folder appears once it is whole. Raises InputError where something has its name.
+    """
+    partial = check_new_folder(folder)
+    sizes = {name: getattr(bert.model.config, name) for name in BERT_SIZES}
+    fixed = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
+    with naming(folder, "a folder to write"):
+        partial.mkdir()
+    try:
+        write_json(partial / "config.json", fixed | sizes)
+        write_text(
+            partial / "vocab.txt", "".join(f"{entry}\n" for entry in bert.vocabulary.entries)
+        )
+        write_safetensors(partial / "model.safetensors", bert.model.state_dict())
+        with naming(folder, "a folder to write"):
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(folder: Path) -> Path:
+    """Where a folder is written until it is whole. Raises InputError where it cannot be."""
+    partial = beside(folder)
+    for path in (folder, partial):
+        require(not os.path.lexists(path), f"{path}: is there already; expected a new folder")
+    with naming(folder, "a folder to write"):
+        partial.mkdir()
+        partial.rmdir()
+    return partial
 
 
 def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
@@ -169,7 +238,7 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
     config = read_json(path, "the configuration of BERT")
     kind = config.get("model_type", "bert")
     require(kind == "bert", f"{path}: model_type is {short(kind)}; expected 'bert'")
-    for name, expected in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-12)):
+    for name, expected in (("hidden_act", "gelu"), ("layer_norm_eps", LAYER_NORM_EPS)):
         found = config.get(name, expected)
         require(found == expected, f"{path}: {name} is {short(found)}; expected {expected!r}")
     sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
@@ -301,7 +370,7 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
     """
     folder = Path(bert_path or str(checkpoint.options.get("bert_path", ".")))
     if checkpoint.bert_weights is not None:
-        return _assembled(folder, checkpoint.bert_weights, checkpoint.path)
+        return assembled_bert(folder, checkpoint.bert_weights, checkpoint.path)
     bert = load_bert(folder)
     check_same_bert(checkpoint, bert)
     return bert

@@ -6,6 +6,7 @@ nothing, and an epoch can be entered at any position. Knows nothing of the model
 
 import hashlib
 import logging
+import mmap
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from files import map_array, read_text
-from options import LARGEST, InputError, check_range, require
+from options import LARGEST, InputError, check_range, refuse, require, some
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -82,22 +83,13 @@ class Split:
         """
         path, captions_path = split_files(folder, name)
         captions = read_captions(captions_path, allow_empty=not training)
-        features = _map_features(path)
-        rows, width = features.shape[0], features.shape[2]
-        require(
-            img_dim in (None, width),
-            f"{path}: features are {width} wide; expected {img_dim}, the model's --img_dim",
-        )
-        fits = {len(captions): CAPTIONS_PER_IMAGE, len(captions) // CAPTIONS_PER_IMAGE: 1}
-        require(
-            rows in fits and len(captions) % CAPTIONS_PER_IMAGE == 0,
-            f"{path}: {rows} rows for {len(captions)} captions; expected five captions an image, "
-            "and a row for each image or one for each caption",
-        )
-        split = cls(path, captions, fits[rows])
+        features = map_features(path)
+        refuse(width_faults(path, features, img_dim))
+        refuse(count_faults(path, len(features), len(captions)))
+        split = cls(path, captions, rows_per_image(len(features), len(captions)))
         if features.nbytes <= CHEAP_BYTES:
-            for first in range(0, rows, CHECKED_ROWS):
-                split.regions(np.arange(first, min(first + CHECKED_ROWS, rows)))
+            for first in range(0, len(features), CHECKED_ROWS):
+                split.regions(np.arange(first, min(first + CHECKED_ROWS, len(features))))
         return split
 
     @property
@@ -117,7 +109,7 @@ class Split:
 
     @cached_property
     def _features(self) -> np.memmap:
-        return _map_features(self.path)
+        return map_features(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the whole file to a spawned worker.
@@ -147,41 +139,104 @@ class Split:
 
     def regions(self, rows: np.ndarray) -> Tensor:
         """Features of `rows`, `[rows, L, img_dim]` float32. Raises InputError on NaN or inf."""
-        features = np.ascontiguousarray(self._features[rows], dtype=np.float32)
-        finite = np.isfinite(features).all((1, 2))
-        if not finite.all():
-            row = int(rows[~finite][0])
-            raise InputError(f"{self.path}: row {row} holds NaN or infinite features")
+        features = read_rows(self._features, rows)
+        refuse(number_faults(self.path, rows[~finite_rows(features)]))
         return torch.from_numpy(features)
 
 
+# What can be wrong with a split. Each of these gives all that it finds, one sentence a fault, for
+# scripts/check_data.py; programs refuse the first.
+
+
 def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
-    """Captions of a UTF-8 file, one a line, stripped. Only a line feed ends a line (§10)."""
-    text = read_text(path, "captions, one a line")
-    captions = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
-    require(len(text) > 0, f"{path}: is empty; expected captions, one a line")
-    longest = max(range(len(captions)), key=lambda c: len(captions[c]))
-    require(
-        len(captions[longest]) <= LONGEST_CAPTION,
-        f"{path}: line {longest + 1} has {len(captions[longest])} characters; expected a caption, "
-        f"of {LONGEST_CAPTION} characters at most",
-    )
-    if not allow_empty and "" in captions:
-        raise InputError(f"{path}: line {captions.index('') + 1} is empty; expected a caption")
+    """Captions of a UTF-8 file, one a line. Raises InputError where one of them is none."""
+    captions = read_lines(path, "captions, one a line")
+    refuse(caption_faults(path, captions, allow_empty))
     return captions
 
 
-def _map_features(path: Path) -> np.memmap:
+def read_lines(path: Path, wanted: str) -> tuple[str, ...]:
+    """Lines of a UTF-8 file, stripped. Only a line feed ends a line (§10).
+
+    Raises InputError where there is none.
+    """
+    text = read_text(path, wanted)
+    require(len(text) > 0, f"{path}: is empty; expected {wanted}")
+    return tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
+
+
+def caption_faults(path: Path, captions: Sequence[str], allow_empty: bool) -> Iterator[str]:
+    """Captions that are none: too long, or empty."""
+    long = [c for c, caption in enumerate(captions) if len(caption) > LONGEST_CAPTION]
+    if long:
+        yield (
+            f"{path}: line {_lines(long)} has {len(captions[long[0]])} characters; expected a "
+            f"caption, of {LONGEST_CAPTION} characters at most"
+        )
+    empty = [] if allow_empty else [c for c, caption in enumerate(captions) if not caption]
+    if empty:
+        yield f"{path}: line {_lines(empty)} is empty; expected a caption"
+
+
+def _lines(places: Sequence[int]) -> str:
+    return some([str(place + 1) for place in places])
+
+
+def map_features(path: Path) -> np.memmap:
+    """Region features `(rows, regions, img_dim)` by memory map. Raises InputError."""
     features = map_array(path, "region features, a .npy file")
-    require(
-        features.ndim == 3 and features.size > 0,
-        f"{path}: shape {features.shape}; expected (rows, regions, img_dim)",
-    )
-    require(
-        features.dtype.kind == "f" and features.dtype.itemsize in (2, 4),
-        f"{path}: {features.dtype} features; expected float32 or float16",
-    )
+    refuse(kind_faults(path, features))
     return features
+
+
+def kind_faults(path: Path, features: np.ndarray) -> Iterator[str]:
+    """An array that is none of region features."""
+    if features.ndim != 3 or features.size == 0:
+        yield f"{path}: shape {features.shape}; expected (rows, regions, img_dim)"
+    if features.dtype.kind != "f" or features.dtype.itemsize not in (2, 4):
+        yield f"{path}: {features.dtype} features; expected float32 or float16"
+
+
+def width_faults(path: Path, features: np.ndarray, img_dim: int | None) -> Iterator[str]:
+    """Features of another width than the model's; any will do where `img_dim` is None."""
+    width = features.shape[2]
+    if img_dim not in (None, width):
+        yield f"{path}: features are {width} wide; expected {img_dim}, the model's --img_dim"
+
+
+def count_faults(path: Path, rows: int, captions: int) -> Iterator[str]:
+    """Features and captions that do not fit each other."""
+    if captions % CAPTIONS_PER_IMAGE or not rows_per_image(rows, captions):
+        yield (
+            f"{path}: {rows} rows for {captions} captions; expected five captions an image, "
+            "and a row for each image or one for each caption"
+        )
+
+
+def rows_per_image(rows: int, captions: int) -> int:
+    """5 where each image's row is repeated for its captions, 1 where it is not, else 0."""
+    fits = {captions: CAPTIONS_PER_IMAGE, captions // CAPTIONS_PER_IMAGE: 1}
+    return fits.get(rows, 0)
+
+
+def read_rows(features: np.memmap, rows: np.ndarray) -> np.ndarray:
+    """Some rows of mapped features, `[rows, L, img_dim]` float32, in memory of their own."""
+    found = np.ascontiguousarray(features[rows], dtype=np.float32)
+    # What was read of a map counts as this process's memory until it is given back.
+    if hasattr(mmap, "MADV_DONTNEED") and isinstance(features.base, mmap.mmap):
+        features.base.madvise(mmap.MADV_DONTNEED)
+    return found
+
+
+def finite_rows(features: np.ndarray) -> np.ndarray:
+    """Which rows `[rows]` of features `[rows, L, img_dim]` hold nothing but numbers."""
+    return np.isfinite(features).all((1, 2))
+
+
+def number_faults(path: Path, bad: Sequence[int] | np.ndarray) -> Iterator[str]:
+    """Rows whose features are no numbers."""
+    if len(bad):
+        yield f"{path}: row {some([str(row) for row in bad])} holds NaN or infinite features"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from memory import out_of_memory
@@ -42,6 +42,7 @@ LOCATOR, LOCATOR_BYTES, END_64_BYTES = b"PK\x06\x07", 20, 56
 SEAL = re.compile(rb"sha256=([0-9a-f]{64})")  # the comment at the end of a sealed zip file
 SEAL_BYTES = len("sha256=") + 64
 OLD_PICKLES = 5  # of torch's format before it was a zip file
+HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 DTYPES = {
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
@@ -119,10 +120,16 @@ def map_array(path: Path, wanted: str) -> np.memmap:
 def _check_array(path: Path, size: int) -> None:
     """Raise ValueError where a .npy file's header says that it is longer than the file."""
     with path.open("rb") as file:
-        major, _ = npy.read_magic(file)
-        length = int.from_bytes(file.read(2 if major == 1 else 4), "little")
+        version = npy.read_magic(file)
+        length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
         if length > size:
             raise ValueError(f"its header claims {length} bytes")
+        if version in HEADERS:  # later ones name fields, which no plain array has
+            file.seek(npy.MAGIC_LEN)
+            shape, _, dtype = HEADERS[version](file)
+            wanted = file.tell() + math.prod(shape) * dtype.itemsize
+            if wanted > size and not dtype.hasobject:
+                raise ValueError(f"its header asks for {wanted} bytes, the file has {size}")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -354,7 +361,20 @@ def _sync(folder: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write plain data as JSON. Raises InputError where that cannot be done."""
-    data = json.dumps(content, indent=1).encode() + b"\n"
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file. Raises InputError where that cannot be done."""
+    _write_bytes(path, text.encode())
+
+
+def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> None:
+    """Write arrays by name. Raises InputError where that cannot be done."""
+    _write_bytes(path, save(arrays, {"format": "pt"}))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     with whole_file(path, len(data)) as file:
         file.write(data)
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -53,6 +53,12 @@ def require(fact: bool, message: str) -> None:
         raise InputError(message)
 
 
+def refuse(faults: Iterable[str]) -> None:
+    """Raise InputError with the first fault, if there is one."""
+    for fault in faults:
+        raise InputError(fault)
+
+
 def check_range(options: object, names: Sequence[str], least: int, most: float = math.inf) -> None:
     """Raise InputError where an option of these names is given and out of bounds."""
     bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
@@ -81,8 +87,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(cls: type[Options], argv: Sequence[str] | None, description: str) -> Options:
     """Read the options of dataclass `cls` from the command line; one option a field.
 
-    A field is `Annotated[type, help, *further spellings]`; one without a default is required. A
-    spelling without dashes makes it an argument without a name, which help calls so.
+    A field is `Annotated[type, help, *further spellings]`; one without a default is required. With
+    a spelling without dashes it goes by its place, and is called so in the help.
     Booleans get a `--no-` twin unless their name is negative already, literals become choices,
     lists take one or more values. Raises InputError on a wrong or abbreviated option.
     """
@@ -94,12 +100,12 @@ def parse(cls: type[Options], argv: Sequence[str] | None, description: str) -> O
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         kind, text, *spellings = get_args(hints[field.name])
-        argument = _argument(field, kind, text)
+        option = _argument(field, kind, text)
         if spellings and not spellings[0].startswith("-"):
-            unnamed = {key: argument[key] for key in ("nargs", "type", "help") if key in argument}
-            parser.add_argument(field.name, metavar=spellings[0], **unnamed)
-            continue
-        parser.add_argument(f"--{field.name}", *spellings, **argument)
+            by_place = {key: option[key] for key in option.keys() & {"help", "type", "nargs"}}
+            parser.add_argument(field.name, metavar=spellings[0], **by_place)
+        else:
+            parser.add_argument(f"--{field.name}", *spellings, **option)
     return cls(**vars(parser.parse_args(argv)))
 
 

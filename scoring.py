@@ -27,6 +27,7 @@ IMAGE_BLOCK = 128  # images encoded at a time
 CAPTION_BLOCK = 256  # captions encoded at a time
 TILE = 128  # images, and captions, that are on the device together
 TENSORS = 40  # [L, D] that a pair takes while it is routed, at most
+FLOAT = 4  # bytes of a float32
 BEHIND = 4  # so far behind its product a pair lies below every score of unit vectors
 
 Tile = tuple[Tensor, Tensor]  # numbers of images and of encoded captions, all of them paired
@@ -210,6 +211,20 @@ class Scorer:
                 self.closed = self.closed + self.model.closed(paths).cpu()
                 self.scored += scores.numel()
                 return scores
+
+
+def scoring_memory(
+    images: int, captions: int, regions: int, words: int, dim: int, models: int
+) -> int:
+    """Bytes at most that scoring all pairs takes on a CPU, beside the models' weights.
+
+    Of `models` models that are an ensemble: their items, encoded, and their matrices of scores.
+    """
+    items = images * regions + captions * words  # tokens, whose pooled vectors come beside
+    encoded = (items + images + captions) * dim * FLOAT + items
+    matrices = (models + 1) * images * captions * FLOAT  # one of distinct captions among them
+    routed = most_pairs(torch.device("cpu")) * TENSORS * max(regions, words) * dim * FLOAT
+    return models * encoded + matrices + routed
 
 
 def moved_ahead(

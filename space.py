@@ -218,7 +218,7 @@ class RoutingSpace(nn.Module):
         cells = len(self.merge.cells) * (1 + len(self.layers))
         size = tokens * self.norm.num_features * itemsize * cells / (LAYERS * len(CELLS))
         room = SAFE_SHARE * free_memory(device) if limit is None else limit - used_memory(device)
-        room -= min(pairs, most_pairs(device)) * size * AT_WORK + BESIDE
+        room -= step_memory(pairs, 0, size, device)
         kept = KEPT_COMPILED if self.is_compiled else KEPT
         self.kept_pairs = max(0, int(room / (size * kept)))
         if limit is not None and room < 0:
@@ -244,6 +244,14 @@ class RoutingSpace(nn.Module):
     def embed_paths(self, paths: Tensor) -> Tensor:
         """Path embeddings `[Q, PATH_SIZE]` of path vectors `[Q, C, K]`, unit length."""
         return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
+
+
+def step_memory(pairs: int, kept: int, size: int, device: torch.device) -> float:
+    """Bytes that training on batches of `pairs` takes beside what was there before it.
+
+    The activations of `kept` pairs are kept; a pair's refined tokens `[L, D]` take `size` bytes.
+    """
+    return min(pairs, most_pairs(device)) * size * AT_WORK + BESIDE + kept * size * KEPT
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -72,15 +72,24 @@ class Vocabulary:
 
         `[CLS] … [SEP]` around at most `max_words - 2` pieces, then padding with id 0.
         """
-        # Python's lower-casing, as in 2018, knows the final sigma; the library's does not.
-        pieces = self._tokenizer.encode_batch(
-            [caption.lower() for caption in captions], add_special_tokens=False
-        )
         cls, sep = self.entries.index(CLS), self.entries.index(SEP)
         ids = torch.zeros(len(captions), max_words, dtype=torch.int64)
         mask = torch.zeros(len(captions), max_words, dtype=torch.bool)
-        for row, piece in enumerate(pieces):
-            wrapped = [cls, *piece.ids[: max_words - 2], sep]
+        for row, pieces in enumerate(self._pieces(captions)):
+            wrapped = [cls, *pieces[: max_words - 2], sep]
             ids[row, : len(wrapped)] = torch.tensor(wrapped)
             mask[row, : len(wrapped)] = True
         return ids, mask
+
+    def lengths(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens of each caption `[T]` if none were cut, and how many of them are `[UNK]` `[T]`."""
+        unknown, every = self.entries.index(UNK), self._pieces(captions)
+        lengths = torch.tensor([len(pieces) + 2 for pieces in every])  # [CLS] and [SEP]
+        return lengths, torch.tensor([pieces.count(unknown) for pieces in every])
+
+    def _pieces(self, captions: Sequence[str]) -> list[list[int]]:
+        """WordPieces of captions, uncut, without `[CLS]` and `[SEP]`."""
+        # Python's lower-casing, as in 2018, knows the final sigma; the library's does not.
+        lower = [caption.lower() for caption in captions]
+        encoded = self._tokenizer.encode_batch(lower, add_special_tokens=False)
+        return [pieces.ids for pieces in encoded]

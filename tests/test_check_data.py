@@ -1,0 +1,317 @@
+"""check_data.py: each fault is made, and its message read; a large file takes little memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
+
+from scripts import check_data
+
+GROWTH = 500e6  # bytes
+SCAN = (113_287, 36, 2048)  # MSCOCO's training features: 31 GiB
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole data set in both row ratios, with ids."""
+    folder = tmp_path / "tiny"
+    for name, images, repeat in (("train", 11, False), ("dev", 7, True), ("test", 10, False)):
+        write_split(folder, name, images, repeat=repeat)
+        write_ids(folder, name, [f"{name}{i}.jpg" for i in range(images)])
+    return folder
+
+
+def write_ids(folder: Path, name: str, ids: list[str]) -> None:
+    (folder / f"{name}_ids.txt").write_text("\n".join(ids) + "\n")
+
+
+@pytest.fixture
+def check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, dict[str, object]]]:
+    """Exit status and report of a check."""
+
+    def run(*argv: object) -> tuple[int, dict[str, object]]:
+        out = tmp_path / "out.json"
+        status = run_here(monkeypatch, check_data.main, [*argv, "--json", out])
+        report = json.loads(out.read_text())
+        printed = capsys.readouterr().out
+        assert all(line in printed for line in [*report["faults"], *report["remarks"]])
+        return status, report
+
+    return run
+
+
+def test_a_whole_data_set(folder: Path, check: Callable[..., tuple[int, dict]]) -> None:
+    status, report = check(folder)
+    assert (status, report["faults"]) == (0, [])
+    splits = {split["name"]: split for split in report["splits"]}
+    assert list(splits) == ["train", "dev", "test"]
+    assert [splits[name]["images"] for name in splits] == [11, 7, 10]
+    assert [splits[name]["rows_per_image"] for name in splits] == [1, 5, 1]
+    assert [splits[name]["rows_read"] for name in splits] == [11, 35, 10]
+    assert splits["dev"]["shape"] == [35, REGIONS, IMG_DIM]
+    assert splits["train"]["dtype"] == "float32"
+    assert splits["train"]["bytes"] == (folder / "train_ims.npy").stat().st_size
+
+
+def change(name: str, work: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path], None]:
+    """Change a split's features."""
+
+    def changed(folder: Path) -> None:
+        features = np.load(folder / f"{name}_ims.npy")
+        new = work(features)
+        np.save(folder / f"{name}_ims.npy", features if new is None else new)
+
+    return changed
+
+
+def put(index: object, value: float) -> Callable[[np.ndarray], None]:
+    return lambda features: features.__setitem__(index, value)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "train_ims.npy"
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def lengthen(folder: Path) -> None:
+    with (folder / "train_ims.npy").open("ab") as file:
+        file.write(b"12345")
+
+
+def captions(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / f"{name}_caps.txt").write_text(text) and None
+
+
+def ids(name: str, *lines: str) -> Callable[[Path], None]:
+    return lambda folder: write_ids(folder, name, list(lines))
+
+
+def mapping(folder: Path) -> None:
+    names = [f"{name}{i}.jpg" for name in ("train", "dev", "test") for i in range(11)]
+    names.remove("dev3.jpg")
+    (folder / "id_mapping.json").write_text(json.dumps({name: name for name in names}))
+
+
+def several(folder: Path) -> None:
+    cut(folder)
+    change("dev", put((2, 0, 0), np.nan))(folder)
+    write_ids(folder, "test", ["a"])
+
+
+FIVE = [f"{i}.jpg" for i in range(7) for _ in range(5)]
+FAULTS = {
+    "no features": (lambda f: (f / "dev_ims.npy").unlink(), ["dev_ims.npy: not found"]),
+    "no captions": (lambda f: (f / "dev_caps.txt").unlink(), ["dev_caps.txt: not found"]),
+    "truncated": (
+        cut,
+        [
+            "train_ims.npy: no whole .npy array of numbers: its header asks for 4132 "
+            "bytes, the file has 4032"
+        ],
+    ),
+    "too long": (lengthen, ["train_ims.npy: 5 bytes more than its header asks for"]),
+    "doubles": (change("test", lambda a: a.astype(float)), ["float64 features; expected float32"]),
+    "flat": (change("test", lambda a: a[:, 0]), [f"shape (10, {IMG_DIM}); expected (rows, reg"]),
+    "flat integers": (
+        change("test", lambda a: a[:, 0].astype(int)),
+        ["shape (10,", "int64 features"],
+    ),
+    "rows": (change("train", lambda a: a[:9]), ["train_ims.npy: 9 rows for 55 captions"]),
+    "count": (captions("test", "a\n" * 49), ["test_caps.txt: 49 captions; expected five an image"]),
+    "width": (
+        change("dev", lambda a: a[..., :5]),
+        ["features are 5 wide; expected 13, as in train"],
+    ),
+    "void": (captions("dev", ""), ["dev_caps.txt: is empty; expected captions"]),
+    "latin": (
+        lambda f: (f / "dev_caps.txt").write_bytes(b"a\n\xe9\n"),
+        ["dev_caps.txt: line 2 is not UTF"],
+    ),
+    "no words": (
+        captions("train", "a\n" * 6 + "\n" + "b\n" * 10 + " \n" + "c\n" * 37),
+        ["train_caps.txt: line 7, 18 is empty; expected a caption"],
+    ),
+    "endless": (captions("dev", "a" * 10_001 + "\n" + "a\n" * 34), ["line 1 has 10001 characters"]),
+    "nan": (change("train", put((4, 2, 1), np.nan)), ["row 4 holds NaN or infinite features"]),
+    "many": (
+        change("dev", put((slice(5, 10), 0, 0), np.inf)),
+        ["row 5, 6, 7 and 2 more holds NaN or infinite"],
+    ),
+    "unequal": (change("dev", put((18, 0, 0), 7)), ["the five rows of image 3 differ"]),
+    "few ids": (
+        ids("test", "a", "b"),
+        ["test_ids.txt: 2 ids for 10 images; expected one an image"],
+    ),
+    "same id": (
+        ids("test", *"abcdefghb", "j"),
+        ["test_ids.txt: b is there twice; expected an image once"],
+    ),
+    "mixed ids": (
+        ids("dev", *FIVE[:13], "x", *FIVE[14:]),
+        ["line 14 is 'x'; expected '2.jpg' as in the lines"],
+    ),
+    "images in two splits": (
+        ids("test", "train4.jpg", *"abcdefghi"),
+        ["test_ids.txt: train4.jpg is in train_ids.txt, too; expected other images"],
+    ),
+    "no file of an id": (mapping, ["id_mapping.json: lacks dev3.jpg of dev_ids.txt"]),
+    "several": (
+        several,
+        [
+            "its header asks for",
+            "dev_ims.npy: row 2 holds",
+            "1 ids for 10 images",
+            "the five rows of image 0 differ",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_named(
+    folder: Path, check: Callable[..., tuple[int, dict]], fault: str
+) -> None:
+    make, said = FAULTS[fault]
+    make(folder)
+    status, report = check(folder)
+    assert status == 1
+    found = report["faults"]
+    for text in said:
+        assert sum(text in line for line in found) == 1, found
+    if fault not in ("many", "nan"):
+        assert len(found) == len(said), found
+
+
+def test_ids_of_captions_and_ids_five_times_are_read(
+    folder: Path, check: Callable[..., tuple[int, dict]]
+) -> None:
+    write_ids(folder, "dev", FIVE)
+    write_ids(folder, "test", [str(i) for i in range(50)])
+    status, report = check(folder)
+    assert (status, report["faults"]) == (0, [])
+    assert [split["ids"] for split in report["splits"]] == [11, 7, 0]
+
+
+def test_rows_between_the_samples_are_read_in_full(
+    folder: Path, check: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_data, "SAMPLE", 3)
+    change("train", put((1, 0, 0), np.nan))(folder)
+    assert check(folder)[0] == 0
+    status, report = check(folder, "--full")
+    assert status == 1 and "row 1 holds NaN" in report["faults"][0]
+
+
+def test_remarks_are_no_faults(folder: Path, check: Callable[..., tuple[int, dict]]) -> None:
+    captions("test", "a\n" * 49 + "\n")(folder)
+    change("test", lambda a: a[:, :3] * 0)(folder)
+    (folder / "train_ids.txt").unlink()
+    status, report = check(folder)
+    assert status == 0
+    remarks = "\n".join(report["remarks"])
+    assert "test_caps.txt: 1 captions are empty" in remarks
+    assert "10 of the 10 rows read hold zeros alone" in remarks
+    assert f"images have 3 or {REGIONS} regions, by split" in remarks
+    assert "numbers of images are not Flickr30K's (29,000 train" in remarks
+    for name in ("ims.npy", "caps.txt", "ids.txt"):
+        (folder / f"dev_{name}").unlink()
+    assert "holds no dev, which train.py needs" in "\n".join(check(folder)[1]["remarks"])
+
+
+def test_published_counts_are_known() -> None:
+    flickr = {"train": 29_000, "dev": 1_014, "test": 1_000}
+    coco = {"train": 113_287, "dev": 1_000, "test": 1_000, "testall": 5_000}
+    assert check_data.counts_remark(flickr) == "the numbers of images are Flickr30K's"
+    assert check_data.counts_remark(coco) == "the numbers of images are MSCOCO's"
+    assert "not Flickr30K's" in check_data.counts_remark(flickr | {"train": 28_999})
+
+
+def test_captions_are_held_to_a_vocabulary(
+    folder: Path, check: Callable[..., tuple[int, dict]]
+) -> None:
+    bert = GOLDEN / "i2t/bert"
+    captions("dev", "a man\n" * 34 + "a man and a dog " * 4 + "\n")(folder)
+    status, report = check(folder, "--bert_path", bert, "--max_words", "12")
+    assert report["splits"][1]["longest"] == 22 and report["splits"][1]["cut"] == 1
+    assert any("dev: 1 captions are longer than --max_words 12" in x for x in report["remarks"])
+    captions("dev", "собака\n" * 35)(folder)
+    status, report = check(folder, "--bert_path", bert)
+    assert status == 1
+    assert any("100 % of the WordPieces of dev are [UNK]" in fault for fault in report["faults"])
+
+
+def test_a_folder_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, said in ((tmp_path / "no", "no such folder"), (tmp_path, "holds no split")):
+        assert run_here(monkeypatch, check_data.main, [path]) == 2
+        assert said in capsys.readouterr().err
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, "tests")
+import numpy as np
+from conftest import Path, run_here
+from pytest import MonkeyPatch
+from data import DataConfig, ImageBlocks, Split, TrainingBatches, load
+from scripts import check_data
+from vocab import Vocabulary
+
+def now():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return {key: int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")}
+
+folder, bert, whole = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+before = now()["VmRSS"]
+assert run_here(MonkeyPatch(), check_data.main, [folder]) == 0
+split = Split.open(folder, "train", 2048, training=True)
+batches = TrainingBatches(split, Vocabulary.load(bert), DataConfig(batch_size=64), 32, False)
+rows = sum(len(batches[0, place].regions) for place in range(40))
+images = split.images if whole else 4000
+for first in range(0, images, 128):
+    rows += len(ImageBlocks(split)[first, min(first + 128, images)])
+print(rows, now()["VmHWM"] - before)
+"""
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by Linux")
+def test_a_file_of_31_gib_takes_little_memory(tmp_path: Path, whole: bool) -> None:
+    path = tmp_path / "train_ims.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(1, *SCAN[1:]))
+    header = path.read_bytes()[:128].replace(b"(1, 36, 2048), }     ", b"(113287, 36, 2048), }")
+    path.write_bytes(header)
+    os.truncate(path, 128 + int(np.prod(SCAN, dtype=np.int64)) * 4)
+    assert path.stat().st_size > 31 * 2**30 and path.stat().st_blocks * 512 < 2**20
+    text = "".join(f"a man and a dog run {i}\n" for i in range(5 * SCAN[0]))
+    (tmp_path / "train_caps.txt").write_text(text)
+    command = [sys.executable, "-c", PROGRAM, tmp_path, GOLDEN / "i2t/bert", str(whole)]
+    found = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    rows, growth = map(int, found.stdout.splitlines()[-1].split())
+    assert rows == 40 * 64 + (SCAN[0] if whole else 4000)
+    assert rows * 36 * 2048 * 4 > 3 * GROWTH  # so much was read
+    assert growth < GROWTH
+    assert "train_ims.npy: 200 of the 200 rows read hold zeros alone" in found.stdout
+
+
+def test_needs_grow_with_the_data(folder: Path, check: Callable[..., tuple[int, dict]]) -> None:
+    bert = GOLDEN / "i2t/bert"
+    rows = {row["what"]: row for row in check(folder, "--bert_path", bert)[1]["needs"]}
+    train = rows["training i2t"]
+    pairs, token = 2 * 32 * 32, REGIONS * 256 * 4
+    assert train["most"] - train["least"] == pairs * token * 78
+    hidden = json.loads((bert / "bert_config.json").read_text())["hidden_size"]
+    assert train["cache_text"] == 55 * 32 * hidden * 4
+    assert rows["evaluation of one model on test"]["scores"] == 10 * 50 * 4
+    one, two = (rows[f"evaluation of {n} on test"]["least"] for n in ("one model", "an ensemble"))
+    assert one < two
