@@ -28,6 +28,7 @@ import torch
 from numpy.lib import format as npy
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from memory import out_of_memory
@@ -312,6 +313,13 @@ def check_writable(path: Path) -> None:
         beside(path).unlink()
 
 
+def check_new_folder(option: str, folder: Path) -> None:
+    """Raise InputError unless a folder is empty, or not there yet."""
+    with naming(folder, "a new or empty folder"):
+        free = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+    require(free, f"{option} {folder}: is no new or empty folder")
+
+
 def _begin(path: Path, partial: Path) -> None:
     """Make room for a file; what is none, a pipe or a device, is left alone."""
     if os.path.exists(path):
@@ -366,3 +374,39 @@ def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:
         with whole_file(path, len(data) + len(seal), keep) as file:
             file.write(data[:-2])
             file.write(len(seal).to_bytes(2, "little") + seal)
+
+
+def write_old_torch(path: Path, content: Any) -> None:
+    """Write plain data in torch's format before 1.6, which the published code reads.
+
+    It has no room for a checksum. Raises InputError where that cannot be done.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    with buffer.getbuffer() as data, whole_file(path, len(data)) as file:
+        file.write(data)
+
+
+def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> str:
+    """Write arrays by name; the SHA-256 of the file. Raises InputError where it cannot be done."""
+    data = safetensors_bytes({k: v.contiguous() for k, v in arrays.items()}, {"format": "pt"})
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file. Raises InputError where that cannot be done."""
+    data = text.encode()
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file. Raises InputError where it cannot be read."""
+    size_of(path, "a file")
+    digest = hashlib.sha256()
+    with naming(path, "a file"), path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
