@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from files import (
-    beside,
     has_checksum,
     naming,
     read_json,
     read_safetensors,
     read_torch,
+    sha256_of,
     size_of,
     write_json,
     write_safetensors,
@@ -33,7 +32,7 @@ from files import (
 )
 from model import DIME, ModelConfig
 from options import LARGEST_FLOAT, PLAIN, InputError, require, short, some
-from published import own_names
+from published import NEVER_USED, PARTS, own_names
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -58,11 +57,9 @@ BERT_SIZES = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }
-
-
-LAYER_NORM_EPS = 1e-12
 CONFIGURATIONS = ("bert_config.json", "config.json")  # files of a BERT folder, the first is read
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 MOST_LAYERS = 100  # of BERT; the largest published one has 24
 
 
@@ -92,7 +89,10 @@ def read_bert(folder: str | Path) -> tuple[Weights, Path]:
 
 
 def assembled_bert(folder: Path, weights: Weights, source: Path) -> Bert:
-    """BERT of a folder's vocabulary and configuration with the weights of a file `source`."""
+    """BERT of a folder's vocabulary and configuration with the weights of a file `source`.
+
+    Raises InputError like `load_bert`.
+    """
     vocabulary = Vocabulary.load(folder)
     config = bert_config(folder)
     weights = normalised_bert(weights, source)
@@ -126,48 +126,13 @@ def _bert_model(config: BertConfig) -> BertModel:
     return BertModel(config, add_pooling_layer=False)
 
 
-def write_bert(bert: Bert, folder: Path) -> None:
-    """Write a BERT folder under one set of names: configuration, vocabulary, float32 weights.
-
-    The folder appears once it is whole. Raises InputError where something has its name.
-    """
-    partial = check_new_folder(folder)
-    sizes = {name: getattr(bert.model.config, name) for name in BERT_SIZES}
-    fixed = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
-    with naming(folder, "a folder to write"):
-        partial.mkdir()
-    try:
-        write_json(partial / "config.json", fixed | sizes)
-        write_text(
-            partial / "vocab.txt", "".join(f"{entry}\n" for entry in bert.vocabulary.entries)
-        )
-        write_safetensors(partial / "model.safetensors", bert.model.state_dict())
-        with naming(folder, "a folder to write"):
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_new_folder(folder: Path) -> Path:
-    """Where a folder is written until it is whole. Raises InputError where it cannot be."""
-    partial = beside(folder)
-    for path in (folder, partial):
-        require(not os.path.lexists(path), f"{path}: is there already; expected a new folder")
-    with naming(folder, "a folder to write"):
-        partial.mkdir()
-        partial.rmdir()
-    return partial
-
-
 def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
     """Weights under one set of names: no prefix, LayerNorm.weight and .bias, nothing unused."""
     normal: Weights = {}
     for key, value in weights.items():
-        name = key.removeprefix("bert.")
-        if name.startswith(("cls.", "pooler.")) or name.endswith("position_ids"):
+        name = normal_name(key)
+        if name is None:
             continue
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
         require(name not in normal, f"{source}: holds {name} twice, under two names")
         require(value.is_floating_point(), f"{source}: {key} is {value.dtype}; expected floats")
         normal[name] = value
@@ -176,6 +141,30 @@ def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
     size = size_of(source, "the weights of BERT")
     require(held <= size, f"{source}: {held} bytes of weights in a file of {size} bytes")
     return {name: value.float() for name, value in normal.items()}
+
+
+def normal_name(key: str) -> str | None:
+    """The one name of a weight of BERT; None for what is not used."""
+    name = key.removeprefix("bert.")
+    if name.startswith(("cls.", "pooler.")) or name.endswith("position_ids"):
+        return None
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+
+
+def write_bert(folder: Path, bert: Bert) -> None:
+    """Write config.json, vocab.txt and model.safetensors into a folder, which is made.
+
+    The weights come last, so that a folder that is not whole is no BERT folder. Raises InputError
+    where that cannot be done.
+    """
+    with naming(folder, "a folder to write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+    sizes = {name: getattr(bert.model.config, name) for name in BERT_SIZES}
+    kind = {"model_type": "bert", "architectures": ["BertModel"]}
+    write_json(folder / "config.json", kind | FIXED | sizes)
+    write_text(folder / "vocab.txt", "\n".join(bert.vocabulary.entries) + "\n")
+    write_safetensors(folder / "model.safetensors", bert.model.state_dict())
 
 
 def fingerprint(bert: Weights, vocabulary: Vocabulary) -> str:
@@ -238,7 +227,7 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
     config = read_json(path, "the configuration of BERT")
     kind = config.get("model_type", "bert")
     require(kind == "bert", f"{path}: model_type is {short(kind)}; expected 'bert'")
-    for name, expected in (("hidden_act", "gelu"), ("layer_norm_eps", LAYER_NORM_EPS)):
+    for name, expected in FIXED.items():
         found = config.get(name, expected)
         require(found == expected, f"{path}: {name} is {short(found)}; expected {expected!r}")
     sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
@@ -281,7 +270,9 @@ class Checkpoint:
     weights: Weights  # BERT's left out
     bert_weights: Weights | None  # the BERT that a published checkpoint brings
     bert_fingerprint: str | None  # of the BERT that an own checkpoint was trained with
-    state: dict[str, Any]  # the rest: optimiser, epoch, step, best scores, random states
+    # The rest: optimiser, epoch, step, best scores, random states; under "published" what a
+    # published checkpoint holds and this project has no use for.
+    state: dict[str, Any]
 
     @property
     def config(self) -> ModelConfig:
@@ -313,6 +304,8 @@ def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read an own or a published checkpoint. Raises InputError where it is neither, or damaged."""
     path = Path(path)
+    if path.suffix == ".safetensors":
+        return _from_arrays(path)
     content = read_torch(path)
     require(isinstance(content, dict), f"{path}: holds {type(content).__name__}; no checkpoint")
     if isinstance(content.get("opt"), argparse.Namespace):
@@ -323,19 +316,49 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     )
     if not has_checksum(path):
         log.warning("%s: carries no checksum, so damage would go unnoticed", path)
+    return _own(path, content, path)
+
+
+def _own(path: Path, content: dict[str, Any], source: Path) -> Checkpoint:
+    """An own checkpoint from what a file holds; `source` is the file that says what belongs to it.
+
+    Raises InputError where something is missing or of another kind.
+    """
     absent = {"options", "weights", "bert"} - content.keys()
-    require(not absent, f"{path}: lacks {some(sorted(absent))}")
-    require(isinstance(content["options"], dict), f"{path}: its options are no dictionary")
-    _check_options(content["options"], path)
-    require(isinstance(content["bert"], str), f"{path}: its BERT's fingerprint is no text")
+    require(not absent, f"{source}: lacks {some(sorted(absent))}")
+    require(isinstance(content["options"], dict), f"{source}: its options are no dictionary")
+    _check_options(content["options"], source)
+    require(isinstance(content["bert"], str), f"{source}: its BERT's fingerprint is no text")
     _check_named(content["weights"], path)
     state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}
     return Checkpoint(path, content["options"], content["weights"], None, content["bert"], state)
 
 
+def json_beside(path: Path) -> Path:
+    """Where the options are that go with weights in a `.safetensors` file."""
+    return path.with_suffix(".json")
+
+
+def _from_arrays(path: Path) -> Checkpoint:
+    """A checkpoint as convert_checkpoint writes it: `.safetensors`, and JSON beside it.
+
+    Raises InputError where it is none, or damaged.
+    """
+    size_of(path, "a safetensors file")
+    beside = json_beside(path)
+    content = read_json(beside, f"the options that go with {path.name}")
+    found = content.pop("format", None)
+    require(found == FORMAT, f"{beside}: format {short(found)}; expected {FORMAT!r}")
+    fits = content.pop("sha256", None) == sha256_of(path)
+    require(fits, f"{path}: damaged, or another file's: its SHA-256 is not the one in {beside}")
+    require("weights" not in content, f"{beside}: holds weights, which {path.name} has")
+    return _own(path, content | {"weights": read_safetensors(path)}, beside)
+
+
 def _check_options(options: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError where an option is more than a text or a number."""
+    """Raise InputError where an option is more than a text or a number, or has no name."""
     for name, value in options.items():
+        require(isinstance(name, str), f"{path}: {short(name)} is no name of an option")
         kind = type(value).__name__
         require(
             isinstance(value, PLAIN), f"{path}: option {name} is {kind}; expected text or a number"
@@ -423,8 +446,14 @@ def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
         _check_named(part, path)
     image, text, space = (dict(part) for part in parts)
     bert = {k: text.pop(k) for k in list(text) if k.startswith("bert.")}
+    unused = {f"txt_enc/{k}": v for k, v in bert.items() if normal_name(k) is None}
     if options.get("direction", "i2t") == "i2t":
-        image = {k: v for k, v in image.items() if not k.startswith("bn.")}
-    weights = own_names({"img_enc": image, "txt_enc": text, "itr_module": space}, path)
-    state = {"epoch": content.get("epoch"), "step": content.get("Eiters")}
+        idle = [k for k in image if k.startswith("bn.")]
+        unused |= {f"img_enc/{k}": image.pop(k) for k in idle}
+    unused |= {f"itr_module/{k}": v for k, v in space.items() if NEVER_USED.search(k)}
+    weights = own_names(dict(zip(PARTS, (image, text, space), strict=True)), path)
+    state = {name: content.get(name) for name in ("epoch", "best_rsum", "best_r1")}
+    state["step"] = content.get("Eiters")
+    names = [k for k in bert if normal_name(k) is not None]
+    state["published"] = {"weights": unused, "bert_names": names}
     return Checkpoint(path, options, weights, bert, None, state)

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from memory import out_of_memory
@@ -343,6 +344,13 @@ def check_writable(path: Path) -> None:
         beside(path).unlink()
 
 
+def check_new_folder(option: str, folder: Path) -> None:
+    """Raise InputError unless a folder is empty, or not there yet."""
+    with naming(folder, "a new or empty folder"):
+        free = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
+    require(free, f"{option} {folder}: is no new or empty folder")
+
+
 def _begin(path: Path, partial: Path) -> None:
     """Make room for a file; what is none, a pipe or a device, is left alone."""
     if os.path.exists(path):
@@ -366,15 +374,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file. Raises InputError where that cannot be done."""
-    _write_bytes(path, text.encode())
-
-
-def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> None:
-    """Write arrays by name. Raises InputError where that cannot be done."""
-    _write_bytes(path, save(arrays, {"format": "pt"}))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
+    data = text.encode()
     with whole_file(path, len(data)) as file:
         file.write(data)
 
@@ -418,3 +418,32 @@ def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:
         with whole_file(path, len(data) + len(seal), keep) as file:
             file.write(data[:-2])
             file.write(len(seal).to_bytes(2, "little") + seal)
+
+
+def write_old_torch(path: Path, content: Any) -> None:
+    """Write plain data in torch's format before 1.6, which the published code reads.
+
+    It has no room for a checksum. Raises InputError where that cannot be done.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    with buffer.getbuffer() as data, whole_file(path, len(data)) as file:
+        file.write(data)
+
+
+def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> str:
+    """Write arrays by name; the SHA-256 of the file. Raises InputError where it cannot be done."""
+    data = safetensors_bytes({k: v.contiguous() for k, v in arrays.items()}, {"format": "pt"})
+    with whole_file(path, len(data)) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file. Raises InputError where it cannot be read."""
+    size_of(path, "a file")
+    digest = hashlib.sha256()
+    with naming(path, "a file"), path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -16,6 +16,8 @@ from model import LAYERS, WINDOWS
 from options import InputError, require, some
 
 LINEAR = ("weight", "bias")
+PARTS = ("img_enc", "txt_enc", "itr_module")  # in the order of the published state dicts
+NEVER_USED = re.compile(r"\.glgc\.fc_2\.(weight|bias)$")
 NORM = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -25,8 +27,8 @@ def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> dict
     Raises InputError that names a key which is missing or too many.
     """
     left = {f"{module}/{k}": v for module, part in modules.items() for k, v in part.items()}
-    for key in [key for key in left if re.search(r"\.glgc\.fc_2\.(weight|bias)$", key)]:
-        del left[key]  # never used
+    for key in [key for key in left if NEVER_USED.search(key)]:
+        del left[key]
     weights = {}
     for own, published in published_names(with_image_norm="img_enc/bn.weight" in left).items():
         absent = [key for key in published if key not in left]
@@ -47,6 +49,32 @@ def joined(own: str, tensors: Sequence[Tensor]) -> Tensor:
     weight = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
     convolution = own.startswith("text.convs.") and own.endswith("weight")
     return weight.squeeze(1).mT if convolution else weight  # [D, 1, window, h] -> [D, h, window]
+
+
+def parted(own: str, weight: Tensor, parts: int) -> list[Tensor]:
+    """The published weights that the weight `own` joins, each with memory of its own."""
+    convolution = own.startswith("text.convs.") and own.endswith("weight")
+    weight = weight.mT.unsqueeze(1) if convolution else weight  # -> [D, 1, window, h]
+    tensors = weight.chunk(parts) if parts > 1 else [weight]
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+def their_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This project's weights under the published names, `module/name`; BERT's are not among them.
+
+    What the published model has and never uses is there, too: zeros, and a normalisation that
+    changes nothing.
+    """
+    names = published_names(with_image_norm="image.norm.weight" in weights)
+    found = {}
+    for own, published in names.items():
+        found |= zip(published, parted(own, weights[own], len(published)), strict=True)
+    for key in [key for key in found if ".glgc.fc_1." in key]:
+        found[key.replace("fc_1", "fc_2")] = torch.zeros_like(found[key])
+    if "image.norm.weight" not in weights:
+        norm = torch.nn.BatchNorm1d(len(weights["image.fc.bias"]))
+        found |= {f"img_enc/bn.{key}": value for key, value in norm.state_dict().items()}
+    return found
 
 
 def published_names(with_image_norm: bool) -> dict[str, tuple[str, ...]]:

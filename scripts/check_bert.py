@@ -30,11 +30,10 @@ from checkpoint import (
     Weights,
     assembled_bert,
     bert_parameters,
-    check_new_folder,
     read_bert,
     write_bert,
 )
-from files import check_writable, write_json
+from files import check_new_folder, check_writable, write_json
 from options import parse, run, say, some
 
 FAULTY = 1  # exit status
@@ -190,10 +189,10 @@ def main() -> None:
     if options.json:
         check_writable(Path(options.json))
     if options.write:
-        check_new_folder(Path(options.write))
+        check_new_folder("--write", Path(options.write))
     bert, found = checked(Path(options.folder))
     if options.write:
-        write_bert(bert, Path(options.write))
+        write_bert(Path(options.write), bert)
     if options.json:
         write_json(Path(options.json), found)
     say(said(found))

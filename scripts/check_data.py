@@ -40,7 +40,7 @@ from memory import free_memory, used_memory
 from model import DIME
 from options import InputError, check_range, parse, progress, require, run, say, short, some
 from scoring import scoring_memory
-from scripts.results_table import table
+from scripts.experiments import markdown
 from space import step_memory
 from trainconfig import TrainConfig
 from vocab import Vocabulary
@@ -383,7 +383,7 @@ def said(report: dict[str, Any]) -> str:
         rows.append(
             [split["name"], *counts, shape, split["dtype"], repeats, gigabytes, read, *words]
         )
-    parts = [table(HEAD, rows)]
+    parts = [markdown(HEAD, rows)]
     for title, lines in (("Faults", report["faults"]), ("Remarks", report["remarks"])):
         parts.append(f"{title}:{'' if lines else ' none'}\n" + "".join(f"* {x}\n" for x in lines))
     if report["needs"]:
@@ -405,7 +405,7 @@ def needs_table(rows: list[dict[str, Any]]) -> str:
         disk = [f"{row[key] / 1e9:.2f} {title}" for key, title in DISK.items() if key in row]
         memory = least if least == most else f"{least} to {most}"
         lines.append([row["what"], memory, ", ".join(disk)])
-    return table(["program", "memory", "disk"], lines)
+    return markdown(["program", "memory", "disk"], lines)
 
 
 def splits_of(folder: Path) -> list[SplitName]:

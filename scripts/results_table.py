@@ -144,7 +144,7 @@ def demo_rows(found: dict[str, Any]) -> str:
         [name, *(f"{recall:.1f}" for recall in recalls), f"{sum(recalls):.1f}"]
         for name, recalls in found["rows"].items()
     ]
-    return table([f"{found['images']} unseen scenes", *SIDES], rows)
+    return markdown([f"{found['images']} unseen scenes", *COLUMNS], rows)
 
 
 def about(found: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ another error out, takes longer than SLOWEST or more memory than MEMORY has a fa
 fuzzed in a process of its own, so that a crash of a library is found, too.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -35,12 +36,13 @@ from safetensors.torch import save_file
 
 import options
 import runlog
-from checkpoint import Bert, build_model, load_bert, load_model, read_checkpoint
+from checkpoint import Bert, build_model, json_beside, load_bert, load_model, read_checkpoint
 from data import Split, TrainingBatches
 from files import write_torch
 from model import DIME
 from options import InputError
 from runfolder import NEWEST, newest_whole
+from scripts import convert_checkpoint
 from tests import conftest
 from trainconfig import TrainConfig
 from trainer import Trainer
@@ -311,6 +313,31 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         path = own_checkpoint(tiny)
         return by_bytes(NEWEST, [path.read_bytes()], lambda path: newest_whole(path.parent))
 
+    def converted() -> Path:
+        """The golden checkpoint as convert_checkpoint writes it: x.safetensors and x.json."""
+        path, (_, bert, checkpoint) = folder / "x.safetensors", conftest.Case(GOLDEN).load()
+        convert_checkpoint.write_arrays(path, checkpoint, bert)
+        return path
+
+    def arrays_checkpoint() -> Reader:
+        path, bert = converted(), load_bert(BERT)
+        about = json.loads(json_beside(path).read_text())
+
+        def read(path: Path) -> None:  # a checksum that fits, or none of the rest were reached
+            about["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            json_beside(path).write_text(json.dumps(about))
+            build_model(read_checkpoint(path), bert)
+
+        return by_bytes(path.name, [path.read_bytes()], read)
+
+    def arrays_json() -> Reader:
+        path, bert = converted(), load_bert(BERT)
+
+        def read(beside: Path) -> None:
+            build_model(read_checkpoint(shutil.copy(path, beside.parent)), bert)
+
+        return by_bytes(json_beside(path).name, [json_beside(path).read_bytes()], read)
+
     def of_bert(path: Path) -> Bert:
         return load_bert(path.parent)
 
@@ -324,6 +351,8 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         "own_checkpoint": own,
         "resume": resume,
         "newest": newest,
+        "arrays_checkpoint": arrays_checkpoint,
+        "arrays_json": arrays_json,
         "bert_weights": lambda: by_values("pytorch_model.bin", BERT / "pytorch_model.bin", of_bert),
         "bert_arrays": lambda: by_bytes(
             "model.safetensors",

@@ -63,7 +63,7 @@ def rename(folder: Path, change: Callable[[str], str]) -> None:
 
 
 def test_the_style_of_keys_is_told(folder: Path, check: Check) -> None:
-    check_bert.write_bert(load_bert(folder), folder.parent / "plain")
+    check_bert.write_bert(folder.parent / "plain", load_bert(folder))
     assert check(folder.parent / "plain")[1]["keys"] == (
         "no prefix, LayerNorm.weight, bias, float32"
     )

@@ -9,6 +9,7 @@ from tests import fuzz
 
 READERS = (
     *("published_checkpoint", "own_checkpoint", "resume", "newest"),
+    *("arrays_checkpoint", "arrays_json"),
     *("bert_weights", "bert_arrays", "bert_sizes", "bert_words"),
     *("captions", "features", "run_json", "metrics", "train_log", "command_line"),
 )

@@ -1,0 +1,191 @@
+"""convert_checkpoint.py — a checkpoint in another form: published, this project's, or safetensors.
+
+    python -m scripts.convert_checkpoint --checkpoint Flickr30K_DIME_it.pth.tar --bert_path bert \\
+        --to own --out i2t.pth.tar
+
+evaluate_models.py reads all three, and scores stay what they were.
+
+    own          this project's: a checksum, and BERT's fingerprint in place of its weights
+    published    what the published code reads, BERT's weights among it
+    safetensors  weights as OUT.safetensors, and options and fingerprint as OUT.json beside it
+
+A published checkpoint brings its BERT; --bert_out writes it as a folder of its own, which is needed
+where the folder of --bert_path holds other weights. What a published checkpoint holds and never
+uses is kept in an own one, so that the way back gives the same file content; elsewhere it is
+zeros. The optimiser's state is not carried over: training cannot go on from a converted checkpoint.
+"""
+
+import argparse
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from checkpoint import (
+    FORMAT,
+    Bert,
+    Checkpoint,
+    Weights,
+    bert_of,
+    build_model,
+    json_beside,
+    load_bert,
+    normal_name,
+    read_checkpoint,
+    write_bert,
+    write_checkpoint,
+)
+from files import check_new_folder, check_writable, write_json, write_old_torch, write_safetensors
+from model import DIME
+from options import parse, require, run, short, some
+from published import NEVER_USED, PARTS, their_names
+
+log = logging.getLogger(__name__)
+
+COUNTS = ("epoch", "step", "best_rsum", "best_r1")  # of what a checkpoint knows of its run
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: Annotated[str, "checkpoint to convert, in any of the three forms"]
+    out: Annotated[str, "file to write; it must not be there yet"]
+    to: Annotated[Literal["own", "published", "safetensors"], "form to write"]
+    bert_path: Annotated[str | None, "folder of its BERT (default: the checkpoint's option)"] = None
+    bert_out: Annotated[str | None, "folder to write its BERT to; new or empty"] = None
+
+
+def main() -> None:
+    options = parse(Options, None, __doc__)
+    out, folder = Path(options.out), Path(options.bert_out or "")
+    check_outputs(options)
+    checkpoint = read_checkpoint(options.checkpoint)
+    bert = bert_of(checkpoint, options.bert_path)
+    model = build_model(checkpoint, bert)  # nothing is written unless everything fits
+    if options.bert_out:
+        write_bert(folder, bert)
+    elif checkpoint.bert_weights is not None and options.to != "published":
+        _check_bert_is_elsewhere(bert)
+    if options.to == "own":
+        write_own(out, checkpoint, model, bert)
+    elif options.to == "published":
+        write_published(out, checkpoint, bert)
+    else:
+        write_arrays(out, checkpoint, bert)
+    log.info("%s: written, %s", out, options.to)
+
+
+def check_outputs(options: Options) -> None:
+    """Raise InputError before anything is read where an output has a wrong name, or is there."""
+    out, arrays = Path(options.out), options.to == "safetensors"
+    require(
+        (out.suffix == ".safetensors") == arrays,
+        f"--out {out}: the name of safetensors ends with .safetensors, no other form's does",
+    )
+    for path in (out, json_beside(out)) if arrays else (out,):
+        require(not os.path.lexists(path), f"--out: {path} is there already; expected a new name")
+        check_writable(path)
+    if options.bert_out:
+        check_new_folder("--bert_out", Path(options.bert_out))
+
+
+def _check_bert_is_elsewhere(bert: Bert) -> None:
+    """Raise InputError where the BERT that a published checkpoint brings would be lost."""
+    folder = bert.vocabulary.path.parent
+    require(
+        load_bert(folder).fingerprint == bert.fingerprint,
+        f"{folder}: holds another BERT than the checkpoint, which would be lost; "
+        "write it to a folder of its own with --bert_out",
+    )
+
+
+def write_own(path: Path, checkpoint: Checkpoint, model: DIME, bert: Bert) -> None:
+    state = _counts(checkpoint)
+    if "published" in checkpoint.state:
+        state["published"] = checkpoint.state["published"]
+    write_checkpoint(path, model, checkpoint.options, bert, **state)
+
+
+def write_arrays(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:
+    """Weights and, last, what names their SHA-256: the two cannot be mixed up."""
+    about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
+    digest = write_safetensors(path, checkpoint.weights)
+    write_json(json_beside(path), about | _counts(checkpoint) | {"sha256": digest})
+
+
+def _counts(checkpoint: Checkpoint) -> dict[str, int | float]:
+    """Those of COUNTS that a file gave as a number; epochs are counted from 0."""
+    state = checkpoint.state
+    found = {name: state[name] for name in COUNTS if type(state.get(name)) in (int, float)}
+    if checkpoint.bert_weights is not None and "epoch" in found:
+        found["epoch"] -= 1  # REFERENCE: the published trainer counts them from 1
+    return found
+
+
+def write_published(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:
+    """Three state dicts with BERT's weights; what this project has no use for as it was read."""
+    unused, names = _unused(checkpoint)
+    arrays = their_names(checkpoint.weights) | _their_bert(bert, names) | unused
+    parts = [
+        OrderedDict((k.split("/", 1)[1], v) for k, v in arrays.items() if k.startswith(f"{part}/"))
+        for part in PARTS
+    ]
+    counts = {"epoch": 0, "step": 0, "best_rsum": 0.0, "best_r1": 0.0} | _counts(checkpoint)
+    opt = {"do_lower_case": True, "vocab_file": "vocab.txt", "init_checkpoint": ""}
+    opt |= {"bert_config_file": "bert_config.json"} | checkpoint.options
+    content = {"epoch": counts["epoch"] + 1, "model": parts, "best_rsum": counts["best_rsum"]}
+    content |= {"best_r1": counts["best_r1"], "opt": argparse.Namespace(**opt)}
+    write_old_torch(path, content | {"Eiters": counts["step"]})
+
+
+def _unused(checkpoint: Checkpoint) -> tuple[Weights, list[str]]:
+    """What a published checkpoint held beside what is used, and its names of BERT's weights.
+
+    Raises InputError where an own checkpoint gives something else.
+    """
+    rest = checkpoint.state.get("published", {"weights": {}, "bert_names": []})
+    where = f"{checkpoint.path}: what it keeps of a published checkpoint"
+    require(isinstance(rest, dict), f"{where} is {short(rest)}; expected a dictionary")
+    weights, names = rest.get("weights"), rest.get("bert_names")
+    require(isinstance(weights, dict) and isinstance(names, list), f"{where} lacks its names")
+    for name, value in [*weights.items(), *((name, torch.empty(0)) for name in names)]:
+        fits = isinstance(name, str) and isinstance(value, torch.Tensor)
+        require(fits, f"{where}: {short(name)} is no weight")
+    used = sorted(name for name in weights if not _is_unused(name, checkpoint))
+    require(not used, f"{where}: {some(used)} would take the place of a weight in use")
+    return weights, names
+
+
+def _is_unused(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a weight, `module/name`, is one that the published model has and never uses."""
+    part, _, key = name.partition("/")
+    idle_norm = part == "img_enc" and key.startswith("bn.")
+    return (
+        (part == "itr_module" and NEVER_USED.search(key) is not None)
+        or (idle_norm and "image.norm.weight" not in checkpoint.weights)
+        or (part == "txt_enc" and key.startswith("bert.") and normal_name(key) is None)
+    )
+
+
+def _their_bert(bert: Bert, names: Sequence[str]) -> Weights:
+    """BERT's weights as the published text encoder has them, under these names or the usual ones.
+
+    Raises InputError where `names` are those of another BERT.
+    """
+    weights = bert.model.state_dict()
+    names = names or [f"bert.{name}" for name in weights]
+    known = {normal_name(name): name for name in names}
+    where = bert.vocabulary.path.parent
+    require(known.keys() == weights.keys(), f"{where}: has other layers than the checkpoint's")
+    width = bert.model.config.hidden_size
+    pooler = {"weight": torch.zeros(width, width), "bias": torch.zeros(width)}  # never used
+    found = {f"txt_enc/{known[name]}": weight for name, weight in weights.items()}
+    return found | {f"txt_enc/bert.pooler.dense.{k}": v for k, v in pooler.items()}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,219 @@
+"""convert_bert.py on a tiny checkpoint in TensorFlow's own format, held to a BERT in plain NumPy.
+
+What reads TensorFlow's files runs where TensorFlow is installed; the names and the transposes are
+tested without it, too.
+"""
+
+import importlib.util
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, run_here
+from safetensors.torch import load_file
+from transformers import BertModel
+
+from checkpoint import assembled_bert, load_bert, write_bert
+from options import InputError
+from scripts import convert_bert
+from tests.write_tensorflow_bert import FOLDER, SIZES, arrays
+
+DATA = FOLDER / "bert_model.ckpt.data-00000-of-00001"
+TOLERANCE = 1e-5  # of a hidden state, whose size is about 1
+IDS = [[2, 5, 7, 9, 11, 3], [2, 16, 4, 3, 0, 0]]
+MASK = [[1] * 6, [1, 1, 1, 1, 0, 0]]
+
+needs_tensorflow = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None,
+    reason="TensorFlow is not installed: pip install tensorflow-cpu",
+)
+
+
+class Arrays:
+    """A reader of arrays that are there already, in place of TensorFlow's."""
+
+    def __init__(self, content: dict[str, np.ndarray]) -> None:
+        self.content = content
+
+    def get_variable_to_shape_map(self) -> dict[str, list[int]]:
+        return {name: list(value.shape) for name, value in self.content.items()}
+
+    def get_variable_to_dtype_map(self) -> dict[str, np.dtype]:
+        return {name: value.dtype for name, value in self.content.items()}
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        return self.content[name]
+
+
+def hidden_states(w: dict[str, np.ndarray], ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The last layer of a BERT as its paper has it, in float64, from TensorFlow's variables."""
+    w = {name: value.astype(np.float64) for name, value in w.items()}
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12)
+        return x * w[f"{name}/LayerNorm/gamma"] + w[f"{name}/LayerNorm/beta"]
+
+    def dense(name: str, x: np.ndarray) -> np.ndarray:
+        return x @ w[f"{name}/kernel"] + w[f"{name}/bias"]
+
+    def heads(x: np.ndarray) -> np.ndarray:
+        return x.reshape(*x.shape[:2], SIZES["num_attention_heads"], -1).transpose(0, 2, 1, 3)
+
+    where = "bert/embeddings"
+    x = w[f"{where}/word_embeddings"][ids] + w[f"{where}/token_type_embeddings"][0]
+    x = norm(where, x + w[f"{where}/position_embeddings"][: ids.shape[1]])
+    for layer in range(SIZES["num_hidden_layers"]):
+        where = f"bert/encoder/layer_{layer}"
+        parts = (f"{where}/attention/self/{part}" for part in ("query", "key", "value"))
+        query, key, value = (heads(dense(part, x)) for part in parts)
+        logits = query @ key.transpose(0, 1, 3, 2) / math.sqrt(query.shape[-1])
+        weights = np.exp(logits) * mask[:, None, None, :]
+        attended = (weights / weights.sum(-1, keepdims=True)) @ value
+        attended = attended.transpose(0, 2, 1, 3).reshape(x.shape)
+        x = norm(
+            f"{where}/attention/output", x + dense(f"{where}/attention/output/dense", attended)
+        )
+        inner = dense(f"{where}/intermediate/dense", x)
+        inner = inner * 0.5 * (1 + np.vectorize(math.erf)(inner / math.sqrt(2)))
+        x = norm(f"{where}/output", x + dense(f"{where}/output/dense", inner))
+    return x
+
+
+def check(model: BertModel) -> None:
+    """Hold a model to the plain BERT, at the words that are real."""
+    with torch.no_grad():
+        found = model.eval()(torch.tensor(IDS), torch.tensor(MASK)).last_hidden_state.numpy()
+    mask = np.array(MASK, bool)
+    expected = hidden_states(arrays(), np.array(IDS), mask)
+    assert np.abs(expected[mask]).max() > 0.5
+    np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
+
+
+def test_the_names_and_the_transposes_without_tensorflow(tmp_path: Path) -> None:
+    weights = convert_bert.read_weights(Arrays(arrays()), DATA)
+    assert weights["bert.encoder.layer.1.output.dense.weight"].shape == (12, 20)
+    bert = assembled_bert(FOLDER, weights, DATA)
+    check(bert.model)
+    write_bert(tmp_path / "new/bert", bert)
+    assert sorted(path.name for path in (tmp_path / "new/bert").iterdir()) == [
+        *("config.json", "model.safetensors", "vocab.txt")
+    ]
+    again = load_bert(tmp_path / "new/bert")
+    assert again.fingerprint == bert.fingerprint
+    check(again.model)
+    check(BertModel.from_pretrained(tmp_path / "new/bert", add_pooling_layer=False))
+    assert (tmp_path / "new/bert/vocab.txt").read_text() == (FOLDER / "vocab.txt").read_text()
+    config = json.loads((tmp_path / "new/bert/config.json").read_text())
+    assert config["hidden_dropout_prob"] == 0.1 and SIZES.items() <= config.items()
+    held = load_file(tmp_path / "new/bert/model.safetensors")
+    assert not [name for name in held if "pooler" in name or "cls" in name or "adam" in name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("bert/encoder/layer_1/output/dense/bias"), "lacks encoder.layer.1.output"),
+        (lambda a: a.update({"bert/odd": a["bert/pooler/dense/bias"]}), "holds odd too many"),
+        (lambda a: a.update({"bert/odd": np.zeros(2)}), "bert/odd is float64; expected float32"),
+        (lambda a: a.update({"bert/odd": np.zeros(10**6, np.float32)}), "weights in a file of"),
+        (
+            lambda a: a.update(
+                {"bert/embeddings/LayerNorm.gamma": a["bert/embeddings/LayerNorm/gamma"]}
+            ),
+            "twice, under two names",
+        ),
+        (
+            lambda a: a.update(
+                {"bert/encoder/layer_0/output/dense/kernel": np.ones((12, 20), np.float32)}
+            ),
+            r"output.dense.weight is \[20, 12\], expected \[12, 20\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(change: Callable, message: str) -> None:
+    content = arrays()
+    change(content)
+    with pytest.raises(InputError, match=message):
+        assembled_bert(FOLDER, convert_bert.read_weights(Arrays(content), DATA), DATA)
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return lambda source, out: run_here(
+        monkeypatch, convert_bert.main, ["--tensorflow", source, "--out", out]
+    )
+
+
+def test_without_tensorflow_the_command_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    convert: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setitem(sys.modules, "tensorflow.train", None)
+    assert convert(FOLDER, tmp_path / "out") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].endswith("pip install tensorflow-cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_used(
+    tmp_path: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(FOLDER, copy)
+    assert convert(FOLDER, copy) == 2
+    assert "is no new or empty folder" in capsys.readouterr().err
+    assert convert(tmp_path / "none", tmp_path / "out") == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert convert(GOLDEN / "i2t/bert", tmp_path / "out") == 2
+    assert "expected one checkpoint, *.ckpt.index; found none" in capsys.readouterr().err
+    shutil.copy(copy / "bert_model.ckpt.index", copy / "other.ckpt.index")
+    assert convert(copy, tmp_path / "out") == 2
+    assert "found bert_model.ckpt.index, other.ckpt.index" in capsys.readouterr().err
+    (copy / "other.ckpt.index").unlink()
+    (copy / DATA.name).unlink()
+    assert convert(copy, tmp_path / "out") == 2
+    assert f"{DATA.name}: not found" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_needs_no_tensorflow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert run_here(monkeypatch, convert_bert.main, ["--help"]) == 0
+    assert "pip install tensorflow-cpu" in capsys.readouterr().out
+
+
+@needs_tensorflow
+def test_a_checkpoint_in_tensorflows_own_format(
+    tmp_path: Path, convert: Callable[..., int]
+) -> None:
+    assert convert(FOLDER, tmp_path / "bert") == 0
+    check(load_bert(tmp_path / "bert").model)
+    expected = assembled_bert(FOLDER, convert_bert.read_weights(Arrays(arrays()), DATA), DATA)
+    assert load_bert(tmp_path / "bert").fingerprint == expected.fingerprint
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("name", ["bert_model.ckpt.index", DATA.name])
+def test_a_damaged_checkpoint(
+    name: str, tmp_path: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(FOLDER, tmp_path / "copy")
+    data = bytearray((FOLDER / name).read_bytes())
+    for at in range(0, len(data), 50):
+        data[at] ^= 255
+    (tmp_path / "copy" / name).write_bytes(data)
+    assert convert(tmp_path / "copy", tmp_path / "bert") == 2
+    assert "no whole TensorFlow checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "bert").exists()
