@@ -26,8 +26,8 @@ from files import (
     sha256_of,
     size_of,
     write_json,
+    write_lines,
     write_safetensors,
-    write_text,
     write_torch,
 )
 from model import DIME, ModelConfig
@@ -163,7 +163,7 @@ def write_bert(folder: Path, bert: Bert) -> None:
     sizes = {name: getattr(bert.model.config, name) for name in BERT_SIZES}
     kind = {"model_type": "bert", "architectures": ["BertModel"]}
     write_json(folder / "config.json", kind | FIXED | sizes)
-    write_text(folder / "vocab.txt", "\n".join(bert.vocabulary.entries) + "\n")
+    write_lines(folder / "vocab.txt", bert.vocabulary.entries)
     write_safetensors(folder / "model.safetensors", bert.model.state_dict())
 
 

@@ -14,19 +14,20 @@ import numpy as np
 import torch
 
 from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
-from data import CAPTIONS_PER_IMAGE, Split, SplitName, split_files
+from data import Split, SplitName, split_files
 from evalconfig import EvaluateConfig
 from evaluation import (
     FOLDS,
     ceiling,
     check_folds,
     lines,
+    map_scores,
     mean_matrix,
     measured,
     owners,
     ranked,
 )
-from files import beside, check_writable, map_array, write_array, write_arrays, write_json
+from files import beside, check_writable, write_array, write_arrays, write_json
 from mscoco import caption_ids, extended, published
 from options import (
     InputError,
@@ -143,7 +144,7 @@ def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path 
     """Scores that were saved; what they are of is known where data is named."""
     paths = config.scores
     _check_outputs(config, paths)
-    matrices = [_saved(Path(path)) for path in paths]
+    matrices = [map_scores(Path(path)) for path in paths]
     for path, matrix in zip(paths, matrices, strict=True):
         shapes = f"{matrix.shape}; {paths[0]} has {matrices[0].shape}"
         require(matrix.shape == matrices[0].shape, f"{path}: scores of shape {shapes}")
@@ -160,16 +161,6 @@ def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path 
     known = {"scores": [str(path) for path in paths], "data_name": config.data_name}
     unknown = dict.fromkeys(("models", "seconds", "closed", "shortlist"))
     return unknown | known | {"split": config.split}, scores, folder
-
-
-def _saved(path: Path) -> np.ndarray:
-    """A score matrix `[I, 5 I]` by memory map. Raises InputError where it is none."""
-    matrix = map_array(path, "a score matrix, a .npy file")
-    fits = matrix.ndim == 2 and matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
-    fits = fits and matrix.dtype.kind == "f"
-    found = f"{matrix.dtype}, shape {matrix.shape}"
-    require(fits, f"{path}: {found}; expected scores (images, five captions an image)")
-    return matrix
 
 
 def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path]:

@@ -5,6 +5,7 @@ It needs no model, and knows nothing of how the scores came about.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data import CAPTIONS_PER_IMAGE
+from files import map_array
 from options import require
 
 Protocol = Literal["1k5", "5k"]  # of MSCOCO: the mean of five folds, and the whole split
@@ -226,3 +228,13 @@ def lines(result: dict[str, Any]) -> str:
         low, high = between["rsum"]
         text.append(f"{LEVEL} % interval of rsum: {low:.1f}-{high:.1f}")
     return "\n".join(text) + "\n"
+
+
+def map_scores(path: Path) -> np.ndarray:
+    """A score matrix `[I, 5 I]` by memory map. Raises InputError where it is none."""
+    matrix = map_array(path, "a score matrix, a .npy file")
+    fits = matrix.ndim == 2 and matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
+    fits = fits and matrix.dtype.kind == "f"
+    found = f"{matrix.dtype}, shape {matrix.shape}"
+    require(fits, f"{path}: {found}; expected scores (images, five captions an image)")
+    return matrix

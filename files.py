@@ -18,7 +18,7 @@ import shutil
 import stat
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -374,7 +374,15 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file. Raises InputError where that cannot be done."""
-    data = text.encode()
+    _write_bytes(path, text.encode())
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a UTF-8 file, one line each. Raises InputError where that cannot be done."""
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _write_bytes(path: Path, data: bytes | memoryview) -> None:
     with whole_file(path, len(data)) as file:
         file.write(data)
 
@@ -388,8 +396,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a .npz file of arrays by name. Raises InputError where that cannot be done."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    with buffer.getbuffer() as data, whole_file(path, len(data)) as file:
-        file.write(data)
+    _write_bytes(path, buffer.getbuffer())
 
 
 def write_blocks(
@@ -427,15 +434,13 @@ def write_old_torch(path: Path, content: Any) -> None:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
-    with buffer.getbuffer() as data, whole_file(path, len(data)) as file:
-        file.write(data)
+    _write_bytes(path, buffer.getbuffer())
 
 
 def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> str:
     """Write arrays by name; the SHA-256 of the file. Raises InputError where it cannot be done."""
     data = safetensors_bytes({k: v.contiguous() for k, v in arrays.items()}, {"format": "pt"})
-    with whole_file(path, len(data)) as file:
-        file.write(data)
+    _write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -26,7 +26,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, nms
 
-from files import naming, read_safetensors, read_torch, size_of
+from files import naming, read_safetensors, read_torch, sha256_of, size_of
 from options import InputError, require, some
 from pictures import read_picture
 
@@ -87,16 +87,6 @@ class Source(Protocol):
 
     def encode(self, items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Features and boxes of some pictures."""
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content. Raises InputError where it cannot be read."""
-    size_of(path, "weights")
-    with naming(path, "weights"), path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:

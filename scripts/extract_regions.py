@@ -24,7 +24,7 @@ from numpy.lib.format import open_memmap
 from torch.utils.data import Dataset
 
 from data import CAPTIONS_PER_IMAGE, load, read_captions, split_files
-from files import naming, read_json, read_text, whole_file, write_blocks, write_json
+from files import naming, read_json, read_text, write_blocks, write_json, write_lines
 from options import (
     LARGEST,
     InputError,
@@ -274,9 +274,7 @@ class Extraction:
                 [self.ids[row] for row in kept],
             )
             for path, lines in zip(self.results[2:], texts, strict=True):
-                data = ("\n".join(lines) + "\n").encode()
-                with whole_file(self.fresh(path), len(data)) as file:
-                    file.write(data)
+                write_lines(self.fresh(path), lines)
             pictures = [f"{key} {name}" for key, name in (self.pictures[row] for row in kept)]
             state = state | {"about": state["about"] | {"ids": digest(pictures)}}
         self._rename(state)

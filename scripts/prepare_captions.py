@@ -28,7 +28,7 @@ from typing import Annotated, Any
 from pycocotools.coco import COCO
 
 from data import CAPTIONS_PER_IMAGE, LONGEST_CAPTION, split_files
-from files import naming, read_json, read_text, whole_file, write_json
+from files import naming, read_json, read_text, write_json, write_lines
 from options import parse, progress, require, run, say, short
 
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
@@ -154,13 +154,6 @@ def splits_of(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
     return {name: chosen for name, chosen in found.items() if chosen}
 
 
-def write(path: Path, lines: Sequence[str]) -> None:
-    """Write a text file, one line each. Raises InputError."""
-    data = ("\n".join(lines) + "\n").encode()
-    with whole_file(path, len(data)) as file:
-        file.write(data)
-
-
 def check_features(folder: Path, splits: dict[str, list[Picture]]) -> None:
     """Raise InputError where features of other pictures are there: rows and ids would not fit."""
     for name, pictures in splits.items():
@@ -188,8 +181,8 @@ def main() -> None:
     write_json(folder / "id_mapping.json", {picture.key: picture.name for picture in pictures})
     for name, chosen in splits.items():
         _, captions = split_files(folder, name)
-        write(captions, [caption for picture in chosen for caption in picture.captions])
-        write(folder / f"{name}_ids.txt", [picture.key for picture in chosen])
+        write_lines(captions, [caption for picture in chosen for caption in picture.captions])
+        write_lines(folder / f"{name}_ids.txt", [picture.key for picture in chosen])
         say(f"{name}: {len(chosen)} pictures, {CAPTIONS_PER_IMAGE * len(chosen)} captions\n")
 
 

@@ -4,9 +4,11 @@ export HF_HUB_OFFLINE=1
 if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -m venv .venv
 fi
-wanted=$(cat requirements.txt pyproject.toml | sha256sum)
+wanted=$(cat requirements.txt requirements-demo.txt pyproject.toml | sha256sum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"
     .venv/bin/python -m pip install -q -r requirements.txt --group dev
+    # apart, because every package that is named beside a hash would have to have one
+    .venv/bin/python -m pip install -q --no-deps --require-hashes -r requirements-demo.txt
     echo "$wanted" >.venv/installed
 fi

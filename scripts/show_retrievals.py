@@ -16,12 +16,12 @@ from typing import Annotated, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from data import CAPTIONS_PER_IMAGE, read_captions, split_files
-from evaluation import owners
-from files import check_writable, naming, read_json, read_text
-from options import InputError, check_range, parse, require, run
+from evaluation import map_scores, owners
+from files import check_writable, read_json, read_text
+from options import check_range, parse, require, run
+from pictures import read_picture
 from scripts.plot_run import COLOURS, write_figure
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
@@ -63,38 +63,19 @@ def opened(chosen: Options) -> Found:
     for key in ids:
         require(isinstance(names.get(key), str), f"{folder / 'id_mapping.json'}: no id {key}")
     files = tuple(Path(chosen.images) / names[key] for key in ids)
-    return Found(read_scores(Path(chosen.scores), len(files), len(captions)), captions, files)
-
-
-def read_scores(path: Path, images: int, captions: int) -> np.ndarray:
-    """Scores `[I, T]` by memory map. Raises InputError where they are of another split."""
-    with naming(path, "scores, a .npy file"):
-        try:
-            scores = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path}: no .npy array of numbers: {error}") from error
-    require(
-        scores.shape == (images, captions) and scores.dtype.kind == "f",
-        f"{path}: {scores.dtype} {scores.shape}; expected the scores of {images} images and "
-        f"{captions} captions",
-    )
-    return scores
-
-
-def shown(path: Path) -> Image.Image:
-    """A picture, small. Raises InputError where it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture: {error}") from error
-    small.thumbnail((SIDE, SIDE))
-    return small
+    path = Path(chosen.scores)
+    scores = map_scores(path)
+    wanted = f"{len(files)} images and {len(captions)} captions, as {folder} has"
+    fits = scores.shape == (len(files), len(captions))
+    require(fits, f"{path}: shape {scores.shape}; expected the scores of {wanted}")
+    return Found(scores, captions, files)
 
 
 def put(axes: Axes, path: Path, right: bool | None) -> None:
     """One picture; of an answer, whether it is right."""
-    axes.imshow(shown(path))
+    picture = read_picture(path)
+    picture.thumbnail((SIDE, SIDE))
+    axes.imshow(picture)
     axes.set(xticks=[], yticks=[])
     if right is not None:
         frame(axes, right)

@@ -11,5 +11,6 @@ rm -rf .venv-oldest
 sed 's/>=/==/' requirements.txt >.venv-oldest/oldest.txt
 .venv-oldest/bin/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"
 .venv-oldest/bin/python -m pip install -q -r .venv-oldest/oldest.txt --group dev
+.venv-oldest/bin/python -m pip install -q --no-deps --require-hashes -r requirements-demo.txt
 .venv-oldest/bin/python -m pip freeze
 .venv-oldest/bin/python -m pytest -q -n 2 "$@"

