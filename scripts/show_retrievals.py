@@ -22,6 +22,7 @@ from data import CAPTIONS_PER_IMAGE, read_captions, split_files
 from evaluation import owners
 from files import check_writable, naming, read_json, read_text
 from options import InputError, check_range, parse, require, run
+from pictures import find_picture, read_picture
 from scripts.plot_run import COLOURS, write_figure
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
@@ -55,15 +56,23 @@ def opened(chosen: Options) -> Found:
     """Scores, captions and the pictures' files. Raises InputError where they do not fit."""
     folder = Path(chosen.data)
     captions = read_captions(split_files(folder, chosen.split)[1])
-    path = folder / f"{chosen.split}_ids.txt"
-    ids = read_text(path, "ids, one a line").split()
-    names = read_json(folder / "id_mapping.json", "file names by id")
-    require(len(ids) * CAPTIONS_PER_IMAGE == len(captions), f"{path}: {len(ids)} ids for "
-            f"{len(captions)} captions; expected five captions an id")  # fmt: skip
-    for key in ids:
-        require(isinstance(names.get(key), str), f"{folder / 'id_mapping.json'}: no id {key}")
-    files = tuple(Path(chosen.images) / names[key] for key in ids)
+    files = picture_files(folder, chosen.split, len(captions), Path(chosen.images))
     return Found(read_scores(Path(chosen.scores), len(files), len(captions)), captions, files)
+
+
+def picture_files(data: Path, split: str, captions: int, pictures: Path) -> tuple[Path, ...]:
+    """The file of each image of a split that has so many captions, in the folder `pictures`.
+
+    Raises InputError where ids and names in the data set's folder do not tell.
+    """
+    path = data / f"{split}_ids.txt"
+    ids = read_text(path, "ids, one a line").split()
+    names = read_json(data / "id_mapping.json", "file names by id")
+    require(len(ids) * CAPTIONS_PER_IMAGE == captions, f"{path}: {len(ids)} ids for "
+            f"{captions} captions; expected five captions an id")  # fmt: skip
+    for key in ids:
+        require(isinstance(names.get(key), str), f"{data / 'id_mapping.json'}: no id {key}")
+    return tuple(find_picture(pictures, names[key]) for key in ids)
 
 
 def read_scores(path: Path, images: int, captions: int) -> np.ndarray:
@@ -83,13 +92,9 @@ def read_scores(path: Path, images: int, captions: int) -> np.ndarray:
 
 def shown(path: Path) -> Image.Image:
     """A picture, small. Raises InputError where it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture: {error}") from error
-    small.thumbnail((SIDE, SIDE))
-    return small
+    picture = read_picture(path)
+    picture.thumbnail((SIDE, SIDE))
+    return picture
 
 
 def put(axes: Axes, path: Path, right: bool | None) -> None:

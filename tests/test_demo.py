@@ -153,7 +153,7 @@ def test_retrievals_of_files_that_do_not_fit(
         return capsys.readouterr().err
 
     (tmp_path / "images/1.png").write_text("no picture")
-    assert "1.png: cannot be read as a picture" in refused()
+    assert "1.png: no whole picture" in refused()
     np.save(tmp_path / "s.npy", np.zeros((3, 14), np.float32))
     assert "expected the scores of 3 images and 15 captions" in refused()
     (tmp_path / "s.npy").write_text("none")
