@@ -19,35 +19,30 @@ import csv
 import importlib.util
 import io
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from checkpoint import bert_of, build_model, read_checkpoint
 from data import CAPTIONS_PER_IMAGE, Split, SplitName
+from evaluate_models import common_option
 from files import check_writable, map_array, naming, write_text
-from model import DIME
-from options import check_range, parse, pick_device, progress, require, run, say
+from options import check_range, parse, pick_device, require, run, say
 from pictures import read_picture
 from regions import REGIONS, grid_boxes
-from router import Modality
-from scoring import Encoded, encode_split, evaluating
+from scoring import encode_split
 from scripts import route_figures as figures
 from scripts.plot_run import write_figure
+from scripts.routes import DIGITS, Clusters, Pairs, clustered, entropies, most_different
 from scripts.show_retrievals import SIDE, picture_files, shown
-from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
 
 EXAMPLES = 4  # routes that are drawn as the most different ones
-NEIGHBOURS = 10  # of the graph that the clusters are cut from
-DIGITS = 6  # of gates: what differs behind them is rounding
 # What is refined, and what a weight of cross-modal attention is.
 QUERIES = {"i2t": "regions", "t2i": "words"}
 WEIGHTS = {
@@ -69,9 +64,9 @@ class Options:
     count: Annotated[int, "first images of the split, each with its five captions"] = 200
     clusters: Annotated[int, "spectral clusters, 8 at most; 0: none, and no t-SNE"] = 5
     images: Annotated[str | None, "folder of the pictures that id_mapping.json names"] = None
-    grid: Annotated[
-        bool, "regions are an even 6x6 grid, whatever boxes there are (default: {split}_boxes.npy)"
-    ] = False
+    grid: Annotated[bool, "regions are an even 6x6 grid; else they are in {split}_boxes.npy"] = (
+        False
+    )
     pair: Annotated[list[int] | None, "an image and a caption, by number in the split"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
 
@@ -81,84 +76,15 @@ class Options:
         require(self.pair is None or len(self.pair) == 2, "--pair: expected an image and a caption")
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Images and captions of a split, encoded, and the model that routes them."""
-
-    model: DIME
-    split: Split
-    vocabulary: Vocabulary
-    encoded: Encoded
-
-    @property
-    def cells(self) -> list[str]:
-        """Names of the cells of a layer."""
-        return [name.upper() for name in self.model.config.cell_names]
-
-    def paths(self, images: int) -> Tensor:
-        """Path vectors `[pairs, K]` of the first images, each with its five captions."""
-        found = []
-        with progress("routing", images, "images") as bar:
-            for image in range(images):
-                first = image * CAPTIONS_PER_IMAGE
-                found.append(self.of(image, range(first, first + CAPTIONS_PER_IMAGE)))
-                bar.update()
-        return torch.cat(found)
-
-    def of(self, image: int, captions: Sequence[int]) -> Tensor:
-        """Path vectors `[captions, K]` of an image with some captions."""
-        with evaluating(self.model):
-            _, paths = self.model.score(*self._some(image, captions), len(captions))
-        return paths.flatten(0, 1).cpu()
-
-    def attention(self, image: int, caption: int) -> np.ndarray:
-        """Weights `[words, regions]` of the first layer's CMRC, without `[CLS]` and `[SEP]`.
-
-        Of all layers it alone attends from what the encoders give, one token a region or word;
-        deeper ones attend from mixtures. In i2t each region spreads a weight of 1 over the words,
-        `[CLS]` and `[SEP]` among them; in t2i each word spreads it over the regions.
-        """
-        images, captions = self._some(image, [caption])
-        i2t = self.model.direction == "i2t"
-        query, context = (images, captions) if i2t else (captions, images)
-        space = self.model.space
-        cell = [*space.layers, space.merge][0].cells["cmrc"]
-        with evaluating(self.model):
-            tokens, mask, _ = cell.view(context)
-            weights = cell.attention(query.tokens[:, None], tokens, mask)[0, 0]
-        words = int(captions.mask.sum())
-        return (weights.T if i2t else weights)[1 : words - 1].cpu().numpy()
-
-    def words(self, caption: int) -> list[str]:
-        """WordPieces of a caption, without `[CLS]` and `[SEP]`, as far as the model reads."""
-        ids, mask = self.vocabulary.encode(
-            [self.split.captions[caption]], self.model.config.max_words
-        )
-        return [self.vocabulary.entries[i] for i in ids[mask].tolist()][1:-1]
-
-    def title(self, image: int, caption: int) -> str:
-        """What a pair is called in a drawing."""
-        return f"image {image}, caption {caption}: {self.split.captions[caption]}"
-
-    def _some(self, image: int, captions: Sequence[int]) -> tuple[Modality, Modality]:
-        device = next(self.model.parameters()).device
-        text = torch.as_tensor(self.encoded.text[list(captions)])
-        images = self.encoded.images[torch.tensor([image])]
-        return images.to(device), self.encoded.captions[text].to(device)
-
-
 def opened(options: Options) -> Pairs:
     """The model, and the images and captions that are asked for. Raises InputError."""
     device = pick_device(options.device)
     checkpoint = read_checkpoint(options.model_path)
     bert = bert_of(checkpoint, options.bert_path)
     model = build_model(checkpoint, bert, device)
-    where = [
-        getattr(options, name) or checkpoint.options.get(name)
-        for name in ("data_path", "data_name")
-    ]
-    require(all(where), f"{options.model_path}: names no data; --data_path and --data_name do")
-    split = Split.open(Path(where[0]) / where[1], options.split, checkpoint.config.img_dim)
+    path = options.data_path or common_option([checkpoint], "data_path")
+    folder = Path(path) / (options.data_name or common_option([checkpoint], "data_name"))
+    split = Split.open(folder, options.split, checkpoint.config.img_dim)
     count = min(options.count, split.images)
     if options.pair:
         image, caption = options.pair
@@ -169,70 +95,6 @@ def opened(options: Options) -> Pairs:
     words = checkpoint.config.max_words
     encoded = encode_split(model, split, bert.vocabulary, words, device=device, images=count)
     return Pairs(model, split, bert.vocabulary, encoded)
-
-
-def entropies(gates: Tensor) -> Tensor:
-    """Bits by which cells share each path, for gates `[pairs, O, N]`: 0 for one cell, 2 for four.
-
-    A path whose gates are all closed has 0.
-    """
-    shares = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-    return torch.special.entr(shares).sum(-1) / np.log(2)
-
-
-def most_different(paths: Tensor, count: int) -> list[int]:
-    """Up to `count` pairs whose path vectors `[pairs, K]` lie far apart, none of them alike.
-
-    The first is the farthest from the mean, each further one the farthest from those before it.
-    """
-    chosen = [int((paths - paths.mean(0)).norm(dim=-1).argmax())]
-    distance = (paths - paths[chosen[0]]).norm(dim=-1)
-    while len(chosen) < count and distance.max() > 10**-DIGITS:
-        chosen.append(int(distance.argmax()))
-        distance = distance.minimum((paths - paths[chosen[-1]]).norm(dim=-1))
-    return chosen
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Path vectors in a plane and in clusters."""
-
-    places: np.ndarray  # [pairs, 2]
-    numbers: np.ndarray  # [pairs] from 0
-
-    def middle(self, paths: Tensor) -> list[int]:
-        """The pair of each cluster whose path vector is the closest to the cluster's mean."""
-        members = [np.flatnonzero(self.numbers == c) for c in np.unique(self.numbers)]
-        return [
-            int(own[(paths[own] - paths[own].mean(0)).norm(dim=-1).argmin()]) for own in members
-        ]
-
-
-def clustered(paths: Tensor, count: int) -> Clusters | None:
-    """t-SNE and spectral clusters of path vectors `[pairs, K]`; None where too few differ."""
-    vectors = paths.double().numpy().round(DIGITS)
-    # pairs that take one route are one point, for the graph's neighbours are to be others
-    vectors, same = np.unique(vectors, axis=0, return_inverse=True)
-    if len(vectors) < count + 2:
-        log.warning("no clusters: there are only %d different path vectors", len(vectors))
-        return None
-    from sklearn.cluster import SpectralClustering
-    from sklearn.manifold import TSNE
-
-    log.info("t-SNE and %d clusters of %d different path vectors", count, len(vectors))
-    spectral = SpectralClustering(
-        count,
-        affinity="nearest_neighbors",
-        n_neighbors=min(NEIGHBOURS, len(vectors) - 1),
-        random_state=0,
-    )
-    with warnings.catch_warnings():  # a graph of separate parts is what one hopes for
-        warnings.filterwarnings("ignore", message="Graph is not fully connected")
-        numbers = spectral.fit_predict(vectors)
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
-    places = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors)
-    same = same.reshape(-1)  # numpy 2.0 gave it a second axis
-    return Clusters(places[same], numbers[same])
 
 
 def write_tables(pairs: Pairs, paths: Tensor, clusters: Clusters | None, out: Path) -> None:
@@ -271,6 +133,39 @@ def write_csv(path: Path, head: list[str], rows: list[list]) -> None:
     write_text(path, text.getvalue())
 
 
+def seen_pair(pairs: Pairs, files: Sequence[Path], options: Options) -> figures.Seen | None:
+    """The picture of --pair, small, with its regions' boxes; None, and a line, where words are not.
+
+    Raises InputError where picture and boxes do not fit the split.
+    """
+    image, caption = options.pair
+    split = pairs.split
+    path = split.path.with_name(f"{options.split}_boxes.npy")
+    needed = {
+        "--images": files,
+        f"{path} or --grid": options.grid or path.exists(),
+        "a model with CMRC": "CMRC" in pairs.cells,
+        "a caption with words": pairs.words(caption),
+    }
+    absent = [what for what, there in needed.items() if not there]
+    if absent:
+        log.info("no words_%d_%d.png, which needs %s", image, caption, ", ".join(absent))
+        return None
+    picture = read_picture(files[image])
+    size = np.array(picture.size)
+    if options.grid:
+        fits = split.regions_per_image == REGIONS
+        require(fits, f"--grid: {split.path} has {split.regions_per_image} regions an image")
+        boxes = grid_boxes(*picture.size)
+    else:
+        every = map_array(path, "boxes of the regions, a .npy file")
+        wanted = (split.images, split.regions_per_image, 4)
+        require(every.shape == wanted, f"{path}: shape {every.shape}; expected {wanted}")
+        boxes = every[image]
+    picture.thumbnail((SIDE, SIDE))
+    return figures.Seen(picture, boxes * np.tile(picture.size / size, 2))
+
+
 class Drawings:
     """Writes the drawings into the folder --out."""
 
@@ -278,7 +173,7 @@ class Drawings:
         self, pairs: Pairs, paths: Tensor, files: Sequence[Path], options: Options
     ) -> None:
         self.pairs, self.paths, self.files, self.options = pairs, paths, files, options
-        self.space = figures.Space(pairs.cells, QUERIES[pairs.model.direction])
+        self.space = figures.Space(pairs.model.config.cell_names, QUERIES[pairs.model.direction])
         self.gates = pairs.model.space.gates(paths)
         self.means = [layer.mean(0).numpy() for layer in self.gates]
 
@@ -310,49 +205,19 @@ class Drawings:
         drawn = figures.routes_figure(routes, self.means, titles, pictures, self.space)
         self._write(name, drawn)
 
-    def pair(self, image: int, caption: int) -> None:
+    def pair(self, image: int, caption: int, seen: figures.Seen | None) -> None:
         """One pair's route, and where its words are seen."""
         pairs, name = self.pairs, f"{image}_{caption}"
         self._routes(f"pair_{name}", pairs.of(image, [caption]), [(image, caption)])
-        words, boxes = pairs.words(caption), self._boxes_file()
-        missing = {
-            "--images": self.files,
-            f"{boxes} or --grid": self.options.grid or boxes.exists(),
-            "a model with CMRC": "CMRC" in pairs.cells,
-            "a caption with words": words,
-        }
-        absent = [what for what, there in missing.items() if not there]
-        if absent:
-            log.info("no words_%s.png, which needs %s", name, ", ".join(absent))
-            return
-        drawn = figures.words_figure(
-            pairs.attention(image, caption),
-            words,
-            self._seen(image),
-            pairs.title(image, caption),
-            WEIGHTS[pairs.model.direction],
-        )
-        self._write(f"words_{name}", drawn)
-
-    def _boxes_file(self) -> Path:
-        return self.pairs.split.path.with_name(f"{self.options.split}_boxes.npy")
-
-    def _seen(self, image: int) -> figures.Seen:
-        """An image's picture, small, with the boxes of its regions in it. Raises InputError."""
-        picture, split = read_picture(self.files[image]), self.pairs.split
-        size = np.array(picture.size)
-        if self.options.grid:
-            fits = split.regions_per_image == REGIONS
-            require(fits, f"--grid: {split.path} has {split.regions_per_image} regions an image")
-            boxes = grid_boxes(*picture.size)
-        else:
-            path = self._boxes_file()
-            every = map_array(path, "boxes of the regions, a .npy file")
-            wanted = (split.images, split.regions_per_image, 4)
-            require(every.shape == wanted, f"{path}: shape {every.shape}; expected {wanted}")
-            boxes = every[image]
-        picture.thumbnail((SIDE, SIDE))
-        return figures.Seen(picture, boxes * np.tile(picture.size / size, 2))
+        if seen:
+            drawn = figures.words_figure(
+                pairs.attention(image, caption),
+                pairs.words(caption),
+                seen,
+                pairs.title(image, caption),
+                WEIGHTS[pairs.model.direction],
+            )
+            self._write(f"words_{name}", drawn)
 
     def _write(self, name: str, figure: figures.Figure) -> None:
         write_figure(figure, Path(self.options.out) / f"{name}.png")
@@ -371,12 +236,13 @@ def main() -> None:
     if options.images:
         where = split.path.parent, options.split, len(split.captions), Path(options.images)
         files = picture_files(*where)
+    seen = seen_pair(pairs, files, options) if options.pair else None
     paths = pairs.paths(min(options.count, split.images))
     drawings = Drawings(pairs, paths, files, options)
     drawings.mean_gates()
     drawings.different()
     if options.pair:
-        drawings.pair(*options.pair)
+        drawings.pair(*options.pair, seen)
     clusters = clustered(paths, options.clusters) if options.clusters else None
     write_tables(pairs, paths, clusters, out)
     if clusters:

@@ -16,6 +16,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from cells import CELLS, CellName
 from scripts.plot_run import COLOURS
 
 FAINTEST = 0.02  # gates below it are not drawn
@@ -37,8 +38,18 @@ VEIL = LinearSegmentedColormap.from_list("veil", ["#08306b00", "#08306be6"])
 class Space:
     """What all drawings of a routing space have in common."""
 
-    cells: Sequence[str]  # N names
+    cells: Sequence[CellName]  # N of them
     query: str  # what goes in: regions or words
+
+    @property
+    def names(self) -> list[str]:
+        """What the cells are called."""
+        return [cell.upper() for cell in self.cells]
+
+    @property
+    def colours(self) -> list[str]:
+        """Of the cells, whichever others there are."""
+        return [COLOURS[CELLS.index(cell)] for cell in self.cells]
 
     def heights(self) -> np.ndarray:
         """Where the cells are, the first one on top."""
@@ -57,10 +68,10 @@ def draw_space(axes: Axes, gates: Sequence[np.ndarray], space: Space) -> None:
             for n, start in enumerate(heights):
                 gate = float(values[o, n])
                 if gate >= FAINTEST:
-                    colour = COLOURS[n]
+                    colour = space.colours[n]
                     axes.plot([layer, layer + 1], [start, end], color=colour, **_line(gate))
-        for n, height in enumerate(heights):
-            _node(axes, layer, height, space.cells[n], COLOURS[n])
+        for node in zip(heights, space.names, space.colours, strict=True):
+            _node(axes, layer, *node)
         axes.text(layer, len(heights) - 0.35, f"layer {layer + 1}", ha="center", fontsize=8)
     _node(axes, ENTRY, middle, space.query, GREY)
     _node(axes, last + 1, middle, "score", GREY)
@@ -103,8 +114,8 @@ def space_figure(
     panels = below.subplots(1, len(means), squeeze=False)[0]
     for layer, (axes, mean, share) in enumerate(zip(panels, means, closed, strict=True), 1):
         shade = axes.imshow(mean, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        to = space.cells if layer < len(means) else ["score"]
-        axes.set_xticks(range(len(space.cells)), [f"{cell}" for cell in space.cells], fontsize=7)
+        to = space.names if layer < len(means) else ["score"]
+        axes.set_xticks(range(len(space.cells)), space.names, fontsize=7)
         axes.set_yticks(range(len(to)), [f"to {name}" for name in to], fontsize=7)
         axes.set_title(f"layer {layer}", fontsize=8)
         for (o, n), value in np.ndenumerate(mean):
@@ -160,8 +171,9 @@ def _draw_change(
     count = len(space.cells)
     shade = axes.imshow(change, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
     ticks = {"fontsize": 6, "rotation": 90}
-    axes.set_xticks(range(layers * count), list(space.cells) * layers, **ticks)
-    axes.set_yticks(range(count), [f"to {name}" for name in space.cells], fontsize=6)
+    axes.set_xticks(range(layers * count), space.names * layers, **ticks)
+    to = [f"to {name}" for name in space.names] if layers > 1 else []
+    axes.set_yticks(range(len(to)), to, fontsize=6)
     for layer in range(layers):
         name = f"layer {layer + 1}" if layer < layers - 1 else f"layer {layers}: to score"
         place = count * layer + (count - 1) / 2
