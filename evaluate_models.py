@@ -168,8 +168,8 @@ def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path
     paths, device = config.model_path, pick_device(config.device)
     _check_outputs(config, paths)
     checkpoints = [read_checkpoint(path) for path in paths]
-    data_name = config.data_name or _common(checkpoints, "data_name")
-    folder = Path(config.data_path or _common(checkpoints, "data_path")) / data_name
+    data_name = config.data_name or common_option(checkpoints, "data_name")
+    folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
     split = config.split
     if split is None:
         whole = "1k5" in config.all_protocols and os.path.isfile(folder / "testall_ims.npy")
@@ -300,7 +300,7 @@ def _approximate(limits: dict[str, Any]) -> str:
     )
 
 
-def _common(checkpoints: Sequence[Checkpoint], option: str) -> str:
+def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:
     """What the checkpoints agree on for an option that was not given."""
     values = {str(checkpoint.options.get(option)) for checkpoint in checkpoints}
     require(

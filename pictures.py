@@ -21,6 +21,12 @@ NARROWEST = 100  # times that a side may be longer: a detector would shrink the 
 SIXTEEN_BITS = 257  # 65535 / 255
 
 
+def find_picture(folder: Path, name: str) -> Path:
+    """Where a picture of that name is: in its subfolder, or in the folder itself."""
+    path = folder / name
+    return path if path.exists() else folder / Path(name).name
+
+
 def read_picture(path: Path) -> Image.Image:
     """The picture as it is meant to be seen: RGB, turned as its EXIF says, on white, first frame.
 

@@ -28,7 +28,7 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from files import naming, read_safetensors, read_torch, sha256_of, size_of
 from options import InputError, require, some
-from pictures import read_picture
+from pictures import find_picture, read_picture
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,7 @@ class PictureReader:
 
     def __call__(self, key: str, name: str) -> Picture:
         """Raises InputError that names the file."""
-        path = self.folder / name
-        picture = read_picture(path if path.exists() else self.folder / Path(name).name)
+        picture = read_picture(find_picture(self.folder, name))
         size = picture.size
         if self.side is not None:
             picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)

@@ -16,12 +16,13 @@ from typing import Annotated, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from data import CAPTIONS_PER_IMAGE, read_captions, split_files
 from evaluation import map_scores, owners
 from files import check_writable, read_json, read_text
 from options import check_range, parse, require, run
-from pictures import read_picture
+from pictures import find_picture, read_picture
 from scripts.plot_run import COLOURS, write_figure
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
@@ -55,14 +56,7 @@ def opened(chosen: Options) -> Found:
     """Scores, captions and the pictures' files. Raises InputError where they do not fit."""
     folder = Path(chosen.data)
     captions = read_captions(split_files(folder, chosen.split)[1])
-    path = folder / f"{chosen.split}_ids.txt"
-    ids = read_text(path, "ids, one a line").split()
-    names = read_json(folder / "id_mapping.json", "file names by id")
-    require(len(ids) * CAPTIONS_PER_IMAGE == len(captions), f"{path}: {len(ids)} ids for "
-            f"{len(captions)} captions; expected five captions an id")  # fmt: skip
-    for key in ids:
-        require(isinstance(names.get(key), str), f"{folder / 'id_mapping.json'}: no id {key}")
-    files = tuple(Path(chosen.images) / names[key] for key in ids)
+    files = picture_files(folder, chosen.split, len(captions), Path(chosen.images))
     path = Path(chosen.scores)
     scores = map_scores(path)
     wanted = f"{len(files)} images and {len(captions)} captions, as {folder} has"
@@ -71,11 +65,31 @@ def opened(chosen: Options) -> Found:
     return Found(scores, captions, files)
 
 
-def put(axes: Axes, path: Path, right: bool | None) -> None:
-    """One picture; of an answer, whether it is right."""
+def picture_files(data: Path, split: str, captions: int, pictures: Path) -> tuple[Path, ...]:
+    """The file of each image of a split that has so many captions, in the folder `pictures`.
+
+    Raises InputError where ids and names in the data set's folder do not tell.
+    """
+    path = data / f"{split}_ids.txt"
+    ids = read_text(path, "ids, one a line").split()
+    names = read_json(data / "id_mapping.json", "file names by id")
+    require(len(ids) * CAPTIONS_PER_IMAGE == captions, f"{path}: {len(ids)} ids for "
+            f"{captions} captions; expected five captions an id")  # fmt: skip
+    for key in ids:
+        require(isinstance(names.get(key), str), f"{data / 'id_mapping.json'}: no id {key}")
+    return tuple(find_picture(pictures, names[key]) for key in ids)
+
+
+def shown(path: Path) -> Image.Image:
+    """A picture, small. Raises InputError where it cannot be read."""
     picture = read_picture(path)
     picture.thumbnail((SIDE, SIDE))
-    axes.imshow(picture)
+    return picture
+
+
+def put(axes: Axes, path: Path, right: bool | None) -> None:
+    """One picture; of an answer, whether it is right."""
+    axes.imshow(shown(path))
     axes.set(xticks=[], yticks=[])
     if right is not None:
         frame(axes, right)

@@ -1,88 +1,185 @@
-"""scripts/inspect_routes.py: tables that fit the model, drawings that are there, refusals."""
+"""scripts/inspect_routes.py: tables held to plain loops, weights to the model's own, drawings."""
 
 import csv
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from conftest import run_here, tiny_train
+from conftest import GOLDEN, Case, run_here
 from PIL import Image
+from test_model import small_model
 from test_train import last_line
+from torch import Tensor
 
-from checkpoint import bert_of, build_model, read_checkpoint
+from cells import CrossModalRefinement
 from data import Split
+from regions import grid_boxes
 from scoring import encode_split
-from scripts import inspect_routes
-from scripts.inspect_routes import entropies, most_different
-from scripts.route_figures import _heat
+from scripts import inspect_routes, route_figures
+from scripts.inspect_routes import Options
+from scripts.route_figures import heat_map
+from scripts.routes import Clusters, Pairs, clustered, entropies, most_different
+
+CELLS = ["RIC", "GLGC", "IMRC", "CMRC"]
+IMAGES = 12  # of the golden test splits
 
 
-@pytest.fixture(params=["i2t", "t2i"])
-def model(request: pytest.FixtureRequest, tiny: Path, run_train: Callable[..., int]) -> Path:
-    assert run_train(*tiny_train(tiny, "--max_steps", "2", direction=request.param)) == 0
-    return tiny / "runs" / request.param / "model_best.pth.tar"
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other take longer over small arrays than one alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def table(path: Path) -> list[dict[str, str]]:
+@pytest.fixture(scope="module", params=["i2t", "t2i"])
+def pairs(request: pytest.FixtureRequest) -> Pairs:
+    return golden(request.param)
+
+
+@cache
+def golden(name: str) -> Pairs:
+    """The matching pairs of a golden case, some of whose gates and paths are closed."""
+    case = Case(GOLDEN / name)
+    model, bert, _ = case.load()
+    words, cpu = model.config.max_words, torch.device("cpu")
+    encoded = encode_split(model, case.split(), bert.vocabulary, words, device=cpu)
+    return Pairs(model, case.split(), bert.vocabulary, encoded)
+
+
+def given(direction: str, out: Path, *more: object, data: Path | None = None) -> list[object]:
+    """A command line for a golden case."""
+    case = Case(GOLDEN / direction)
+    folder = data or case.data_path / "f30k_precomp"
+    where = ["--data_path", folder.parent, "--data_name", folder.name]
+    model = ["--model_path", case.model_path, "--bert_path", case.bert_path]
+    return [*model, *where, "--out", out, *more]
+
+
+def table(path: Path) -> list[list[str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list(csv.reader(file))
 
 
-def pictures(tiny: Path, images: int, regions: int) -> Path:
-    """Pictures of a split, named by its ids, and the boxes of their regions."""
-    data, folder = tiny / "data/tiny", tiny / "pictures"
-    folder.mkdir()
-    names = {str(100 + i): f"{i}.png" for i in range(images)}
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data set with pictures, 40 x 30, in a folder beside it, without boxes."""
+    folder, names = tmp_path / "data/own", {str(100 + i): f"{i}.png" for i in range(IMAGES)}
+    folder.mkdir(parents=True)
+    for file in (GOLDEN / "t2i/data/f30k_precomp").glob("test_*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "id_mapping.json").write_text(json.dumps(names))
+    (folder / "test_ids.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "pictures").mkdir()
     for i, name in enumerate(names.values()):
-        Image.new("RGB", (40, 30), (9 * i, 0, 0)).save(folder / name)
-    (data / "id_mapping.json").write_text(json.dumps(names))
-    (data / "test_ids.txt").write_text("\n".join(names) + "\n")
-    boxes = np.tile(np.array([0, 0, 20, 15], np.float32), (images, regions, 1))
-    np.save(data / "test_boxes.npy", boxes)
+        Image.new("RGB", (40, 30), (9 * i, 0, 0)).save(tmp_path / "pictures" / name)
     return folder
 
 
-def test_tables_and_drawings(
-    model: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_all_that_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    checkpoint = read_checkpoint(model)
-    bert = bert_of(checkpoint, None)
-    split = Split.open(tiny / "data/tiny", "test", checkpoint.config.img_dim)
-    folder, out = pictures(tiny, split.images, split.regions_per_image), tiny / "routes"
-    argv = ["--model_path", model, "--out", out, "--images", folder, "--pair", "2", "11"]
-    assert run_here(monkeypatch, inspect_routes.main, [*argv, "--clusters", "3"]) == 0
-    assert f"{5 * split.images} pairs of" in capsys.readouterr().out
+    boxes = np.tile(np.array([0, 0, 20, 15], np.float32), (IMAGES, 36, 1))
+    np.save(data / "test_boxes.npy", boxes)
+    out, more = tmp_path / "routes", ["--images", tmp_path / "pictures", "--pair", 2, 11]
+    monkeypatch.setattr(inspect_routes, "EXAMPLES", 2)
+    argv = given("t2i", out, *more, "--clusters", 3, "--count", 4, data=data)
+    assert run_here(monkeypatch, inspect_routes.main, argv) == 0
+    assert "20 pairs of" in capsys.readouterr().out
     tables = {"gates.csv", "entropy.csv", "routes.csv"}
-    drawn = {"space.png", "different.png", "clusters.png", "pair.png", "words.png"}
-    assert {path.name for path in out.iterdir()} == tables | drawn
-    for name in drawn:
-        assert np.asarray(Image.open(out / name).convert("L")).std() > 5, name  # no blank sheet
+    sizes = {"space": 1100, "different": 1600, "clusters": 800, "pair_2_11": 1600, "words_2_11": 1}
+    assert {path.name for path in out.iterdir()} == tables | {f"{name}.png" for name in sizes}
+    for name, width in sizes.items():
+        with Image.open(out / f"{name}.png") as picture:
+            assert picture.width > width and picture.height > 300
+            assert np.asarray(picture.convert("L")).std() > 5, name  # no blank sheet
+    head, *rows = table(out / "routes.csv")
+    assert head[-3:] == ["cluster", "x", "y"] and {row[-3] for row in rows} == {"0", "1", "2"}
+    assert len(rows) == 20 and rows[11][:2] == ["2", "11"]
 
-    # the path vectors are those of the pairs, whatever else is scored with them
-    space = build_model(checkpoint, bert)
-    words = checkpoint.config.max_words
-    encoded = encode_split(space, split, bert.vocabulary, words, device=torch.device("cpu"))
-    with torch.no_grad():
-        captions = encoded.captions[torch.as_tensor(encoded.text)]
-        _, paths = space.score(encoded.images, captions)
-    if checkpoint.config.direction == "t2i":
-        paths = paths.transpose(0, 1)
-    own = paths[torch.arange(5 * split.images) // 5, torch.arange(5 * split.images)]
-    routes = table(out / "routes.csv")
-    found = np.array([list(row.values())[6:] for row in routes], dtype=float)
-    np.testing.assert_allclose(found, own.numpy(), atol=1e-6)
-    assert {row["cluster"] for row in routes} == {"0", "1", "2"}
-    assert routes[11]["text"] == split.captions[11] and routes[11]["image"] == "2"
-    gates = table(out / "gates.csv")
-    assert len(gates) == own.shape[1] == 36
-    np.testing.assert_allclose([float(r["mean gate"]) for r in gates], own.mean(0), atol=1e-6)
-    closed = (own == 0).float().mean(0)
-    np.testing.assert_allclose([float(r["share closed"]) for r in gates], closed, atol=1e-6)
-    assert [r["path"] for r in gates[:8]] == ["RIC"] * 4 + ["GLGC"] * 4
-    assert gates[-1]["path"] == "score" and gates[-1]["cell"] == "CMRC"
+
+def test_path_vectors_are_those_of_the_equations(pairs: Pairs) -> None:
+    model, (images, captions) = pairs.model, (pairs.encoded.images, pairs.encoded.captions)
+    found = pairs.paths(3)
+    assert found.shape == (15, 36)
+    for k in (0, 7, 14):
+        text = pairs.encoded.text[k]
+        real = int(captions.mask[text].sum())
+        ways = (images, k // 5, captions, text, real), (captions, text, images, k // 5, 36)
+        query, q, context, c, seen = ways[model.direction == "t2i"]
+        vectors = query.tokens[q], context.tokens[c, :seen], context.pooled[c]
+        _, expected = oracle.route(model.space, *vectors, model.config)
+        torch.testing.assert_close(found[k], expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_tables_are_those_of_plain_loops(pairs: Pairs, tmp_path: Path) -> None:
+    paths = pairs.paths(IMAGES)
+    numbers = np.arange(len(paths)) % 2
+    places = np.stack([numbers, -numbers], 1) / 3
+    inspect_routes.write_tables(pairs, paths, Clusters(places, numbers), tmp_path)
+    means, bits = [], []
+    for layer, names in ((1, CELLS), (2, CELLS), (3, ["score"])):
+        for o, path in enumerate(names):
+            first = 16 * (layer - 1) + 4 * o  # of a vector's numbers
+            shares = [vector[first : first + 4].tolist() for vector in paths]
+            all_closed = sum(not any(gates) for gates in shares) / len(shares)
+            every = [0.0]  # so that a sum is there
+            for gates in shares:
+                every += [-g / sum(gates) * math.log2(g / sum(gates)) for g in gates if g > 0]
+            bits.append([layer, path, sum(every) / len(shares), all_closed])
+            for n, cell in enumerate(CELLS):
+                gates = [vector[first + n].item() for vector in paths]
+                closed = sum(gate == 0 for gate in gates) / len(gates)
+                means.append([layer, path, cell, sum(gates) / len(gates), closed])
+    assert any(0 < row[-1] < 1 for row in means) and any(row[-1] > 0 for row in bits)
+    for name, names, expected in (("gates", 3, means), ("entropy", 2, bits)):
+        head, *rows = table(tmp_path / f"{name}.csv")
+        assert len(head) == names + 2 and len(rows) == len(expected)
+        for row, wanted in zip(rows, expected, strict=True):
+            assert row[:names] == [str(x) for x in wanted[:names]]
+            assert [float(x) for x in row[names:]] == pytest.approx(wanted[names:], abs=2e-6)
+    head, *rows = table(tmp_path / "routes.csv")
+    assert head[3:7] == ["1 RIC>RIC", "1 GLGC>RIC", "1 IMRC>RIC", "1 CMRC>RIC"]
+    assert head[-4:] == ["3 CMRC>score", "cluster", "x", "y"]
+    assert [row[:3] for row in rows[4:6]] == [
+        ["0", "4", pairs.split.captions[4]],
+        ["1", "5", pairs.split.captions[5]],
+    ]
+    found = np.array([row[3:] for row in rows], dtype=float)
+    wanted = np.hstack([paths.numpy(), numbers[:, None], places])
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_words_have_the_weights_that_the_model_gives_them(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that the model itself computes, when it scores the pair, are the first layer's."""
+    pairs.model.space.skip_nothing()
+    kept: list[Tensor] = []
+    computed = CrossModalRefinement.attention
+
+    def noted(cell: CrossModalRefinement, *given: Tensor) -> Tensor:
+        kept.append(computed(cell, *given))
+        return kept[-1]
+
+    monkeypatch.setattr(CrossModalRefinement, "attention", noted)
+    pairs.of(2, [11])
+    weights, i2t = kept[0][0, 0], pairs.model.direction == "i2t"
+    torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
+    words = pairs.words(11)
+    said = "".join(words).replace("##", "")
+    assert said == pairs.split.captions[11].lower().replace(" ", "")
+    found = pairs.attention(2, 11)
+    assert found.shape == (len(words), 36) and len(kept) == 4  # a cell a layer, and this
+    expected = (weights.T if i2t else weights)[1 : len(words) + 1]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_entropy_is_zero_for_one_cell_and_two_bits_for_four() -> None:
@@ -90,73 +187,162 @@ def test_entropy_is_zero_for_one_cell_and_two_bits_for_four() -> None:
     torch.testing.assert_close(entropies(gates), torch.tensor([[0.0, 2, 0, 1]]))
 
 
-def test_the_most_different_pairs_are_far_apart() -> None:
-    paths = torch.tensor([[0.0, 0], [0.1, 0], [9, 0], [0, 8], [9.1, 0]])
-    assert set(most_different(paths, 3)) == {4, 3, 0} or set(most_different(paths, 3)) == {4, 3, 1}
-    assert len(most_different(paths, 10)) == 5
+def test_the_most_different_pairs_are_far_apart_and_none_alike() -> None:
+    paths = torch.tensor([[0.0, 0], [0.1, 0], [9, 0], [0, 6], [9.1, 0]])
+    assert most_different(paths, 3) == [3, 4, 1]
+    assert sorted(most_different(paths, 9)) == [0, 1, 2, 3, 4]
+    assert len(most_different(paths[[0, 2, 0, 2, 0]], 4)) == 2
+
+
+def test_clusters_are_groups_of_routes(caplog: pytest.LogCaptureFixture) -> None:
+    centres = torch.tensor([[0.0, 0, 0], [5, 0, 0], [0, 5, 0]])
+    paths = centres.repeat_interleave(15, 0) + 0.1 * torch.randn(45, 3)
+    paths[1] = paths[0]
+    found = clustered(paths, 3)
+    assert [len(set(found.numbers[k : k + 15])) for k in (0, 15, 30)] == [1, 1, 1]
+    assert len(set(found.numbers)) == 3 and found.places.shape == (45, 2)
+    assert (found.places[1] == found.places[0]).all()
+    for middle in found.middle(paths):
+        own = paths[found.numbers == found.numbers[middle]]
+        assert (paths[middle] - own.mean(0)).norm() < 0.2
+    assert clustered(paths[:2].repeat(30, 1), 3) is None
+    assert "there are only 1 different path vectors" in caplog.text
 
 
 def test_a_words_heat_is_the_largest_of_its_boxes() -> None:
-    boxes = np.array([[0, 0, 2, 2], [1, 1, 3, 3]])
-    heat = _heat(np.array([0.2, 0.7]), boxes, (3, 4))
-    expected = [[0.2, 0.2, 0, 0], [0.2, 0.7, 0.7, 0], [0, 0.7, 0.7, 0]]
+    boxes = np.array([[-1, 0, 2, 2], [1, 1, 3, 3]])
+    heat = heat_map(np.array([0.2, 0.7]), boxes, (3, 4))
+    none = np.nan
+    expected = [[0.2, 0.2, none, none], [0.2, 0.7, 0.7, none], [none, 0.7, 0.7, none]]
     np.testing.assert_allclose(heat, expected, rtol=1e-6)
 
 
-def test_attention_of_a_pair_sums_to_one(
-    model: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, route_figures.Figure]:
+    """The figures that are made, by name; they are not written."""
     found = {}
-
-    def kept(weights: np.ndarray, words: list[str], boxes: np.ndarray, picture: np.ndarray):
-        found.update(weights=weights, words=words)
-        return inspect_routes.__dict__  # never saved
-
-    from scripts import route_figures
-
-    monkeypatch.setattr(route_figures, "attention_figure", kept)
-    monkeypatch.setattr(route_figures, "save", lambda figure, path: None)
-    folder = pictures(tiny, 10, 7)
-    argv = ["--model_path", model, "--out", tiny / "out", "--images", folder, "--pair", "0", "3"]
-    assert run_here(monkeypatch, inspect_routes.main, argv) == 0
-    weights, words = found["weights"], found["words"]
-    assert weights.shape == (len(words), 7) and words and words[0] not in ("[CLS]", "[PAD]")
-    assert (weights >= 0).all()
-    if "t2i" in str(model):
-        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
-    else:  # over all words, [CLS] and [SEP] included, which are left out
-        assert (weights.sum(0) < 1).all()
+    monkeypatch.setattr(
+        inspect_routes, "write_figure", lambda figure, path: found.update({path.name: figure})
+    )
+    return found
 
 
-FAULTS = {
-    "pair": (["--pair", "2", "999"], "--pair 2 999: "),
-    "one number": (["--pair", "2"], "--pair: expected an image and a caption"),
-    "clusters": (["--clusters", "9"], "--clusters 9: expected 1 to 8"),
-    "few": (["--count", "1"], "--clusters 5: 5 pairs are too few"),
-    "no ids": (["--images", "."], "test_ids.txt: not found"),
+def texts(figure: route_figures.Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(lambda a: hasattr(a, "get_text"))]
+
+
+ABLATIONS = {
+    "hard": {"routing": "hard"},
+    "uniform": {"routing": "uniform"},
+    "one layer": {"num_layer_routing": 1},
+    "two cells": {"cells": "RIC,IMRC"},
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablated_models_are_drawn_as_far_as_they_go(
+    name: str, tmp_path: Path, drawn: dict, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    case = golden("t2i")
+    sizes = {"img_dim": case.split.img_dim, "max_words": 10}
+    model, vocabulary = small_model("i2t", **sizes | ABLATIONS[name]), case.vocabulary
+    model.text.bert.resize_token_embeddings(len(vocabulary.entries), mean_resizing=False)
+    split, cpu = Split.open(data, "test", None), torch.device("cpu")
+    encoded = encode_split(model, split, vocabulary, 10, device=cpu)
+    pairs, files = Pairs(model, split, vocabulary, encoded), [tmp_path / "pictures/0.png"] * IMAGES
+    options = Options(model_path="m", out=str(tmp_path), grid=True, pair=[0, 3])
+    paths = pairs.paths(IMAGES)
+    drawings = inspect_routes.Drawings(pairs, paths, files, options)
+    drawings.mean_gates()
+    drawings.different()
+    drawings.pair(0, 3, inspect_routes.seen_pair(pairs, files, options))
+    inspect_routes.write_tables(pairs, paths, None, tmp_path)
+    layers, cells = model.config.num_layer_routing, len(model.config.cell_names)
+    said = texts(drawn["space.png"])
+    assert f"layer {layers}" in said and f"layer {layers + 1}" not in said
+    assert len(table(tmp_path / "gates.csv")) == 1 + (layers - 1) * cells**2 + cells
+    assert ("words_0_3.png" in drawn) == (name != "two cells")
+    assert ("which needs a model with CMRC" in caplog.text) == (name == "two cells")
+    routes = sum("caption" in text for text in texts(drawn["different.png"]))
+    assert routes == (1 if name == "uniform" else 4)
+
+
+def test_boxes_are_those_of_the_shrunken_picture(data: Path, tmp_path: Path) -> None:
+    case = golden("t2i")
+    pairs = Pairs(case.model, Split.open(data, "test", None), case.vocabulary, case.encoded)
+    Image.new("RGB", (1280, 640)).save(tmp_path / "large.png")
+    options = Options(model_path="m", out="o", grid=True, pair=[0, 0])
+    seen = inspect_routes.seen_pair(pairs, [tmp_path / "large.png"], options)
+    assert seen.picture.size == (320, 160)
+    np.testing.assert_allclose(seen.boxes, grid_boxes(320, 160), rtol=1e-6)
+
+
+def test_without_clusters_no_package_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, drawn: dict
+) -> None:
+    find = inspect_routes.importlib.util.find_spec
+    monkeypatch.setattr(
+        inspect_routes.importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "sklearn" else find(name, *more),
+    )
+    argv = given("i2t", tmp_path / "out", "--count", 1)
+    assert run_here(monkeypatch, inspect_routes.main, argv) == 2
+    assert "a package is missing: pip install scikit-learn (or --clusters 0)" in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+    assert run_here(monkeypatch, inspect_routes.main, [*argv, "--clusters", 0]) == 0
+    assert table(tmp_path / "out/routes.csv")[0][-1] == "3 CMRC>score"
+    assert drawn.keys() == {"space.png", "different.png"}
+
+
+def narrow_boxes(data: Path) -> None:
+    np.save(data / "test_boxes.npy", np.zeros((IMAGES, 36, 3), np.float32))
+
+
+def seven_regions(data: Path) -> None:
+    features = np.load(data / "test_ims.npy")
+    np.save(data / "test_ims.npy", features[:, :7])
+
+
+def no_picture(data: Path) -> None:
+    (data.parent.parent / "pictures/2.png").unlink()
+
+
+FAULTS: dict[str, tuple[list[object], str, Callable[[Path], None] | None]] = {
+    "pair": (["--pair", 2, 999], "--pair 2 999: ", None),
+    "one number": (["--pair", 2], "--pair: expected an image and a caption", None),
+    "clusters": (["--clusters", 9], "--clusters 9: expected 0 to 8", None),
+    "count": (["--count", 0], "--count 0: expected 1 or more", None),
+    "boxes": (["--pair", 2, 11], "shape (12, 36, 3); expected (12, 36, 4)", narrow_boxes),
+    "picture": (["--pair", 2, 11], "2.png: not found; expected a picture", no_picture),
+    "grid": (["--pair", 2, 11, "--grid"], "test_ims.npy has 7 regions an image", seven_regions),
+    "ids": ([], "test_ids.txt: not found", lambda data: (data / "test_ids.txt").unlink()),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_done_is_one_line(
     fault: str,
-    tiny: Path,
-    run_train: Callable[..., int],
+    data: Path,
+    tmp_path: Path,
+    drawn: dict,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
-    more, said = FAULTS[fault]
-    argv = ["--model_path", tiny / "runs/i2t/model_best.pth.tar", "--out", tiny / "out", *more]
+    more, said, spoil = FAULTS[fault]
+    if spoil:
+        spoil(data)
+    more = ["--images", tmp_path / "pictures", "--count", 1, *more]
+    argv = given("t2i", tmp_path / "out", *more, data=data)
     assert run_here(monkeypatch, inspect_routes.main, argv) == 2
     assert said in last_line(capsys)
 
 
-def test_a_missing_package_is_named_before_the_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(inspect_routes.importlib.util, "find_spec", lambda name: None)
-    argv = ["--model_path", "nowhere", "--out", tmp_path / "out"]
+    (tmp_path / "file").write_text("")
+    argv = given("t2i", tmp_path / "file")
     assert run_here(monkeypatch, inspect_routes.main, argv) == 2
-    assert "pip install scikit-learn" in last_line(capsys)
-    assert not (tmp_path / "out").exists()
+    assert "file: File exists; expected a folder to write to" in last_line(capsys)
