@@ -145,6 +145,27 @@ def test_one_region_an_image(tiny: Path, run_train: Callable[..., int]) -> None:
         assert state(tiny / "runs/i2t" / NEWEST)["step"] == steps
 
 
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_regions_of_zeros_train(direction: str, tiny: Path, run_train: Callable[..., int]) -> None:
+    """They have a gradient of 1e12 and more in the first step, which is clipped."""
+    path = tiny / "data/tiny/train_ims.npy"
+    features = np.load(path)
+    features[:, 0] = 0
+    np.save(path, features)
+    argv = tiny_train(tiny, "--max_steps", "2", "--log_step", "1", "--direction", direction)
+    assert run_train(*argv) == 0
+    first, second = (e["grad_norm"] for e in events(tiny / "runs" / direction) if "Le" in e)
+    assert first > 1e10 and second < 1e6
+
+
+def test_squares_of_gradients_may_leave_float32() -> None:
+    weights = [torch.zeros(3, requires_grad=True) for _ in range(3)]
+    for weight, value in zip(weights, (3e20, 4e20), strict=False):  # the last one has no gradient
+        weight.grad = torch.tensor([value, 0, 0])
+    length = trainer.gradient_length(weights)
+    assert length.dtype == torch.float32 and length.item() == pytest.approx(5e20)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(
     tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
