@@ -132,6 +132,9 @@ def test_there_and_back_gives_the_same_bits(
         {k: v for k, v in before.items() if k != "opt"}, {k: after[k] for k in before if k != "opt"}
     )
     assert back.read_bytes()[:2] != b"PK"  # PyTorch 1.0 reads no zip files
+    arrays = [value for part in after["model"] for value in part.values()]
+    assert len({value.untyped_storage().data_ptr() for value in arrays}) == len(arrays)
+    assert all(value.is_contiguous() for value in arrays)
 
 
 def test_a_checkpoint_of_ones_own_training_goes_there_and_back(
