@@ -108,7 +108,7 @@ def test_a_folder_is_not_written_over(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here(monkeypatch, check_bert.main, [folder, "--write", folder]) == 2
-    assert "is there already; expected a new folder" in capsys.readouterr().err
+    assert f"--write {folder}: is no new or empty folder" in capsys.readouterr().err
 
 
 def test_what_cannot_be_loaded_ends_with_a_line(
