@@ -23,11 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import (
+from bert import (
     CONFIGURATIONS,
     WEIGHTS,
     Bert,
-    Weights,
     assembled_bert,
     bert_parameters,
     read_bert,
@@ -35,6 +34,7 @@ from checkpoint import (
 )
 from files import check_new_folder, check_writable, write_json
 from options import parse, run, say, some
+from weights import Weights
 
 FAULTY = 1  # exit status
 CASED = 0.01  # share of entries with a capital letter: no uncased vocabulary has any

@@ -28,24 +28,21 @@ from typing import Annotated, Literal
 
 import torch
 
+from bert import Bert, load_bert, normal_name, write_bert
 from checkpoint import (
     FORMAT,
-    Bert,
     Checkpoint,
-    Weights,
     bert_of,
     build_model,
     json_beside,
-    load_bert,
-    normal_name,
     read_checkpoint,
-    write_bert,
     write_checkpoint,
 )
 from files import check_new_folder, check_writable, write_json, write_old_torch, write_safetensors
 from model import DIME, ModelConfig
 from options import parse, require, run, short, some
 from published import NEVER_USED, PARTS, their_names
+from weights import Weights
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDEN, run_here
 from safetensors.torch import load_file
 
-from checkpoint import Bert, load_bert
+from bert import Bert, load_bert
 from scripts import check_bert
 from vocab import Vocabulary
 

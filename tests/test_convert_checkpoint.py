@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import GOLDEN, Case, run_here, same, tiny_train
 
-from checkpoint import json_beside, load_bert, load_model, read_checkpoint, write_checkpoint
+from bert import load_bert
+from checkpoint import json_beside, load_model, read_checkpoint, write_checkpoint
 from files import read_torch, write_torch
 from model import DIME, ModelConfig
 from scoring import score_split
