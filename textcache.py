@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import Bert
+from bert import Bert
 from files import beside, naming, size_of, write_blocks
 from model import TextEncoder
 from options import progress, require

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import check_positions, load_bert
+from bert import load_bert
+from checkpoint import check_positions
 from data import Split, TrainingBatches
 from model import DIME
 from options import parse, pick_device, require, run

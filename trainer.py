@@ -21,15 +21,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runlog
-from checkpoint import (
-    BERT_KEYS,
-    Bert,
-    Checkpoint,
-    check_same_bert,
-    load_strictly,
-    read_checkpoint,
-    write_checkpoint,
-)
+from bert import Bert
+from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
 from data import CAPTIONS_PER_IMAGE, Batch, Split, TrainingBatches
 from evaluation import owners, retrieval
 from memory import no_memory, out_of_memory
@@ -38,6 +31,7 @@ from options import InputError, Signals, Stopped, require, warn_of_slow
 from runfolder import BEST, NEWEST, PREVIOUS, Place
 from scoring import BadScores, score_split
 from trainconfig import FREE, TrainConfig
+from weights import load_strictly
 
 log = logging.getLogger(__name__)
 

@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import (
+from bert import (
     CONFIGURATIONS,
     WEIGHTS,
     Bert,
-    Weights,
     assembled_bert,
     bert_parameters,
     read_bert,
@@ -43,6 +42,7 @@ from checkpoint import (
 from files import check_new_folder, check_writable, write_json
 from options import parse, require, run, say, some
 from scripts.probes import PAIRS, SENSES
+from weights import Weights
 
 FAULTY = 1  # exit status
 NO_GRADIENT = "attention.self.key.bias"  # moves all of a softmax alike, so may stay 0

@@ -330,7 +330,7 @@ def needs(splits: list[Found], bert_path: str | None, max_words: int) -> list[di
     base, hidden = PROGRAM, BASE_HIDDEN
     if bert_path is not None:
         # asked for here, since it brings transformers, which take 200 MB
-        from checkpoint import bert_config, bert_parameters
+        from bert import bert_config, bert_parameters
 
         config = bert_config(bert_path)
         base, hidden = base + FLOAT * bert_parameters(config), config.hidden_size

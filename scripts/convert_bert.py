@@ -22,10 +22,11 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import torch
 
-from checkpoint import Weights, assembled_bert, load_bert, write_bert
+from bert import assembled_bert, load_bert, write_bert
 from files import check_new_folder, size_of
 from memory import out_of_memory
 from options import InputError, parse, progress, require, run, some
+from weights import Weights
 
 log = logging.getLogger(__name__)
 

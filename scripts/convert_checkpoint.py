@@ -12,7 +12,9 @@ evaluate_models.py reads all three, and scores stay what they were.
 A published checkpoint brings its BERT; --bert_out writes it as a folder of its own, which is needed
 where the folder of --bert_path holds other weights. What a published checkpoint holds and never
 uses is kept in an own one, so that the way back gives the same file content; elsewhere it is
-zeros. The optimiser's state is not carried over: training cannot go on from a converted checkpoint.
+zeros. The published code has no ablations (--routing, --num_layer_routing, --cells), so such a
+checkpoint is refused. The optimiser's state is not carried over: training cannot go on from a
+converted checkpoint.
 """
 
 import argparse
@@ -26,27 +28,25 @@ from typing import Annotated, Literal
 
 import torch
 
+from bert import Bert, load_bert, normal_name, write_bert
 from checkpoint import (
     FORMAT,
-    Bert,
     Checkpoint,
-    Weights,
     bert_of,
     build_model,
     json_beside,
-    load_bert,
-    normal_name,
     read_checkpoint,
-    write_bert,
     write_checkpoint,
 )
 from files import check_new_folder, check_writable, write_json, write_old_torch, write_safetensors
-from model import DIME
+from model import DIME, ModelConfig
 from options import parse, require, run, short, some
 from published import NEVER_USED, PARTS, their_names
+from weights import Weights
 
 log = logging.getLogger(__name__)
 
+ABLATIONS = ("routing", "num_layer_routing", "cells")  # which the published code has not
 COUNTS = ("epoch", "step", "best_rsum", "best_r1")  # of what a checkpoint knows of its run
 
 
@@ -64,6 +64,8 @@ def main() -> None:
     out, folder = Path(options.out), Path(options.bert_out or "")
     check_outputs(options)
     checkpoint = read_checkpoint(options.checkpoint)
+    if options.to == "published":
+        _check_no_ablation(checkpoint)
     bert = bert_of(checkpoint, options.bert_path)
     model = build_model(checkpoint, bert)  # nothing is written unless everything fits
     if options.bert_out:
@@ -91,6 +93,16 @@ def check_outputs(options: Options) -> None:
         check_writable(path)
     if options.bert_out:
         check_new_folder("--bert_out", Path(options.bert_out))
+
+
+def _check_no_ablation(checkpoint: Checkpoint) -> None:
+    """Raise InputError where the published code would take a model for another one."""
+    for name in ABLATIONS:
+        found, only = getattr(checkpoint.config, name), getattr(ModelConfig, name)
+        require(
+            found == only,
+            f"{checkpoint.path}: --{name} {found}: the published code knows {only} alone",
+        )
 
 
 def _check_bert_is_elsewhere(bert: Bert) -> None:

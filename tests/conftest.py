@@ -19,7 +19,8 @@ import evaluate_models
 import options
 import runlog
 import train
-from checkpoint import Bert, Checkpoint, bert_of, build_model, read_checkpoint
+from bert import Bert
+from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
 from data import Split
 from files import write_json
 from model import DIME

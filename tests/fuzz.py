@@ -36,7 +36,8 @@ from safetensors.torch import save_file
 
 import options
 import runlog
-from checkpoint import Bert, build_model, json_beside, load_bert, load_model, read_checkpoint
+from bert import Bert, load_bert
+from checkpoint import build_model, json_beside, load_model, read_checkpoint
 from data import Split, TrainingBatches
 from files import write_torch
 from model import DIME

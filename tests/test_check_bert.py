@@ -15,10 +15,11 @@ from conftest import GOLDEN, run_here
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from checkpoint import Bert, filled, load_bert
+from bert import Bert, load_bert
 from scripts import check_bert
 from scripts.probes import PAIRS, SENSES
 from vocab import Vocabulary
+from weights import filled
 
 LIGHT = """a an the is in on of at was to with and over under above across through along beside it
 that from"""
@@ -114,7 +115,7 @@ def test_a_folder_is_not_written_over(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here(monkeypatch, check_bert.main, [folder, "--write", folder]) == 2
-    assert "is no new or empty folder" in capsys.readouterr().err
+    assert f"--write {folder}: is no new or empty folder" in capsys.readouterr().err
 
 
 def test_what_cannot_be_loaded_ends_with_a_line(

@@ -1,4 +1,4 @@
-"""checkpoint.py: BERT folders, own and published checkpoints, and what is refused."""
+"""checkpoint.py and bert.py: own and published checkpoints, BERT folders, what is refused."""
 
 import argparse
 import io
@@ -18,15 +18,8 @@ import torch
 from conftest import CASES, GOLDEN, Case
 from safetensors.torch import save_file
 
-from checkpoint import (
-    Bert,
-    bert_of,
-    build_model,
-    load_bert,
-    load_model,
-    read_checkpoint,
-    write_checkpoint,
-)
+from bert import Bert, load_bert
+from checkpoint import bert_of, build_model, load_model, read_checkpoint, write_checkpoint
 from model import DIME, ModelConfig
 from options import InputError
 from scoring import score_split

@@ -9,11 +9,16 @@ import pytest
 import torch
 from conftest import GOLDEN, Case, run_here, same, tiny_train
 
-import evaluate_models
-from checkpoint import json_beside, load_bert, read_checkpoint
+from bert import load_bert
+from checkpoint import json_beside, load_model, read_checkpoint, write_checkpoint
 from files import read_torch, write_torch
+from model import DIME, ModelConfig
+from scoring import score_split
 from scripts import convert_checkpoint
+from vocab import Vocabulary
 
+CASE = Case(GOLDEN / "i2t")
+BERT = ("--bert_path", CASE.bert_path)
 SUFFIX = {"own": ".pth.tar", "published": ".pth.tar", "safetensors": ".safetensors"}
 TOLERANCE = 1e-6  # of a score
 PUBLISHED = 1e-5  # of a score to the one that the published model gave
@@ -28,24 +33,26 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     )
 
 
-def scores(path: Path, case: Case, folder: Path, bert: Path | None = None) -> np.ndarray:
-    """Scores of the test split, as evaluate_models.py writes them."""
-    where = (case.data_path, "f30k_precomp", bert or case.bert_path)
-    evaluate_models.evaluate(path, *where, save_scores=folder / "s.npy", workers=0)
-    return np.load(folder / "s.npy")
+def scores(path: Path, case: Case, bert: Path | None = None) -> np.ndarray:
+    """Scores of the test split."""
+    model = load_model(path, bert or case.bert_path)
+    words, cpu = model.config.max_words, torch.device("cpu")
+    vocabulary = Vocabulary.load(case.bert_path)
+    return score_split(model, case.split(), vocabulary, words, device=cpu, workers=0)
 
 
 def content_of(path: Path) -> dict:
     return torch.load(path, weights_only=False)  # a golden file, or one just made from it
 
 
+@pytest.mark.parametrize("name", ["i2t", "t2i"])
 def test_scores_stay_in_every_form_and_on_every_way_back(
-    case: Case, tmp_path: Path, convert: Callable[..., int]
+    name: str, tmp_path: Path, convert: Callable[..., int]
 ) -> None:
-    expected = case.expected("eval")["sims"]
-    bert = ("--bert_path", case.bert_path)
+    case = Case(GOLDEN / name)
     made = {"published": case.model_path}
-    before = scores(case.model_path, case, tmp_path)
+    before = scores(case.model_path, case)
+    np.testing.assert_allclose(before, case.expected("eval")["sims"], rtol=0, atol=PUBLISHED)
     for to, source in (
         ("own", "published"),
         ("safetensors", "published"),
@@ -55,13 +62,63 @@ def test_scores_stay_in_every_form_and_on_every_way_back(
         ("safetensors", "own"),
     ):
         out = tmp_path / f"{source}_{to}{SUFFIX[to]}"
-        assert convert(made[source], out, to, *bert) == 0
+        assert convert(made[source], out, to, "--bert_path", case.bert_path) == 0
         made.setdefault(to, out)
         if to == "published":
             assert content_of(out)["epoch"] == content_of(case.model_path)["epoch"]
-        found = scores(out, case, tmp_path)
-        np.testing.assert_allclose(found, before, rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=PUBLISHED)
+        np.testing.assert_allclose(scores(out, case), before, rtol=0, atol=TOLERANCE)
+
+
+def test_evaluate_models_gives_every_form_the_same_figures(
+    tmp_path: Path, convert: Callable[..., int], run_evaluate: Callable[..., int]
+) -> None:
+    paths = {to: tmp_path / f"x_{to}{suffix}" for to, suffix in SUFFIX.items()}
+    found = {}
+    for to, path in {"before": CASE.model_path, **paths}.items():
+        assert to == "before" or convert(CASE.model_path, path, to, *BERT) == 0
+        where = ("--data_path", CASE.data_path, *BERT, "--workers", "0")
+        kept = ("--json", tmp_path / f"{to}.json", "--save_scores", tmp_path / f"{to}.npy")
+        assert run_evaluate("--model_path", path, *where, *kept) == 0
+        found[to] = json.loads((tmp_path / f"{to}.json").read_text())["metrics"]
+    for to in paths:
+        assert found[to] == found["before"]
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{to}.npy"),
+            np.load(tmp_path / "before.npy"),
+            rtol=0,
+            atol=TOLERANCE,
+        )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "default"),
+    [
+        ("routing", "uniform", "soft"),
+        ("routing", "hard", "soft"),
+        ("num_layer_routing", 2, "3"),
+        ("cells", "GLGC,CMRC", "RIC,GLGC,IMRC,CMRC"),
+    ],
+)
+def test_ablations_cannot_be_published(
+    option: str,
+    value: str | int,
+    default: str,
+    tmp_path: Path,
+    convert: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bert = load_bert(CASE.bert_path)
+    options = {"embed_size": 8, "img_dim": 5, "hid_IMRC": 6, "hid_router": 4, "num_head_IMRC": 2}
+    options |= {"max_words": 12, option: value}
+    model = DIME(ModelConfig(**options), bert.model)
+    own, out, arrays = tmp_path / "own.pth.tar", tmp_path / "x.pth.tar", tmp_path / "x.safetensors"
+    write_checkpoint(own, model, options, bert)
+    assert convert(own, out, "published", *BERT, "--bert_out", tmp_path / "bert") == 2
+    expected = f"{own}: --{option} {value}: the published code knows {default} alone"
+    assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [own]
+    assert convert(own, arrays, "safetensors", *BERT) == 0
+    assert getattr(load_model(arrays, CASE.bert_path).config, option) == value
 
 
 def test_there_and_back_gives_the_same_bits(
@@ -76,10 +133,9 @@ def test_there_and_back_gives_the_same_bits(
         {k: v for k, v in before.items() if k != "opt"}, {k: after[k] for k in before if k != "opt"}
     )
     assert back.read_bytes()[:2] != b"PK"  # PyTorch 1.0 reads no zip files
-
-
-CASE = Case(GOLDEN / "i2t")
-BERT = ("--bert_path", CASE.bert_path)
+    arrays = [value for part in after["model"] for value in part.values()]
+    assert len({value.untyped_storage().data_ptr() for value in arrays}) == len(arrays)
+    assert all(value.is_contiguous() for value in arrays)
 
 
 def test_a_checkpoint_of_ones_own_training_goes_there_and_back(
@@ -127,8 +183,8 @@ def test_a_bert_that_would_be_lost(
     assert not out.exists()
     assert convert(tmp_path / "x.pth.tar", out, "own", *BERT, "--bert_out", folder) == 0
     assert load_bert(folder).fingerprint == read_checkpoint(out).bert_fingerprint
-    expected = scores(tmp_path / "x.pth.tar", CASE, tmp_path)
-    found = scores(out, CASE, tmp_path, folder)
+    expected = scores(tmp_path / "x.pth.tar", CASE)
+    found = scores(out, CASE, folder)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 

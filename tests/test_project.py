@@ -41,7 +41,7 @@ def test_the_layout_is_there() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    """options below all; router, cells, model, checkpoint; the two programs on top."""
+    """options below all; router, cells, model, bert, checkpoint; the two programs on top."""
     order = [
         "memory",
         "options",
@@ -55,7 +55,17 @@ def test_imports_point_one_way() -> None:
         "cells",
         "space",
     ]
-    order += ["model", "published", "checkpoint", "evaluation", "scoring", "runlog", "runfolder"]
+    order += [
+        "model",
+        "published",
+        "weights",
+        "bert",
+        "checkpoint",
+        "evaluation",
+        "scoring",
+        "runlog",
+        "runfolder",
+    ]
     order += [
         "mscoco",
         "textcache",

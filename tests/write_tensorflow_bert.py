@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).parent / "tensorflow_bert"
-CHECKPOINT = FOLDER / "bert_model.ckpt"
 SEED = 3
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a man woman dog runs jump ##ing ##s on the red ball . ,"
 # Sizes all differ, so that a matrix that is not transposed fits nowhere.
@@ -65,21 +64,22 @@ def norm(name: str) -> dict[str, tuple[int, ...]]:
     return {f"{name}/LayerNorm/gamma": (width,), f"{name}/LayerNorm/beta": (width,)}
 
 
-def main() -> None:
+def write(folder: Path) -> None:
     import tensorflow as tf
 
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "vocab.txt").write_text("\n".join(WORDS.split()) + "\n")
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(WORDS.split()) + "\n")
     config = {"hidden_act": "gelu", "initializer_range": 0.02, "hidden_dropout_prob": 0.1}
     config |= {"attention_probs_dropout_prob": 0.1} | SIZES
-    (FOLDER / "bert_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "bert_config.json").write_text(json.dumps(config, indent=1) + "\n")
     names, values = zip(*sorted(arrays().items()), strict=True)
     everything = [""] * len(names)
     tensors = [tf.constant(value) for value in values]
+    prefix = str(folder / "bert_model.ckpt")
     tf.raw_ops.SaveV2(
-        prefix=str(CHECKPOINT), tensor_names=names, shape_and_slices=everything, tensors=tensors
+        prefix=prefix, tensor_names=names, shape_and_slices=everything, tensors=tensors
     )
 
 
 if __name__ == "__main__":
-    main()
+    write(FOLDER)

@@ -1,0 +1,198 @@
+"""bert.py — a folder with BERT (SPEC §1): read, checked, written, known by a fingerprint.
+
+Nothing that a file holds is executed, and nothing is downloaded. Knows nothing of DIME.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from files import (
+    naming,
+    read_json,
+    read_safetensors,
+    read_torch,
+    size_of,
+    write_json,
+    write_lines,
+    write_safetensors,
+)
+from options import InputError, require, short
+from vocab import Vocabulary
+from weights import Weights, check_named, filled
+
+# What a BERT of 2018 is made of; nothing else of its configuration changes what it computes.
+BERT_SIZES = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+CONFIGURATIONS = ("bert_config.json", "config.json")  # files of a BERT folder, the first is read
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+MOST_LAYERS = 100  # of BERT; the largest published one has 24
+
+
+@dataclass(frozen=True)
+class Bert:
+    """A frozen BERT with its vocabulary."""
+
+    model: BertModel
+    vocabulary: Vocabulary
+    fingerprint: str  # SHA-256 of weights and vocabulary, whatever the files were
+
+
+def load_bert(folder: str | Path) -> Bert:
+    """BERT from a local folder; nothing is downloaded.
+
+    Raises InputError that names the file, and the key that is missing or too many.
+    """
+    return assembled_bert(Path(folder), *read_bert(folder))
+
+
+def read_bert(folder: str | Path) -> tuple[Weights, Path]:
+    """The weights of a BERT folder as they are stored, and their file. Raises InputError."""
+    folder = Path(folder)
+    require(os.path.isdir(folder), f"{folder}: no such folder; --bert_path must name a BERT folder")
+    source = _one_of(folder, *WEIGHTS)
+    return _read_weights(source), source
+
+
+def assembled_bert(folder: Path, weights: Weights, source: Path) -> Bert:
+    """BERT of a folder's vocabulary and configuration with the weights of a file `source`.
+
+    Raises InputError like `load_bert`.
+    """
+    vocabulary = Vocabulary.load(folder)
+    config = bert_config(folder)
+    weights = normalised_bert(weights, source)
+    entries = len(vocabulary.entries)
+    words = list(weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape)
+    require(
+        [entries] == words[:1] == [config.vocab_size],
+        f"{vocabulary.path}: {entries} entries, but word embeddings {words} in {source} "
+        f"and vocab_size {config.vocab_size} in its configuration; expected one number",
+    )
+    layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
+    claimed = config.num_hidden_layers
+    require(claimed == layers, f"{source}: holds {layers} layers, its configuration says {claimed}")
+    model = filled(lambda: _bert_model(config), weights, source)
+    return Bert(model, vocabulary, fingerprint(weights, vocabulary))
+
+
+def bert_config(folder: str | Path) -> BertConfig:
+    """The configuration in a BERT folder. Raises InputError where it is none of such a BERT."""
+    sizes = _bert_sizes(_one_of(Path(folder), *CONFIGURATIONS))
+    return BertConfig(**sizes, hidden_act="gelu")
+
+
+def bert_parameters(config: BertConfig) -> int:
+    """Numbers that a BERT of that configuration has, without the pooler, which is not used."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in _bert_model(config).parameters())
+
+
+def _bert_model(config: BertConfig) -> BertModel:
+    return BertModel(config, add_pooling_layer=False)
+
+
+def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
+    """Weights under one set of names: no prefix, LayerNorm.weight and .bias, nothing unused."""
+    normal: Weights = {}
+    for key, value in weights.items():
+        name = normal_name(key)
+        if name is None:
+            continue
+        require(name not in normal, f"{source}: holds {name} twice, under two names")
+        require(value.is_floating_point(), f"{source}: {key} is {value.dtype}; expected floats")
+        normal[name] = value
+    # weights that share their numbers in the file would have their own in float32
+    held = sum(value.numel() * value.element_size() for value in normal.values())
+    size = size_of(source, "the weights of BERT")
+    require(held <= size, f"{source}: {held} bytes of weights in a file of {size} bytes")
+    return {name: value.float() for name, value in normal.items()}
+
+
+def normal_name(key: str) -> str | None:
+    """The one name of a weight of BERT; None for what is not used."""
+    name = key.removeprefix("bert.")
+    if name.startswith(("cls.", "pooler.")) or name.endswith("position_ids"):
+        return None
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+
+
+def write_bert(folder: Path, bert: Bert) -> None:
+    """Write config.json, vocab.txt and model.safetensors into a folder, which is made.
+
+    The weights come last, so that a folder that is not whole is no BERT folder. Raises InputError
+    where that cannot be done.
+    """
+    with naming(folder, "a folder to write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+    sizes = {name: getattr(bert.model.config, name) for name in BERT_SIZES}
+    kind = {"model_type": "bert", "architectures": ["BertModel"]}
+    write_json(folder / "config.json", kind | FIXED | sizes)
+    write_lines(folder / "vocab.txt", bert.vocabulary.entries)
+    write_safetensors(folder / "model.safetensors", bert.model.state_dict())
+
+
+def fingerprint(bert: Weights, vocabulary: Vocabulary) -> str:
+    """SHA-256 over sorted names, shapes and float32 bytes, and the vocabulary's entries."""
+    digest = hashlib.sha256()
+    for name in sorted(bert):
+        digest.update(f"{name} {list(bert[name].shape)}\n".encode())
+        digest.update(bert[name].contiguous().numpy().data)
+    digest.update("\n".join(vocabulary.entries).encode())
+    return digest.hexdigest()
+
+
+def _one_of(folder: Path, *names: str) -> Path:
+    for name in names:
+        if os.path.isfile(folder / name):
+            return folder / name
+    raise InputError(f"{folder}: holds no {' and no '.join(names)}; a BERT folder needs one")
+
+
+def _bert_sizes(path: Path) -> dict[str, Any]:
+    config = read_json(path, "the configuration of BERT")
+    kind = config.get("model_type", "bert")
+    require(kind == "bert", f"{path}: model_type is {short(kind)}; expected 'bert'")
+    for name, expected in FIXED.items():
+        found = config.get(name, expected)
+        require(found == expected, f"{path}: {name} is {short(found)}; expected {expected!r}")
+    sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
+    for name, value in sizes.items():
+        fits = type(value) is int and 0 < value < 2**24
+        if name.endswith("_prob"):
+            fits = type(value) in (int, float) and 0 <= value < 1
+        require(fits, f"{path}: {name} is {short(value)}; expected a size or a probability")
+    layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
+    require(layers <= MOST_LAYERS, f"{path}: {layers} layers; expected {MOST_LAYERS} at most")
+    require(
+        sizes["hidden_size"] % heads == 0,
+        f"{path}: hidden_size {sizes['hidden_size']} is no multiple of {heads} attention heads",
+    )
+    return sizes
+
+
+def _read_weights(path: Path) -> Weights:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    weights = read_torch(path)
+    check_named(weights, path)
+    return weights
