@@ -140,7 +140,7 @@ class Split:
     def regions(self, rows: np.ndarray) -> Tensor:
         """Features of `rows`, `[rows, L, img_dim]` float32. Raises InputError on NaN or inf."""
         features = read_rows(self._features, rows)
-        refuse(number_faults(self.path, rows[~finite_rows(features)]))
+        refuse(number_faults(self.path, np.unique(rows[~finite_rows(features)])))
         return torch.from_numpy(features)
 
 

@@ -30,7 +30,9 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = ("i2t", "t2i", "i2t_no_extra", "i2t_variant", "t2i_variant", "thresholds")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub for anything
-torch.set_num_threads(2)
+# Two tests run side by side on two cores; threads that wait for each other would take most of both.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of programs that tests start
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def test_chance() -> None:
 def demo(out: Path, **settings: object) -> subprocess.CompletedProcess[str]:
     """The demonstration on a few scenes, with nothing installed."""
     sizes = {name.upper(): count for name, count in SCENES.items()} | {"STEPS": 2, "BATCH": 4}
-    more = {"OUT": out, "LEAST": 0, "DEMO_PYTHON": sys.executable, "OMP_NUM_THREADS": 1}
+    more = {"OUT": out, "LEAST": 0, "DEMO_PYTHON": sys.executable}
     given = os.environ | {k: str(v) for k, v in (sizes | more | settings).items()}
     command = ["bash", ROOT / "scripts/demo.sh"]
     return subprocess.run(command, env=given, capture_output=True, text=True)

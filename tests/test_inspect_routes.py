@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -28,15 +28,6 @@ from scripts.routes import Clusters, Pairs, clustered, entropies, most_different
 
 CELLS = ["RIC", "GLGC", "IMRC", "CMRC"]
 IMAGES = 12  # of the golden test splits
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other take longer over small arrays than one alone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["i2t", "t2i"])
