@@ -29,7 +29,7 @@ except ImportError as error:
 SIDE = 260  # pixels, what EfficientNet-Lite2 takes
 FINE = 3  # drawn so many times larger, so that edges are smooth
 CELLS, CELL = 3, SIDE // 3  # a shape has one of 3 x 3 cells for itself
-JITTER = 10  # pixels that a shape may lie off its cell's middle
+JITTER = 7  # pixels that a shape may lie off its cell's middle
 SIZES = {"big": 36, "small": 20}  # pixels from a shape's middle to its rim
 COLOURS = {
     "red": (214, 30, 36),

@@ -63,7 +63,7 @@ def test_scores_of_the_whole_split(case: Case) -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """As many as the bounds were found with: one rounds otherwise, and a gate near 0 magnifies it."""
+    """As many as the bounds were found with; rounding differs, and a gate near 0 magnifies it."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
