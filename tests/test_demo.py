@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import pytest
 from conftest import ROOT, run_here
 from PIL import Image
 
+from options import parse
 from scripts import demo_table, draw_scenes, plot_run, show_retrievals
+from scripts.experiments import REGISTRY, Registry
+from trainconfig import TrainConfig
 
 SCENES = {"train": 12, "dev": 3, "test": 8}
 
@@ -182,6 +186,18 @@ def demo(out: Path, **settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=given, capture_output=True, text=True)
 
 
+def check_that_the_registry_has_the_same(out: Path) -> None:
+    """All options of its trainings but those that the test gave, and the folders."""
+    registry = Registry(REGISTRY)
+    own = {"data_path", "bert_path", "logger_name", "batch_size", "max_steps", "val_step"}
+    for direction in ("i2t", "t2i"):
+        command = registry.train(registry.run(f"demo_{direction}"), 0, {})
+        wanted = asdict(parse(TrainConfig, command[1:], ""))
+        options = json.loads((out / direction / "run.json").read_text())["options"]
+        other = {name for name in wanted if name not in own and wanted[name] != options[name]}
+        assert not other - {"img_dim"}  # read from the data
+
+
 @pytest.mark.slow  # a dozen programs, each of which imports torch
 def test_a_short_demonstration(tmp_path: Path) -> None:
     """All of demo.sh but its installation; stopped, gone on with, and refused."""
@@ -195,6 +211,7 @@ def test_a_short_demonstration(tmp_path: Path) -> None:
         assert (out / name).stat().st_size > 0
     found = json.loads((out / "demo.json").read_text())
     assert found["images"] == 8 and found["rows"].keys() == {"chance", "i2t", "t2i", "ensemble"}
+    check_that_the_registry_has_the_same(out)
     third = demo(out, LEAST=601)
     assert third.returncode == 2 and "expected 601 or more" in third.stderr
     assert "train i2t: regions see words: is there" in third.stdout
