@@ -214,9 +214,7 @@ class Trainer:
         warn_of_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
         space, itemsize = self.model.space, 2 if config.precision == "bf16" else 4
-        # on a processor by wish only: measured, compiled steps take more time and more memory
-        choice = config.compile if self.device.type == "cuda" else bool(config.compile)
-        space.compile_where_it_pays(choice, steps * pairs * STEP_IN_SCORES)
+        space.compile_where_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
         space.keep_within(config.memory * 1e9 or None, pairs, tokens, itemsize)
 
     def _epoch(self) -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import space
 from model import DIME
-from space import KEPT, has_compiler
+from space import KEPT, gains_by_compiling
 
 CPU = torch.device("cpu")
 ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are rounding alone
@@ -215,7 +215,7 @@ def test_compiled_where_it_pays(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     done: list[Callable] = []
-    monkeypatch.setattr(space, "has_compiler", lambda device: compiler)
+    monkeypatch.setattr(space, "gains_by_compiling", lambda device: compiler)
     room = small_model("i2t").space
     monkeypatch.setattr(room, "compile_routes", lambda: done.append(room))
     with caplog.at_level(logging.INFO):
@@ -223,8 +223,8 @@ def test_compiled_where_it_pays(
     assert bool(done) == compiled == ("compiling the routing" in caplog.text)
 
 
-def test_a_compiler_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not has_compiler(CPU)
-    monkeypatch.setenv("CXX", "sh")
-    assert has_compiler(CPU)
+def test_a_processor_compiles_by_wish_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for spec, pays in ((None, False), ("triton", True)):
+        monkeypatch.setattr(space.importlib.util, "find_spec", lambda name, spec=spec: spec)
+        assert gains_by_compiling(gpu) == pays and not gains_by_compiling(CPU)
