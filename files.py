@@ -374,7 +374,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file. Raises InputError where that cannot be done."""
-    _write_bytes(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
@@ -382,7 +382,8 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def _write_bytes(path: Path, data: bytes | memoryview) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file, whole or not at all. Raises InputError where that cannot be done."""
     with whole_file(path, len(data)) as file:
         file.write(data)
 
@@ -396,7 +397,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a .npz file of arrays by name. Raises InputError where that cannot be done."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    _write_bytes(path, buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def write_blocks(
@@ -434,13 +435,13 @@ def write_old_torch(path: Path, content: Any) -> None:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
-    _write_bytes(path, buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> str:
     """Write arrays by name; the SHA-256 of the file. Raises InputError where it cannot be done."""
     data = safetensors_bytes({k: v.contiguous() for k, v in arrays.items()}, {"format": "pt"})
-    _write_bytes(path, data)
+    write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 
 

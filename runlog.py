@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import Retrieval
-from files import naming, read_json, size_of, whole_file, write_json
+from files import naming, read_json, size_of, write_bytes, write_json
 from memory import peak_memory
 from options import InputError
 
@@ -200,8 +200,7 @@ def cut(path: Path, kept: Callable[[bytes], bool]) -> None:
     with naming(path, "the log of an earlier session"):
         lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line feed is nothing whole
     data = b"".join(line + b"\n" for line in lines if kept(line))
-    with whole_file(path, len(data)) as file:
-        file.write(data)
+    write_bytes(path, data)
 
 
 def reached(line: bytes, step: int, validated: bool) -> bool:

@@ -36,6 +36,7 @@ from bert import (
     Bert,
     assembled_bert,
     bert_parameters,
+    normal_name,
     read_bert,
     write_bert,
 )
@@ -71,7 +72,7 @@ def key_style(weights: Weights) -> str:
     parts = ["prefix 'bert.'" if bare else "no prefix"]
     old = any(re.search(r"LayerNorm\.(gamma|beta)$", name) for name in names)
     parts.append(f"LayerNorm.{'gamma, beta' if old else 'weight, bias'}")
-    unused = [n for n in names if re.search(r"^(bert\.)?(cls|pooler)\.|position_ids$", n)]
+    unused = [name for name in names if normal_name(name) is None]
     if unused:
         parts.append(f"{len(unused)} unused ({some(unused)})")
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from files import naming, whole_file, write_json
+from files import naming, write_bytes, write_json
 from options import InputError, check_range, parse, progress, require, run
 
 try:
@@ -213,8 +213,7 @@ def write_picture(path: Path, picture: "Image.Image") -> None:
     """Write a PNG file, whole or not at all."""
     data = io.BytesIO()
     picture.save(data, "PNG")
-    with whole_file(path, data.tell()) as file:
-        file.write(data.getvalue())
+    write_bytes(path, data.getbuffer())
 
 
 def scenes(count: int, rng: np.random.Generator) -> Iterator[tuple[Scene, list[str]]]:

@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from files import check_writable, read_text, whole_file
+from files import check_writable, read_text, write_bytes
 from options import parse, require, run, short
 from runlog import METRICS
 
@@ -89,8 +89,7 @@ def write_figure(picture: Figure, path: Path) -> None:
     data = io.BytesIO()
     kind = path.suffix[1:]
     picture.savefig(data, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
-    with whole_file(path, data.tell()) as file:
-        file.write(data.getvalue())
+    write_bytes(path, data.getbuffer())
 
 
 def main() -> None:

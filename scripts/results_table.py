@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from files import read_text, whole_file
+from files import read_text, write_text
 from options import parse, run
 from scripts.experiments import COLUMNS, REGISTRY, Registry, as_markdown, markdown
 
@@ -174,9 +174,7 @@ def main() -> None:
     if not parse(Options, None, __doc__).write:
         sys.stdout.write("\n".join(block(RESULTS) for block in BLOCKS.values()))
         return
-    text = updated(read_text(README, "the README, in this folder")).encode()
-    with whole_file(README, len(text)) as file:
-        file.write(text)
+    write_text(README, updated(read_text(README, "the README, in this folder")))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import space
 import trainer
 from evaluate_models import evaluate
 from evaluation import owners, retrieval
@@ -531,6 +532,18 @@ def test_the_width_of_features_is_read_from_the_data_or_must_be_that(
     assert run_train(*argv, "--img_dim", str(IMG_DIM)) == 0
     assert run_train(*argv, "--img_dim", "14") == 2
     assert "train_ims.npy: features are 13 wide; expected 14" in last_line(capsys)
+
+
+def test_training_on_a_processor_compiles_by_wish_only(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr(space, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(space.RoutingSpace, "compile_routes", lambda self: None)
+    assert run_train(*tiny_train(tiny, "--max_steps", "1", "--device", "cpu")) == 0
+    assert "compiling" not in caplog.text
+    argv = tiny_train(tiny, "--max_steps", "1", "--device", "cpu", "--compile", "--overwrite")
+    assert run_train(*argv) == 0
+    assert "compiling the routing" in caplog.text
 
 
 @pytest.mark.parametrize(
