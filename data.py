@@ -1,4 +1,4 @@
-"""data.py — SCAN's precomputed layout by memory map, and training batches (SPEC §8, §10).
+"""data.py — a split's images and captions by memory map, and training batches (SPEC §8, §10).
 
 A batch is a pure function of (seed, epoch, position): workers hold no state, their number changes
 nothing, and an epoch can be entered at any position. Knows nothing of the model.
@@ -6,7 +6,6 @@ nothing, and an epoch can be entered at any position. Knows nothing of the model
 
 import hashlib
 import logging
-import mmap
 import os
 import signal
 import threading
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,17 +22,25 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from files import map_array, read_text
-from options import LARGEST, InputError, check_range, refuse, require, some
+from layout import (
+    CAPTIONS_PER_IMAGE,
+    SplitName,
+    count_faults,
+    finite_rows,
+    map_features,
+    number_faults,
+    read_captions,
+    read_rows,
+    rows_per_image,
+    split_files,
+    width_faults,
+)
+from options import LARGEST, InputError, check_range, refuse
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
 
-SplitName = Literal["train", "dev", "test", "testall"]
-
-CAPTIONS_PER_IMAGE = 5
 CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
-LONGEST_CAPTION = 10_000  # characters; a longer one is no caption, and takes long to tokenise
 SAMPLED_ROWS = 16  # of the features that tell one data set from another
 CHECKED_ROWS = 500  # read through at a time
 ORDER, EXTRAS = 1, 2  # lead the seeds of the two random streams, so that they never meet
@@ -57,11 +64,6 @@ class DataConfig:
         check_range(self, ("batch_size",), 1, LARGEST)
         check_range(self, ("extra_stc", "extra_img", "workers"), 0, LARGEST)
         check_range(self, ("seed",), 0, 2**63 - 1)
-
-
-def split_files(folder: str | Path, name: SplitName) -> tuple[Path, Path]:
-    """The files of a split: features and captions."""
-    return Path(folder) / f"{name}_ims.npy", Path(folder) / f"{name}_caps.txt"
 
 
 @dataclass(frozen=True)
@@ -142,101 +144,6 @@ class Split:
         features = read_rows(self._features, rows)
         refuse(number_faults(self.path, np.unique(rows[~finite_rows(features)])))
         return torch.from_numpy(features)
-
-
-# What can be wrong with a split. Each of these gives all that it finds, one sentence a fault, for
-# scripts/check_data.py; programs refuse the first.
-
-
-def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
-    """Captions of a UTF-8 file, one a line. Raises InputError where one of them is none."""
-    captions = read_lines(path, "captions, one a line")
-    refuse(caption_faults(path, captions, allow_empty))
-    return captions
-
-
-def read_lines(path: Path, wanted: str) -> tuple[str, ...]:
-    """Lines of a UTF-8 file, stripped. Only a line feed ends a line (§10).
-
-    Raises InputError where there is none.
-    """
-    text = read_text(path, wanted)
-    require(len(text) > 0, f"{path}: is empty; expected {wanted}")
-    return tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
-
-
-def caption_faults(path: Path, captions: Sequence[str], allow_empty: bool) -> Iterator[str]:
-    """Captions that are none: too long, or empty."""
-    long = [c for c, caption in enumerate(captions) if len(caption) > LONGEST_CAPTION]
-    if long:
-        yield (
-            f"{path}: line {_lines(long)} has {len(captions[long[0]])} characters; expected a "
-            f"caption, of {LONGEST_CAPTION} characters at most"
-        )
-    empty = [] if allow_empty else [c for c, caption in enumerate(captions) if not caption]
-    if empty:
-        yield f"{path}: line {_lines(empty)} is empty; expected a caption"
-
-
-def _lines(places: Sequence[int]) -> str:
-    return some([str(place + 1) for place in places])
-
-
-def map_features(path: Path) -> np.memmap:
-    """Region features `(rows, regions, img_dim)` by memory map. Raises InputError."""
-    features = map_array(path, "region features, a .npy file")
-    refuse(kind_faults(path, features))
-    return features
-
-
-def kind_faults(path: Path, features: np.ndarray) -> Iterator[str]:
-    """An array that is none of region features."""
-    if features.ndim != 3 or features.size == 0:
-        yield f"{path}: shape {features.shape}; expected (rows, regions, img_dim)"
-    if features.dtype.kind != "f" or features.dtype.itemsize not in (2, 4):
-        yield f"{path}: {features.dtype} features; expected float32 or float16"
-
-
-def width_faults(path: Path, features: np.ndarray, img_dim: int | None) -> Iterator[str]:
-    """Features of another width than the model's; any will do where `img_dim` is None."""
-    width = features.shape[2]
-    if img_dim not in (None, width):
-        yield f"{path}: features are {width} wide; expected {img_dim}, the model's --img_dim"
-
-
-def count_faults(path: Path, rows: int, captions: int) -> Iterator[str]:
-    """Features and captions that do not fit each other."""
-    if captions % CAPTIONS_PER_IMAGE or not rows_per_image(rows, captions):
-        yield (
-            f"{path}: {rows} rows for {captions} captions; expected five captions an image, "
-            "and a row for each image or one for each caption"
-        )
-
-
-def rows_per_image(rows: int, captions: int) -> int:
-    """5 where each image's row is repeated for its captions, 1 where it is not, else 0."""
-    fits = {captions: CAPTIONS_PER_IMAGE, captions // CAPTIONS_PER_IMAGE: 1}
-    return fits.get(rows, 0)
-
-
-def read_rows(features: np.memmap, rows: np.ndarray) -> np.ndarray:
-    """Some rows of mapped features, `[rows, L, img_dim]` float32, in memory of their own."""
-    found = np.ascontiguousarray(features[rows], dtype=np.float32)
-    # What was read of a map counts as this process's memory until it is given back.
-    if hasattr(mmap, "MADV_DONTNEED") and isinstance(features.base, mmap.mmap):
-        features.base.madvise(mmap.MADV_DONTNEED)
-    return found
-
-
-def finite_rows(features: np.ndarray) -> np.ndarray:
-    """Which rows `[rows]` of features `[rows, L, img_dim]` hold nothing but numbers."""
-    return np.isfinite(features).all((1, 2))
-
-
-def number_faults(path: Path, bad: Sequence[int] | np.ndarray) -> Iterator[str]:
-    """Rows whose features are no numbers."""
-    if len(bad):
-        yield f"{path}: row {some([str(row) for row in bad])} holds NaN or infinite features"
 
 
 @dataclass(frozen=True)

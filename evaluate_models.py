@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
-from data import Split, SplitName, split_files
+from data import Split
 from evalconfig import EvaluateConfig
 from evaluation import (
     FOLDS,
@@ -28,6 +28,7 @@ from evaluation import (
     ranked,
 )
 from files import beside, check_writable, write_array, write_arrays, write_json
+from layout import SplitName, split_files
 from mscoco import caption_ids, extended, published
 from options import (
     InputError,

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import CAPTIONS_PER_IMAGE
 from files import map_array
+from layout import CAPTIONS_PER_IMAGE
 from options import require
 
 Protocol = Literal["1k5", "5k"]  # of MSCOCO: the mean of five folds, and the whole split

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data import CAPTIONS_PER_IMAGE
 from evaluation import best_items
-from files import read_json, read_text
+from layout import CAPTIONS_PER_IMAGE, ids_file, names_file, read_ids, read_names
 from options import require
 
 LIST = 64  # best answers of a query that are looked at; none has more than 48 right ones
@@ -38,13 +37,10 @@ def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarr
 
     Raises InputError that says why, where the images are not MSCOCO's test images.
     """
-    path = folder / f"{split}_ids.txt"
-    ids = read_text(path, "MSCOCO's image ids, one a line").split()
-    if len(ids) == images * CAPTIONS_PER_IMAGE:  # one a caption
-        ids = ids[::CAPTIONS_PER_IMAGE]
-    names = folder / "id_mapping.json"
-    mapping = read_json(names, "the file of each id") if names.exists() else {}
-    found = [NUMBER.search(str(mapping.get(name, name))) for name in ids]
+    path, names = ids_file(folder, split), names_file(folder)
+    ids = read_ids(path, images)
+    files = read_names(folder, split, ids) if names.exists() else ids
+    found = [NUMBER.search(name) for name in files]
     known = metrics.coco_ids.reshape(-1, CAPTIONS_PER_IMAGE)
     rows = {metrics.coco_gts["t2i"][int(row[0])][0]: row for row in known}
     wanted = [rows.get(int(match[1])) if match else None for match in found]

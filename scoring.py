@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import CAPTIONS_PER_IMAGE, ImageBlocks, Split, load
+from data import ImageBlocks, Split, load
 from evaluation import best_items
+from layout import CAPTIONS_PER_IMAGE
 from memory import free_memory, most_pairs, no_memory, out_of_memory
 from options import InputError, progress
 from router import Modality

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data import CAPTIONS_PER_IMAGE, DataConfig
+from data import DataConfig
+from layout import CAPTIONS_PER_IMAGE
 from model import ModelConfig
 from options import Precision, check_range, require
 

@@ -23,8 +23,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import runlog
 from bert import Bert
 from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
-from data import CAPTIONS_PER_IMAGE, Batch, Split, TrainingBatches
+from data import Batch, Split, TrainingBatches
 from evaluation import owners, retrieval
+from layout import CAPTIONS_PER_IMAGE
 from memory import no_memory, out_of_memory
 from model import DIME, path_loss, triplet_loss
 from options import InputError, Signals, Stopped, require, warn_of_slow

@@ -14,7 +14,6 @@ too high in batches of 24, and evaluation on 200 images (i2t) 2 % too high.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,23 +24,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import (
+from files import check_writable, map_array, read_json, write_json
+from layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
     caption_faults,
     count_faults,
+    count_images,
     finite_rows,
+    id_faults,
+    ids_file,
     kind_faults,
+    name_faults,
+    names_file,
     number_faults,
+    one_an_image,
     read_lines,
     read_rows,
     rows_per_image,
     split_files,
 )
-from files import check_writable, map_array, read_json, write_json
 from memory import free_memory, used_memory
 from model import DIME
-from options import InputError, check_range, parse, progress, require, run, say, short, some
+from options import InputError, check_range, parse, progress, require, run, say, some
 from scoring import scoring_memory
 from scripts.experiments import markdown
 from space import step_memory
@@ -145,14 +150,11 @@ def looked_at(folder: Path, name: SplitName, full: bool) -> Found:
         found.faults += caption_faults(captions_path, captions, allow_empty=name != "train")
         if name != "train" and "" in captions:
             found.remarks.append(f"{captions_path}: {captions.count('')} captions are empty")
-        if len(captions) % CAPTIONS_PER_IMAGE:
-            found.faults.append(
-                f"{captions_path}: {len(captions)} captions; expected five an image"
-            )
+        found.attempt(count_images, captions_path, captions)
     features = found.attempt(map_array, path, "region features, a .npy file")
     if features is not None:
         look_at_features(found, features, full)
-    ids_path = folder / f"{name}_ids.txt"
+    ids_path = ids_file(folder, name)
     if ids_path.exists():
         look_at_ids(found, ids_path)
     return found
@@ -216,32 +218,12 @@ def look_at_ids(found: Found, path: Path) -> None:
     ids = found.attempt(read_lines, path, "ids, one a line")
     if ids is None or not found.images or len(found.captions) % CAPTIONS_PER_IMAGE:
         return
-    if len(ids) == len(found.captions):
-        if len(set(ids)) == len(ids):
-            return  # of captions, which name no images
-        found.faults += list(mixed_ids(path, ids))[:1]
-        ids = ids[::CAPTIONS_PER_IMAGE]
-    elif len(ids) != found.images:
-        found.faults.append(
-            f"{path}: {len(ids)} ids for {found.images} images; expected one an image, or one a "
-            "caption"
-        )
-        return
-    twice = [i for i, count in Counter(ids).items() if count > 1]
-    if twice:
-        found.faults.append(f"{path}: {some(twice)} is there twice; expected an image once")
-    found.ids = ids
-
-
-def mixed_ids(path: Path, ids: tuple[str, ...]) -> Iterator[str]:
-    """Lines of captions that are not under the id of their image's first one."""
-    for number, found in enumerate(ids):
-        first = ids[number - number % CAPTIONS_PER_IMAGE]
-        if found != first:
-            yield (
-                f"{path}: line {number + 1} is {short(found)}; expected {short(first)} as in the "
-                "lines of that image before it"
-            )
+    if len(ids) == len(found.captions) == len(set(ids)):
+        return  # of captions, which name no images
+    faults = list(id_faults(path, ids, found.images))
+    found.faults += faults
+    if not faults:
+        found.ids = one_an_image(ids, found.images)
 
 
 def between(splits: list[Found], folder: Path) -> Iterator[str]:
@@ -258,10 +240,10 @@ def between(splits: list[Found], folder: Path) -> Iterator[str]:
             shared = sorted(set(one.ids) & set(other.ids))
             if shared and {one.name, other.name} != SAME_IMAGES:
                 yield (
-                    f"{folder / other.name}_ids.txt: {some(shared)} is in {one.name}_ids.txt, too; "
-                    "expected other images in every split"
+                    f"{ids_file(folder, other.name)}: {some(shared)} is in {one.name}_ids.txt, "
+                    "too; expected other images in every split"
                 )
-    mapping = folder / "id_mapping.json"
+    mapping = names_file(folder)
     if mapping.exists():
         try:
             names = read_json(mapping, "the file name of each id")
@@ -269,9 +251,7 @@ def between(splits: list[Found], folder: Path) -> Iterator[str]:
             yield str(error)
             return
         for split in splits:
-            absent = [i for i in split.ids if i not in names]
-            if absent:
-                yield f"{mapping}: lacks {some(absent)} of {split.name}_ids.txt"
+            yield from name_faults(mapping, names, split.ids, ids_file(folder, split.name))
 
 
 def remarks_on(splits: list[Found], folder: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ import torch
 
 import runlog
 from files import check_writable, read_json, read_text, write_json
+from layout import count_images, read_captions, split_files
 from options import parse, require, run, say
 from scripts.results_table import about, demo_rows
 
@@ -48,7 +49,8 @@ def recalls(path: Path) -> list[float]:
 def collected(folder: Path) -> dict[str, Any]:
     """All figures of a demonstration."""
     trained = read_json(folder / "i2t" / runlog.RUN, "the run of demo.sh")
-    images = len(read_text(folder / "data" / "test_ids.txt", "ids, one a line").split())
+    _, captions = split_files(folder / "data", "test")
+    images = count_images(captions, read_captions(captions))
     seconds = {
         path.name: int(read_text(path, "seconds of a step"))
         for path in sorted((folder / "done").iterdir())

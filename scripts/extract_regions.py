@@ -17,14 +17,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from torch.utils.data import Dataset
 
-from data import CAPTIONS_PER_IMAGE, load, read_captions, split_files
-from files import naming, read_json, read_text, write_blocks, write_json, write_lines
+from data import load
+from files import naming, read_json, write_blocks, write_json, write_lines
+from layout import (
+    CAPTIONS_PER_IMAGE,
+    SplitName,
+    count_images,
+    ids_file,
+    read_captions,
+    read_ids,
+    read_names,
+    split_files,
+)
 from options import (
     LARGEST,
     InputError,
@@ -42,7 +52,7 @@ from regions import REGIONS, Detector, Grid, Source, Tsv
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "dev", "test", "testall")
+SPLITS = get_args(SplitName)
 SAVED_ROWS = 256  # at most so many rows are done twice after a cut
 COPIED_ROWS = 500  # at a time
 
@@ -113,23 +123,17 @@ def digest(lines: Sequence[str]) -> str:
 class Extraction:
     """One split's features on their way: which rows are done, and where they are."""
 
-    def __init__(self, folder: Path, split: str, names: dict[str, str], options: Options) -> None:
+    def __init__(self, folder: Path, split: SplitName, options: Options) -> None:
         self.folder, self.split, self.options = folder, split, options
         self.record = folder / f"{split}_regions.json"
         features, captions = split_files(folder, split)
-        boxes, ids = folder / f"{split}_boxes.npy", folder / f"{split}_ids.txt"
+        boxes, ids = folder / f"{split}_boxes.npy", ids_file(folder, split)
         self.results = (features, boxes, captions, ids)
         self._end_renaming()
-        self.ids = read_text(ids, "ids, one a line").split()
-        for key in self.ids:
-            require(isinstance(names.get(key), str), f"{ids}: {key} is not in id_mapping.json")
-            name = Path(names[key])
-            inside = not name.is_absolute() and ".." not in name.parts
-            require(inside, f"id_mapping.json: {name}; expected a file in the pictures' folder")
-        self.pictures = [(key, names[key]) for key in self.ids]
         self.captions = read_captions(captions)
-        found, wanted = len(self.captions), CAPTIONS_PER_IMAGE * len(self.ids)
-        require(found == wanted, f"{captions}: {found} captions for {len(self.ids)} ids")
+        self.ids = read_ids(ids, count_images(captions, self.captions))
+        names = read_names(folder, split, self.ids)
+        self.pictures = list(zip(self.ids, names, strict=True))
 
     def partial(self, name: str) -> Path:
         return self.folder / f"{self.split}_{name}.npy.extracting"
@@ -291,10 +295,9 @@ def _rows(array: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:
 def main() -> None:
     options = parse(Options, None, __doc__)
     folder = Path(options.data)
-    names = read_json(folder / "id_mapping.json", "what prepare_captions wrote")
-    splits = options.splits or [s for s in SPLITS if (folder / f"{s}_ids.txt").exists()]
+    splits = options.splits or [s for s in SPLITS if ids_file(folder, s).exists()]
     require(bool(splits), f"{folder}: has no ids; expected what prepare_captions wrote")
-    extractions = [Extraction(folder, split, names, options) for split in splits]
+    extractions = [Extraction(folder, split, options) for split in splits]
     source = source_of(options)
     with Signals() as signals:
         for extraction in extractions:

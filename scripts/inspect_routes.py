@@ -28,9 +28,10 @@ import numpy as np
 from torch import Tensor
 
 from checkpoint import bert_of, build_model, read_checkpoint
-from data import CAPTIONS_PER_IMAGE, Split, SplitName
+from data import Split
 from evaluate_models import common_option
 from files import check_writable, map_array, naming, write_text
+from layout import CAPTIONS_PER_IMAGE, SplitName
 from options import check_range, parse, pick_device, require, run, say
 from pictures import read_picture
 from regions import REGIONS, grid_boxes
@@ -234,7 +235,7 @@ def main() -> None:
     pairs = opened(options)
     split, files = pairs.split, ()
     if options.images:
-        where = split.path.parent, options.split, len(split.captions), Path(options.images)
+        where = split.path.parent, options.split, split.images, Path(options.images)
         files = picture_files(*where)
     seen = seen_pair(pairs, files, options) if options.pair else None
     paths = pairs.paths(min(options.count, split.images))

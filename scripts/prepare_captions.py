@@ -22,13 +22,21 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 from pycocotools.coco import COCO
 
-from data import CAPTIONS_PER_IMAGE, LONGEST_CAPTION, split_files
-from files import naming, read_json, read_text, write_json, write_lines
+from files import naming, read_json, write_json, write_lines
+from layout import (
+    CAPTIONS_PER_IMAGE,
+    LONGEST_CAPTION,
+    ids_file,
+    names_file,
+    read_lines,
+    split_files,
+    stays_inside,
+)
 from options import parse, progress, require, run, say, short
 
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
@@ -65,12 +73,8 @@ def plain(value: Any, kind: type, what: str) -> Any:
 def file_name(parts: Sequence[str], what: str) -> str:
     """A relative name without a way out of the pictures' folder. Raises InputError."""
     name = "/".join(part for part in parts if part)
-    path = PurePosixPath(name)
-    leads_out = path.is_absolute() or ".." in path.parts or "\\" in name or not path.name
-    require(
-        name.isprintable() and not leads_out,
-        f"{what}: file name {name!r}; expected one inside the pictures' folder",
-    )
+    message = f"{what}: file name {name!r}; expected one inside the pictures' folder"
+    require(stays_inside(name), message)
     return name
 
 
@@ -158,9 +162,9 @@ def check_features(folder: Path, splits: dict[str, list[Picture]]) -> None:
     """Raise InputError where features of other pictures are there: rows and ids would not fit."""
     for name, pictures in splits.items():
         features, _ = split_files(folder, name)
-        ids = folder / f"{name}_ids.txt"
+        ids, keys = ids_file(folder, name), tuple(picture.key for picture in pictures)
         if features.exists():
-            same = ids.exists() and read_text(ids, "ids").split() == [p.key for p in pictures]
+            same = ids.exists() and read_lines(ids, "ids, one a line") == keys
             require(same, f"{features}: is of other pictures or in another order; move it away")
 
 
@@ -178,11 +182,11 @@ def main() -> None:
     with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     check_features(folder, splits)
-    write_json(folder / "id_mapping.json", {picture.key: picture.name for picture in pictures})
+    write_json(names_file(folder), {picture.key: picture.name for picture in pictures})
     for name, chosen in splits.items():
         _, captions = split_files(folder, name)
         write_lines(captions, [caption for picture in chosen for caption in picture.captions])
-        write_lines(folder / f"{name}_ids.txt", [picture.key for picture in chosen])
+        write_lines(ids_file(folder, name), [picture.key for picture in chosen])
         say(f"{name}: {len(chosen)} pictures, {CAPTIONS_PER_IMAGE * len(chosen)} captions\n")
 
 

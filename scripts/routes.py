@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import CAPTIONS_PER_IMAGE, Split
+from data import Split
+from layout import CAPTIONS_PER_IMAGE
 from model import DIME
 from options import progress
 from router import Modality

@@ -11,16 +11,24 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data import CAPTIONS_PER_IMAGE, read_captions, split_files
 from evaluation import map_scores, owners
-from files import check_writable, read_json, read_text
+from files import check_writable
+from layout import (
+    SplitName,
+    count_images,
+    ids_file,
+    read_captions,
+    read_ids,
+    read_names,
+    split_files,
+)
 from options import check_range, parse, require, run
 from pictures import find_picture, read_picture
 from scripts.plot_run import COLOURS, write_figure
@@ -36,7 +44,7 @@ class Options:
     data: Annotated[str, "the data set's folder, DATA_PATH/DATA_NAME"]
     images: Annotated[str, "folder of the pictures"]
     out: Annotated[str, "picture to write, .png"]
-    split: Annotated[Literal["train", "dev", "test", "testall"], "split of the scores"] = "test"
+    split: Annotated[SplitName, "split of the scores"] = "test"
     queries: Annotated[int, "queries of each kind"] = 4
 
     def __post_init__(self) -> None:
@@ -55,8 +63,10 @@ class Found:
 def opened(chosen: Options) -> Found:
     """Scores, captions and the pictures' files. Raises InputError where they do not fit."""
     folder = Path(chosen.data)
-    captions = read_captions(split_files(folder, chosen.split)[1])
-    files = picture_files(folder, chosen.split, len(captions), Path(chosen.images))
+    _, path = split_files(folder, chosen.split)
+    captions = read_captions(path)
+    images = count_images(path, captions)
+    files = picture_files(folder, chosen.split, images, Path(chosen.images))
     path = Path(chosen.scores)
     scores = map_scores(path)
     wanted = f"{len(files)} images and {len(captions)} captions, as {folder} has"
@@ -65,19 +75,13 @@ def opened(chosen: Options) -> Found:
     return Found(scores, captions, files)
 
 
-def picture_files(data: Path, split: str, captions: int, pictures: Path) -> tuple[Path, ...]:
-    """The file of each image of a split that has so many captions, in the folder `pictures`.
+def picture_files(data: Path, split: SplitName, images: int, pictures: Path) -> tuple[Path, ...]:
+    """The file of each image of a split that has so many, in the folder `pictures`.
 
     Raises InputError where ids and names in the data set's folder do not tell.
     """
-    path = data / f"{split}_ids.txt"
-    ids = read_text(path, "ids, one a line").split()
-    names = read_json(data / "id_mapping.json", "file names by id")
-    require(len(ids) * CAPTIONS_PER_IMAGE == captions, f"{path}: {len(ids)} ids for "
-            f"{captions} captions; expected five captions an id")  # fmt: skip
-    for key in ids:
-        require(isinstance(names.get(key), str), f"{data / 'id_mapping.json'}: no id {key}")
-    return tuple(find_picture(pictures, names[key]) for key in ids)
+    ids = read_ids(ids_file(data, split), images)
+    return tuple(find_picture(pictures, name) for name in read_names(data, split, ids))
 
 
 def shown(path: Path) -> Image.Image:

@@ -100,6 +100,18 @@ def mapping(folder: Path) -> None:
     (folder / "id_mapping.json").write_text(json.dumps({name: name for name in names}))
 
 
+def named(name: object) -> Callable[[Path], None]:
+    """One picture's file gets another name."""
+
+    def make(folder: Path) -> None:
+        names = {
+            f"{split}{i}.jpg": "a.jpg" for split in ("train", "dev", "test") for i in range(11)
+        }
+        (folder / "id_mapping.json").write_text(json.dumps(names | {"dev3.jpg": name}))
+
+    return make
+
+
 def several(folder: Path) -> None:
     cut(folder)
     change("dev", put((2, 0, 0), np.nan))(folder)
@@ -162,6 +174,14 @@ FAULTS = {
         ids("test", "train4.jpg", *"abcdefghi"),
         ["test_ids.txt: train4.jpg is in train_ids.txt, too; expected other images"],
     ),
+    "an empty id": (ids("test", *"abc", "", *"efghij"), ["test_ids.txt: line 4 is empty"]),
+    **{
+        f"file {name}": (
+            named(name),
+            [f"id_mapping.json: dev3.jpg is {name!r}; expected a file in the pictures' folder"],
+        )
+        for name in ("../a.jpg", "/a.jpg", "a/../../b.jpg", "..\\a.jpg", "a\nb", "", ".", 7, None)
+    },
     "no file of an id": (mapping, ["id_mapping.json: lacks dev3.jpg of dev_ids.txt"]),
     "several": (
         several,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
 
-from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches, load, read_captions
+from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches, load
+from layout import read_captions
 from options import InputError
 from vocab import Vocabulary
 

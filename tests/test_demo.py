@@ -162,9 +162,9 @@ def test_retrievals_of_files_that_do_not_fit(
     (tmp_path / "s.npy").write_text("none")
     assert "s.npy: no whole .npy array" in refused()
     (tmp_path / "id_mapping.json").write_text("{}")
-    assert "id_mapping.json: no id 7" in refused()
+    assert "id_mapping.json: lacks 7, 8, 9 of test_ids.txt" in refused()
     (tmp_path / "test_ids.txt").write_text("7\n")
-    assert "1 ids for 15 captions" in refused()
+    assert "1 ids for 3 images" in refused()
 
 
 def test_chance() -> None:

@@ -4,6 +4,9 @@ import base64
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,6 +211,43 @@ def test_cut_off_and_gone_on_with(
     assert "begun with another dtype; --overwrite begins afresh" in capsys.readouterr().err
 
 
+def test_killed_and_gone_on_with(tmp_path: Path) -> None:
+    """The program itself, killed whenever its record has grown, makes the files of an uncut run."""
+    pictures = 800
+    lines = {"caps": ["a man"] * 5 * pictures, "ids": list(map(str, range(pictures)))}
+    names = json.dumps({key: f"{key}.png" for key in lines["ids"]})
+    rows = tmp_path / "rows.tsv"
+    rows.write_bytes(b"".join(tsv_row(key, key) for key in range(pictures) if key % 7))
+    for folder in (tmp_path / "cut", tmp_path / "whole"):
+        folder.mkdir()
+        for kind, content in lines.items():
+            (folder / f"train_{kind}.txt").write_text("\n".join(content) + "\n")
+        (folder / "id_mapping.json").write_text(names)
+
+    def begin(folder: Path) -> subprocess.Popen:
+        argv = ["--data", folder, "--model", "tsv", "--tsv", rows, "--skip_broken", "--workers", 0]
+        program = [sys.executable, "-m", "scripts.extract_regions", *map(str, argv)]
+        return subprocess.Popen(program, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def rows_done(record: Path) -> int:
+        return json.loads(record.read_text())["rows"] if record.exists() else 0
+
+    assert begin(tmp_path / "whole").wait() == 0
+    record, kills = tmp_path / "cut/train_regions.json", []
+    while True:
+        done, program = rows_done(record), begin(tmp_path / "cut")
+        while program.poll() is None and rows_done(record) == done:
+            time.sleep(0.001)
+        program.kill()
+        if program.wait() == 0:
+            break
+        kills.append(rows_done(record))
+    assert len(kills) > 1 and 0 < kills[0] < kills[-1]
+    found = [{p.name: p.read_bytes() for p in record.parents[0].iterdir()}]
+    found += [{p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}]
+    assert found[0] == found[1]
+
+
 def test_features_of_others_stay(
     drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +274,18 @@ def test_a_picture_that_cannot_be_read(
     assert extract(*how, "--splits", "train", "--skip_broken", "--workers", 1) == 0
     assert "left out: ids 1, 2" in capsys.readouterr().out
     assert (drawn / "train_ids.txt").read_text().split() == ["0", "5", "6", "7"]
+
+
+def test_a_name_that_leads_out(
+    drawn: Path, extract: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = drawn / "id_mapping.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"5": "../pictures/5.png"}))
+    how = ["--model", "efficientnet_lite2", "--images", tmp_path / "pictures"]
+    assert extract(*how) == 2
+    wanted = "id_mapping.json: 5 is '../pictures/5.png'; expected a file in the pictures' folder"
+    assert wanted in capsys.readouterr().err
+    assert not list(drawn.glob("*.npy*"))
 
 
 def test_a_missing_extra(

@@ -49,6 +49,7 @@ def test_imports_point_one_way() -> None:
         "files",
         "pictures",
         "regions",
+        "layout",
         "vocab",
         "data",
         "router",
