@@ -27,7 +27,7 @@ from files import (
 )
 from options import InputError, require, short
 from vocab import Vocabulary
-from weights import Weights, check_named, filled
+from weights import Weights, check_finite, check_named, filled
 
 # What a BERT of 2018 is made of; nothing else of its configuration changes what it computes.
 BERT_SIZES = {
@@ -124,6 +124,7 @@ def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
     held = sum(value.numel() * value.element_size() for value in normal.values())
     size = size_of(source, "the weights of BERT")
     require(held <= size, f"{source}: {held} bytes of weights in a file of {size} bytes")
+    check_finite(normal, source)
     return {name: value.float() for name, value in normal.items()}
 
 

@@ -9,9 +9,11 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from multiprocessing import parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Annotated, Any
@@ -278,7 +280,15 @@ def _delivered(loader: DataLoader) -> Iterator[Any]:
         yield item
 
 
+def _end_with(parent: int) -> None:
+    # A parent that was killed tells nobody, and a full pipe to it is waited for without end.
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def _prepare_worker(worker: int) -> None:
+    threading.Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
     # Ctrl-C and a closed terminal tell every process; the program ends its workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -9,9 +9,10 @@ What can be wrong with a file is told by functions that end in `_faults`: each g
 finds, one sentence a fault, for scripts/check_data.py; readers refuse the first.
 """
 
+import hashlib
 import mmap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -34,6 +35,16 @@ def split_files(folder: str | Path, name: SplitName) -> tuple[Path, Path]:
 def ids_file(folder: str | Path, name: SplitName) -> Path:
     """The file of a split's ids."""
     return Path(folder) / f"{name}_ids.txt"
+
+
+def boxes_file(folder: str | Path, name: SplitName) -> Path:
+    """The file of the regions' boxes, where they are known."""
+    return Path(folder) / f"{name}_boxes.npy"
+
+
+def extraction_file(folder: str | Path, name: SplitName) -> Path:
+    """The file that says how far extract_regions.py came, and of which pictures."""
+    return Path(folder) / f"{name}_regions.json"
 
 
 def names_file(folder: str | Path) -> Path:
@@ -116,27 +127,32 @@ def id_faults(path: Path, ids: tuple[str, ...], images: int) -> Iterator[str]:
         yield f"{path}: {some(twice)} is there twice; expected an image once"
 
 
-def read_names(folder: Path, name: SplitName, ids: Sequence[str]) -> tuple[str, ...]:
-    """The picture's file of each of a split's ids, a name inside the pictures' folder.
-
-    Raises InputError.
-    """
+def read_names(folder: Path) -> dict[str, str]:
+    """The picture's file of each id, a name inside the pictures' folder. Raises InputError."""
     path = names_file(folder)
     names = read_json(path, "the file name of each id")
-    refuse(name_faults(path, names, ids, ids_file(folder, name)))
-    return tuple(names[key] for key in ids)
+    refuse(name_faults(path, names))
+    return names
 
 
-def name_faults(
-    path: Path, names: Mapping[str, Any], ids: Sequence[str], of: Path
-) -> Iterator[str]:
-    """Ids of the file `of` without a file of their own in the pictures' folder."""
+def name_faults(path: Path, names: Mapping[str, Any]) -> Iterator[str]:
+    """Ids whose file is none in the pictures' folder."""
+    for key, name in names.items():
+        if not stays_inside(name):
+            yield f"{path}: {key} is {short(name)}; expected a file in the pictures' folder"
+
+
+def nameless_faults(path: Path, names: Container[str], ids: Sequence[str]) -> Iterator[str]:
+    """Ids of the file `path` that have no name."""
     absent = [key for key in ids if key not in names]
     if absent:
-        yield f"{path}: lacks {some(absent)} of {of.name}"
-    for key in ids:
-        if key in names and not stays_inside(names[key]):
-            yield f"{path}: {key} is {short(names[key])}; expected a file in the pictures' folder"
+        yield f"{names_file(path.parent)}: lacks {some(absent)} of {path.name}"
+
+
+def pictures_digest(ids: Sequence[str], names: Mapping[str, str]) -> str:
+    """SHA-256 of which pictures a split's rows are of, and in which order."""
+    lines = [f"{key} {names[key]}" for key in ids]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def stays_inside(name: Any) -> bool:

@@ -39,8 +39,8 @@ def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarr
     """
     path, names = ids_file(folder, split), names_file(folder)
     ids = read_ids(path, images)
-    files = read_names(folder, split, ids) if names.exists() else ids
-    found = [NUMBER.search(name) for name in files]
+    files = read_names(folder) if names.exists() else {}
+    found = [NUMBER.search(files.get(key, key)) for key in ids]
     known = metrics.coco_ids.reshape(-1, CAPTIONS_PER_IMAGE)
     rows = {metrics.coco_gts["t2i"][int(row[0])][0]: row for row in known}
     wanted = [rows.get(int(match[1])) if match else None for match in found]

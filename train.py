@@ -14,7 +14,7 @@ from checkpoint import check_positions
 from data import Split, TrainingBatches
 from model import DIME
 from options import parse, pick_device, require, run
-from runfolder import clear, only_writer, to_resume
+from runfolder import clear, own_folder, to_resume
 from textcache import cached_text
 from trainconfig import TrainConfig
 from trainer import Trainer
@@ -23,7 +23,7 @@ from trainer import Trainer
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(TrainConfig, argv, DESCRIPTION)
     device = pick_device(config.device)
-    with only_writer(config.folder):
+    with own_folder(config.folder):
         train(config, device)
 
 

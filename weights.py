@@ -24,6 +24,13 @@ def check_named(weights: Any, path: Path) -> None:
         require(fits, f"{path}: {short(name)} is {type(value).__name__}; expected a weight")
 
 
+def check_finite(weights: Weights, source: Path) -> None:
+    """Raise InputError unless all weights are numbers."""
+    for name, value in weights.items():
+        whole = not value.is_floating_point() or bool(value.isfinite().all())
+        require(whole, f"{source}: {name} holds NaN or infinite numbers")
+
+
 def filled(make: Callable[[], Module], weights: Weights, source: Path, keep: str = "") -> Module:
     """The module that `make` makes, with these weights, held to them as `load_strictly` does.
 

@@ -21,6 +21,7 @@ Exit status 0: nothing is wrong; 1: there are faults, and each is named; 2: it c
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,9 @@ def faults(bert: Bert, folder: Path, found: dict[str, Any]) -> Iterator[str]:
             f"{bert.vocabulary.path}: is cased, {100 * found['capitals']:.0f} % of its entries "
             "have a capital letter; expected uncased, since captions are read in lower case"
         )
+    twice = [entry for entry, n in Counter(bert.vocabulary.entries).items() if n > 1]
+    if twice:
+        yield f"{bert.vocabulary.path}: holds {some(twice)} twice; expected an entry once"
     if found["untrained"]:
         yield (
             f"{folder}: {some(found['untrained'])} hold one number each, as where they were never "

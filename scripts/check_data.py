@@ -13,6 +13,7 @@ that were measured (Flickr8k with MiniLM, both directions) the less was 16 % too
 too high in batches of 24, and evaluation on 200 images (i2t) 2 % too high.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,21 +25,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from files import check_writable, map_array, read_json, write_json
+from files import check_writable, map_array, naming, read_json, write_json
 from layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
+    boxes_file,
     caption_faults,
     count_faults,
     count_images,
+    extraction_file,
     finite_rows,
     id_faults,
     ids_file,
     kind_faults,
     name_faults,
+    nameless_faults,
     names_file,
     number_faults,
     one_an_image,
+    pictures_digest,
     read_lines,
     read_rows,
     rows_per_image,
@@ -154,10 +159,22 @@ def looked_at(folder: Path, name: SplitName, full: bool) -> Found:
     features = found.attempt(map_array, path, "region features, a .npy file")
     if features is not None:
         look_at_features(found, features, full)
-    ids_path = ids_file(folder, name)
-    if ids_path.exists():
+    ids_path, boxes_path = ids_file(folder, name), boxes_file(folder, name)
+    if os.path.lexists(ids_path):
         look_at_ids(found, ids_path)
+    if os.path.lexists(boxes_path) and found.repeats:
+        boxes = found.attempt(map_array, boxes_path, "boxes, a .npy file")
+        if boxes is not None:
+            found.faults += box_faults(boxes_path, boxes, (found.images, features.shape[1], 4))
     return found
+
+
+def box_faults(path: Path, boxes: np.ndarray, shape: tuple[int, ...]) -> Iterator[str]:
+    """Boxes that are none of a split's regions."""
+    if boxes.shape != shape or boxes.dtype.kind != "f":
+        yield f"{path}: shape {boxes.shape}, {boxes.dtype}; expected {shape} of floats"
+    elif not finite_rows(boxes).all():
+        yield f"{path}: row {finite_rows(boxes).argmin()} holds NaN or infinite numbers"
 
 
 def look_at_features(found: Found, features: np.memmap, full: bool) -> None:
@@ -250,8 +267,28 @@ def between(splits: list[Found], folder: Path) -> Iterator[str]:
         except InputError as error:
             yield str(error)
             return
+        yield from name_faults(mapping, names)
         for split in splits:
-            yield from name_faults(mapping, names, split.ids, ids_file(folder, split.name))
+            yield from nameless_faults(ids_file(folder, split.name), names, split.ids)
+            yield from picture_faults(split, folder, names)
+
+
+def picture_faults(split: Found, folder: Path, names: dict[str, Any]) -> Iterator[str]:
+    """Features that extract_regions made of other pictures than the ids are of now."""
+    path = extraction_file(folder, split.name)
+    if not path.exists() or not split.ids or any(key not in names for key in split.ids):
+        return
+    try:
+        about = read_json(path, "what extract_regions did").get("about")
+    except InputError as error:
+        yield str(error)
+        return
+    then = about.get("ids") if isinstance(about, dict) else None
+    if then != pictures_digest(split.ids, names):
+        yield (
+            f"{path}: features are of other pictures than {split.name}_ids.txt and "
+            f"{names_file(folder).name} tell; extract_regions --overwrite makes them anew"
+        )
 
 
 def remarks_on(splits: list[Found], folder: Path) -> Iterator[str]:
@@ -396,10 +433,11 @@ def needs_table(rows: list[dict[str, Any]]) -> str:
 
 def splits_of(folder: Path) -> list[SplitName]:
     """The splits that a folder holds a file of. Raises InputError where there is none."""
-    require(folder.is_dir(), f"{folder}: no such folder; expected a data set's")
+    with naming(folder, "a data set's folder"):
+        there = {path.name for path in folder.iterdir()}
     parts = ("ims.npy", "caps.txt", "ids.txt")
     names = get_args(SplitName)
-    held = [n for n in names if any((folder / f"{n}_{part}").exists() for part in parts)]
+    held = [n for n in names if any(f"{n}_{part}" in there for part in parts)]
     require(bool(held), f"{folder}: holds no split; expected train_ims.npy, train_caps.txt, ...")
     return held
 

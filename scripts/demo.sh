@@ -63,6 +63,9 @@ step captions "5 s" "captions in SCAN's layout" \
 step regions "1 minute" "36 region features a picture, EfficientNet-Lite2" \
     $python -m scripts.extract_regions --images "$scenes/images" --data "$data" \
     --model efficientnet_lite2
+step data "5 s" "check the data and what it will take" \
+    $python -m scripts.check_data "$data" --bert_path "$bert" --full
+step bert "10 s" "check BERT" $python -m scripts.check_bert "$bert"
 step i2t "4 minutes" "train i2t: regions see words" training i2t --lambda_softmax 4
 step t2i "4 minutes" "train t2i: words see regions" training t2i --lambda_softmax 9
 for direction in i2t t2i; do

@@ -233,7 +233,7 @@ def scenes(count: int, rng: np.random.Generator) -> Iterator[tuple[Scene, list[s
 
 def main() -> None:
     chosen = parse(Options, None, __doc__)
-    require(Image is not None, "Pillow is missing: pip install -r requirements-demo.txt")
+    require(Image is not None, "Pillow is missing: pip install -r requirements.txt")
     out = Path(chosen.out)
     with naming(out, "a folder to write to"):
         (out / "images").mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,9 @@ of the picture as it is seen. Work in progress has other names; the same command
 and gives the bytes of a run that was not cut off. What was done is noted in {split}_regions.json.
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,17 +23,22 @@ from numpy.lib.format import open_memmap
 from torch.utils.data import Dataset
 
 from data import load
-from files import naming, read_json, write_blocks, write_json, write_lines
+from files import map_array, naming, read_json, write_blocks, write_json, write_lines
 from layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
+    boxes_file,
     count_images,
+    extraction_file,
     ids_file,
+    nameless_faults,
+    pictures_digest,
     read_captions,
     read_ids,
     read_names,
     split_files,
 )
+from locking import LOCK, only_writer
 from options import (
     LARGEST,
     InputError,
@@ -43,6 +47,7 @@ from options import (
     parse,
     pick_device,
     progress,
+    refuse,
     require,
     run,
     say,
@@ -86,6 +91,9 @@ class Options:
             require(bool(self.images), f"--model {self.model}: expected --images FOLDER")
         if self.model == "fasterrcnn":
             require(bool(self.weights), "--model fasterrcnn: expected --weights FILE")
+        needless = (self.tsv and self.model != "tsv", self.weights and self.model != "fasterrcnn")
+        for name, there in zip(("tsv", "weights"), needless, strict=True):
+            require(not there, f"--{name}: --model {self.model} has no use for it")
 
 
 def source_of(options: Options) -> Source:
@@ -93,7 +101,7 @@ def source_of(options: Options) -> Source:
     if options.model == "tsv":
         return Tsv([Path(path) for path in options.tsv], options.tsv_key == "name")
     folder, device = Path(options.images), pick_device(options.device)
-    require(folder.is_dir(), f"{folder}: not found; expected the folder of the pictures")
+    require(os.path.isdir(folder), f"{folder}: not found; expected the folder of the pictures")
     if options.model == "fasterrcnn":
         return Detector(folder, Path(options.weights), device)
     return Grid(folder, device)
@@ -104,36 +112,33 @@ class Blocks(Dataset):
     """What a source's reader has for rows `first` to `stop`; an InputError for a broken one."""
 
     reader: Any
-    pictures: Sequence[tuple[str, str]]  # id and file name
+    wanted: Sequence[Any]  # what it takes for each row
 
     def __getitem__(self, place: tuple[int, int]) -> list[Any]:
-        return [self._one(*picture) for picture in self.pictures[slice(*place)]]
+        return [self._one(wanted) for wanted in self.wanted[slice(*place)]]
 
-    def _one(self, key: str, name: str) -> Any:
+    def _one(self, wanted: Any) -> Any:
         try:
-            return self.reader(key, name)
+            return self.reader(wanted)
         except InputError as error:
             return error
-
-
-def digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class Extraction:
     """One split's features on their way: which rows are done, and where they are."""
 
-    def __init__(self, folder: Path, split: SplitName, options: Options) -> None:
-        self.folder, self.split, self.options = folder, split, options
-        self.record = folder / f"{split}_regions.json"
+    def __init__(
+        self, folder: Path, split: SplitName, names: dict[str, str], options: Options
+    ) -> None:
+        self.folder, self.split, self.names, self.options = folder, split, names, options
+        self.record = extraction_file(folder, split)
         features, captions = split_files(folder, split)
-        boxes, ids = folder / f"{split}_boxes.npy", ids_file(folder, split)
+        boxes, ids = boxes_file(folder, split), ids_file(folder, split)
         self.results = (features, boxes, captions, ids)
         self._end_renaming()
         self.captions = read_captions(captions)
         self.ids = read_ids(ids, count_images(captions, self.captions))
-        names = read_names(folder, split, self.ids)
-        self.pictures = list(zip(self.ids, names, strict=True))
+        refuse(nameless_faults(ids, names, self.ids))
 
     def partial(self, name: str) -> Path:
         return self.folder / f"{self.split}_{name}.npy.extracting"
@@ -143,7 +148,12 @@ class Extraction:
         return path.with_name(path.name + ".new")
 
     def _end_renaming(self) -> None:
-        state = read_json(self.record, "a record") if self.record.exists() else {}
+        try:
+            state = read_json(self.record, "a record") if self.record.exists() else {}
+        except InputError:
+            if not self.options.overwrite:
+                raise
+            state = {}
         if state.get("renaming"):
             self._rename(state)
 
@@ -164,7 +174,7 @@ class Extraction:
         about = source.about | {
             "dtype": self.options.dtype,
             "batch_size": self.options.batch_size,  # on which the last bits depend
-            "ids": digest([f"{key} {name}" for key, name in self.pictures]),
+            "ids": pictures_digest(self.ids, self.names),
         }
         new = {"about": about, "rows": 0, "left_out": [], "complete": False}
         if self.options.overwrite:
@@ -184,10 +194,17 @@ class Extraction:
         require(fits or old.get("complete") is True, f"{self.record}: is no record of rows done")
         return old
 
-    def run(self, source: Source, signals: Signals) -> None:
-        """Extract what is not there yet. Raises InputError, and Stopped between two batches."""
+    def run(self, source: Source, wanted: Mapping[str, Any], signals: Signals) -> None:
+        """Extract what is not there yet. Raises InputError, and Stopped between two batches.
+
+        `wanted` is what the source's reader takes for each id.
+        """
         state = self.state(source)
         if state.get("complete"):
+            for path in self.results[:2]:
+                rows = len(map_array(path, f"what {self.record.name} tells (--overwrite makes it)"))
+                wanted = f"{len(self.ids)}; --overwrite makes them anew"
+                require(rows == len(self.ids), f"{path}: {rows} rows; expected {wanted}")
             say(f"{self.split}: complete\n")
             return
         if not state["rows"]:
@@ -197,7 +214,8 @@ class Extraction:
         self._save(arrays, state)
         size, total = self.options.batch_size, len(self.ids)
         places = [(row, min(row + size, total)) for row in range(state["rows"], total, size)]
-        blocks = load(Blocks(source.reader, self.pictures), places, self.options.workers)
+        rows = Blocks(source.reader, [wanted[key] for key in self.ids])
+        blocks = load(rows, places, self.options.workers)
         saved = state["rows"]
         try:
             with progress(f"{self.split} regions", total, "picture") as bar:
@@ -224,9 +242,13 @@ class Extraction:
             path, shape = self.partial(name), (len(self.ids), REGIONS, last)
             with naming(path, "a file to write"):
                 if state["rows"]:
-                    require(path.is_file() and not path.is_symlink(), f"{path}: not found")
+                    expected = f"the first {state['rows']} rows; --overwrite begins afresh"
+                    require(not path.is_symlink(), f"{path}: is a link; expected {expected}")
+                    found = map_array(path, expected)  # whole: writing would fill up a short one
+                    fits = found.shape == shape and found.dtype == kind
+                    message = f"{path}: shape {found.shape}, {found.dtype}; expected {expected}"
+                    require(fits, message)
                     array = open_memmap(path, mode="r+")
-                    require(array.shape == shape, f"{path}: shape {array.shape}, not {shape}")
                 else:
                     path.unlink(missing_ok=True)
                     array = open_memmap(path, mode="w+", dtype=kind, shape=shape)
@@ -279,11 +301,11 @@ class Extraction:
             )
             for path, lines in zip(self.results[2:], texts, strict=True):
                 write_lines(self.fresh(path), lines)
-            pictures = [f"{key} {name}" for key, name in (self.pictures[row] for row in kept)]
-            state = state | {"about": state["about"] | {"ids": digest(pictures)}}
+            digest = pictures_digest(texts[1], self.names)
+            state = state | {"about": state["about"] | {"ids": digest}}
         self._rename(state)
         out = [self.ids[row] for row in sorted(left_out)]
-        said = f"; left out: ids {', '.join(out)}" if out else ""
+        said = f"; left out: ids {some(out)}" if out else ""
         say(f"{self.split}: {len(kept)} pictures, {arrays[0].shape[2]} wide{said}\n")
 
 
@@ -295,13 +317,16 @@ def _rows(array: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:
 def main() -> None:
     options = parse(Options, None, __doc__)
     folder = Path(options.data)
-    splits = options.splits or [s for s in SPLITS if ids_file(folder, s).exists()]
+    splits = options.splits or [s for s in SPLITS if os.path.exists(ids_file(folder, s))]
     require(bool(splits), f"{folder}: has no ids; expected what prepare_captions wrote")
-    extractions = [Extraction(folder, split, options) for split in splits]
-    source = source_of(options)
-    with Signals() as signals:
-        for extraction in extractions:
-            extraction.run(source, signals)
+    names = read_names(folder)
+    with only_writer(folder / LOCK):
+        extractions = [Extraction(folder, split, names, options) for split in splits]
+        source = source_of(options)
+        wanted = source.find(names)
+        with Signals() as signals:
+            for extraction in extractions:
+                extraction.run(source, wanted, signals)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ id_mapping.json, id to file name. A picture with fewer than five sentences is an
 
 import contextlib
 import io
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pycocotools.coco import COCO
 
@@ -31,13 +32,16 @@ from files import naming, read_json, write_json, write_lines
 from layout import (
     CAPTIONS_PER_IMAGE,
     LONGEST_CAPTION,
+    SplitName,
     ids_file,
     names_file,
     read_lines,
+    read_names,
     split_files,
     stays_inside,
 )
-from options import parse, progress, require, run, say, short
+from locking import LOCK, only_writer
+from options import InputError, parse, progress, require, run, say, short, some
 
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 TEST_1K = 1000  # pictures of MSCOCO's test split that the 1K figures' first fold is
@@ -126,6 +130,13 @@ def of_annotations(path: Path, content: dict[str, Any]) -> Iterator[Picture]:
                 plain(entry.get(field), kind, f"{path}: {part} {place}, {field}")
     kinds = [kind for kind in ("train", "val") if path.name.startswith(f"captions_{kind}")]
     require(bool(kinds), f"{path}: expected a name that begins with captions_train or captions_val")
+    pictures = path.stem.removeprefix("captions_")  # train2014, say: the folder they come in
+    counts = Counter(image["id"] for image in content["images"])
+    twice = [str(number) for number, times in counts.items() if times > 1]
+    require(not twice, f"{path}: images hold id {some(twice)} twice; expected an id of its own")
+    owners = {said["image_id"] for said in content["annotations"]}
+    strange = sorted(map(str, owners - counts.keys()))
+    require(not strange, f"{path}: annotations of image {some(strange)}, which is not there")
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
@@ -136,7 +147,7 @@ def of_annotations(path: Path, content: dict[str, Any]) -> Iterator[Picture]:
         what = f"{path}: {coco.imgs[number]['file_name']}"
         said = sorted(coco.imgToAnns[number], key=lambda annotation: annotation["id"])
         captions = first_five([annotation["caption"] for annotation in said], what)
-        name = file_name([coco.imgs[number]["file_name"]], what)
+        name = file_name([pictures, coco.imgs[number]["file_name"]], what)
         split = "dev" if place < held else "test" if place < 2 * held else "train"
         yield Picture(str(number), name, split, captions, True)
 
@@ -158,14 +169,27 @@ def splits_of(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
     return {name: chosen for name, chosen in found.items() if chosen}
 
 
-def check_features(folder: Path, splits: dict[str, list[Picture]]) -> None:
-    """Raise InputError where features of other pictures are there: rows and ids would not fit."""
-    for name, pictures in splits.items():
-        features, _ = split_files(folder, name)
-        ids, keys = ids_file(folder, name), tuple(picture.key for picture in pictures)
-        if features.exists():
-            same = ids.exists() and read_lines(ids, "ids, one a line") == keys
-            require(same, f"{features}: is of other pictures or in another order; move it away")
+def check_there(folder: Path, splits: Mapping[str, list[Picture]]) -> None:
+    """Raise InputError where what is there is of other pictures: rows and ids would not fit."""
+    for name in get_args(SplitName):
+        features, captions = split_files(folder, name)
+        ids, pictures = ids_file(folder, name), splits.get(name)
+        if pictures is None:
+            for path in (features, captions, ids):
+                message = f"{path}: is of a split that the JSON has not; move it away"
+                require(not os.path.lexists(path), message)
+        elif os.path.lexists(features):
+            message = f"{features}: is of other pictures or in another order; move it away"
+            require(are_of(pictures, folder, ids), message)
+
+
+def are_of(pictures: Sequence[Picture], folder: Path, ids: Path) -> bool:
+    """Whether a split's ids and file names are those of these pictures, in their order."""
+    try:
+        before, names = read_lines(ids, "ids, one a line"), read_names(folder)
+    except InputError:
+        return False
+    return [(key, names.get(key)) for key in before] == [(p.key, p.name) for p in pictures]
 
 
 def main() -> None:
@@ -181,7 +205,14 @@ def main() -> None:
     folder, splits = Path(options.out), splits_of(pictures)
     with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
-    check_features(folder, splits)
+    with only_writer(folder / LOCK):
+        check_there(folder, splits)
+        write(folder, splits)
+
+
+def write(folder: Path, splits: Mapping[str, list[Picture]]) -> None:
+    """Write captions, ids and file names."""
+    pictures = [picture for chosen in splits.values() for picture in chosen]
     write_json(names_file(folder), {picture.key: picture.name for picture in pictures})
     for name, chosen in splits.items():
         _, captions = split_files(folder, name)

@@ -24,13 +24,14 @@ from layout import (
     SplitName,
     count_images,
     ids_file,
+    nameless_faults,
     read_captions,
     read_ids,
     read_names,
     split_files,
 )
-from options import check_range, parse, require, run
-from pictures import find_picture, read_picture
+from options import check_range, parse, refuse, require, run
+from pictures import find_pictures, read_picture
 from scripts.plot_run import COLOURS, write_figure
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
@@ -80,8 +81,11 @@ def picture_files(data: Path, split: SplitName, images: int, pictures: Path) -> 
 
     Raises InputError where ids and names in the data set's folder do not tell.
     """
-    ids = read_ids(ids_file(data, split), images)
-    return tuple(find_picture(pictures, name) for name in read_names(data, split, ids))
+    path, names = ids_file(data, split), read_names(data)
+    ids = read_ids(path, images)
+    refuse(nameless_faults(path, names, ids))
+    files = find_pictures(pictures, names)
+    return tuple(files[key] for key in ids)
 
 
 def shown(path: Path) -> Image.Image:

@@ -269,6 +269,27 @@ def test_another_number_of_heads_is_told(minilm: Bert) -> None:
     assert check_bert.senses(Bert(model, minilm.vocabulary, "")) < check_bert.BOUNDS["senses"]
 
 
+def test_weights_that_are_no_numbers_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "pytorch_model.bin"
+    weights = torch.load(path, weights_only=True)
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name][-1, 0] = torch.inf
+    torch.save(weights, path)
+    assert run_here(monkeypatch, check_bert.main, [folder]) == 2
+    wanted = "pytorch_model.bin: embeddings.word_embeddings.weight holds NaN or infinite numbers"
+    assert wanted in capsys.readouterr().err
+
+
+def test_an_entry_that_is_there_twice_is_named(folder: Path, check: Check) -> None:
+    path = folder / "vocab.txt"
+    entries = path.read_text().split("\n")
+    path.write_text("\n".join([*entries[:-2], entries[7], ""]))
+    twice = [fault for fault in check(folder)[1]["faults"] if "twice" in fault]
+    assert twice == [f"{path}: holds {entries[7]} twice; expected an entry once"]
+
+
 def test_weights_that_were_never_filled_are_named(folder: Path, check: Check) -> None:
     path = folder / "pytorch_model.bin"
     weights = torch.load(path, weights_only=True)

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 
+import layout
+from bert import bert_config, bert_parameters
 from scripts import check_data
 
 GROWTH = 500e6  # bytes
@@ -271,7 +273,7 @@ def test_captions_are_held_to_a_vocabulary(
 def test_a_folder_that_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path, said in ((tmp_path / "no", "no such folder"), (tmp_path, "holds no split")):
+    for path, said in ((tmp_path / "no", "no: not found"), (tmp_path, "holds no split")):
         assert run_here(monkeypatch, check_data.main, [path]) == 2
         assert said in capsys.readouterr().err
 
@@ -332,3 +334,61 @@ def test_needs_grow_with_the_data(folder: Path, check: Callable[..., tuple[int, 
     assert rows["evaluation of one model on test"]["scores"] == 10 * 50 * 4
     one, two = (rows[f"evaluation of {n} on test"]["least"] for n in ("one model", "an ensemble"))
     assert one < two
+    without = {row["what"]: row for row in check(folder)[1]["needs"]}
+    weights = bert_parameters(bert_config(bert))
+    assert train["least"] - without["training i2t"]["least"] == 4 * weights
+
+
+def test_needs_of_a_program_that_ran(
+    folder: Path, check: Callable[..., tuple[int, dict]], tmp_path: Path
+) -> None:
+    """A tiny model on tiny data takes what the libraries take."""
+    sizes = "--embed_size 8 --max_words 12 --num_head_IMRC 2 --hid_IMRC 6 --hid_router 5"
+    options = f"{sizes} --batch_size 4 --max_steps 1 --direction i2t --workers 0"
+    where = ["--data_path", folder.parent, "--data_name", folder.name, "--logger_name", tmp_path]
+    bert = ["--bert_path", GOLDEN / "i2t/bert"]
+    command = [sys.executable, "train.py", *where, *bert, *options.split()]
+    subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    peak = json.loads((tmp_path / "i2t/run.json").read_text())["peak_memory_bytes"]
+    rows = {row["what"]: row for row in check(folder, *bert)[1]["needs"]}
+    assert 0.5 * peak < rows["evaluation of one model on test"]["least"] < 2 * peak
+
+
+def test_too_little_memory_is_a_remark(
+    folder: Path, check: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, said in ((2**50, False), (2**20, True)):
+        monkeypatch.setattr(check_data, "free_memory", lambda device, free=free: free)
+        remarks = check(folder)[1]["remarks"]
+        assert any("too little free memory for training i2t" in r for r in remarks) == said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda boxes: boxes[:9], f"shape (9, {REGIONS}, 4), float32; expected (10, {REGIONS}, 4)"),
+        (lambda boxes: boxes.astype(int), "int64; expected"),
+        (lambda boxes: np.insert(boxes[:9], 3, np.nan, 0), "row 3 holds NaN or infinite numbers"),
+        (lambda boxes: boxes, ""),
+    ],
+)
+def test_boxes(
+    folder: Path, check: Callable[..., tuple[int, dict]], change: Callable, said: str
+) -> None:
+    np.save(folder / "test_boxes.npy", change(np.zeros((10, REGIONS, 4), np.float32)))
+    status, report = check(folder)
+    assert status == bool(said) == len(report["faults"])
+    assert all(said in f and f.startswith(f"{folder}/test_boxes.npy: ") for f in report["faults"])
+
+
+def test_features_of_other_pictures(folder: Path, check: Callable[..., tuple[int, dict]]) -> None:
+    """What extract_regions noted is held to the ids and file names that are there now."""
+    named("a.jpg")(folder)
+    names = json.loads((folder / "id_mapping.json").read_text())
+    ids = (folder / "test_ids.txt").read_text().split()
+    about = {"ids": layout.pictures_digest(ids, names)}
+    (folder / "test_regions.json").write_text(json.dumps({"about": about}))
+    assert check(folder)[0] == 0
+    (folder / "id_mapping.json").write_text(json.dumps(names | {ids[4]: "b.jpg"}))
+    status, report = check(folder)
+    assert status == 1 and "test_regions.json: features are of other pictures than" in str(report)

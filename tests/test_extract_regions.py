@@ -3,7 +3,9 @@
 import base64
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,14 +16,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, run_here, write_tiny
+from numpy.lib.format import open_memmap
 from PIL import Image, ImageDraw
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.transforms.functional import to_tensor
 
 import pictures
 import regions
+from locking import LOCK
 from options import InputError
-from pictures import read_picture
+from pictures import find_pictures, read_picture
 from regions import best_boxes, grid_boxes
 from scripts import check_data, extract_regions, prepare_captions
 
@@ -127,6 +133,76 @@ def test_boxes_of_a_detector(
     width, height = read_picture(tmp_path / "pictures/4.png").size  # the first of the split
     assert boxes.min() >= 0 and (boxes[..., 2:] >= boxes[..., :2]).all()
     assert boxes[0, :, 2].max() <= width and boxes[0, :, 3].max() <= height
+    weights = torch.load(tmp_path / "detector.pth")
+    weights["rpn.head.cls_logits.bias"][0] = torch.nan
+    torch.save(weights, tmp_path / "nan.pth")
+    assert extract(*how, "--weights", tmp_path / "nan.pth", "--overwrite") == 2
+    wanted = "nan.pth: rpn.head.cls_logits.bias holds NaN or infinite numbers"
+    assert wanted in capsys.readouterr().err
+
+
+def noise(path: Path, width: int, height: int) -> Image.Image:
+    """A picture that is another one when it is turned, mirrored or has its colours swapped."""
+    colours = np.random.default_rng(0).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    picture = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+    picture.save(path, "PNG")
+    return picture
+
+
+def test_a_detectors_features_are_those_of_its_boxes(tmp_path: Path) -> None:
+    """A picture larger than the detector works with; torchvision's own transformation beside."""
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    model = FasterRCNN(backbone, 91, min_size=64, max_size=128).eval()
+    for module in model.modules():
+        if "running_var" in dict(module.named_buffers(recurse=False)):
+            module.eps = 0.0
+    torch.save(model.state_dict(), tmp_path / "detector.pth")
+    picture = noise(tmp_path / "picture", 300, 150)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(regions, "SHORT_SIDE", 64)
+        patch.setattr(regions, "LONG_SIDE", 128)
+        source = regions.Detector(tmp_path, tmp_path / "detector.pth", torch.device("cpu"))
+    features, boxes = source.encode([source.reader(tmp_path / "picture")])
+    assert boxes[0, :, 2].max() > 150 and len(np.unique(boxes[0], axis=0)) > 9
+    with torch.no_grad():
+        batch, _ = model.transform([to_tensor(picture)])
+        maps, size = model.backbone(batch.tensors), batch.image_sizes
+        seen = resize_boxes(torch.from_numpy(boxes[0]), [150, 300], list(size[0]))
+        pooled = model.roi_heads.box_roi_pool(maps, [seen], size)
+        found = model.roi_heads.box_head(pooled).numpy()
+    assert np.abs(features[0] - found).max() < 1e-4 < 0.01 < np.ptp(found, 0).max()
+
+
+def test_a_grids_rows_are_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = regions.Grid(tmp_path, torch.device("cpu"))
+    picture = noise(tmp_path / "picture", 300, 150).resize((260, 260), Image.Resampling.BICUBIC)
+    features, boxes = source.encode([source.reader(tmp_path / "picture")])
+    with torch.no_grad():
+        pixels = (torch.from_numpy(np.array(picture)).float() - 127) / 128
+        found = source.model.extract_features(pixels.permute(2, 0, 1)[None])
+        found = torch.nn.functional.adaptive_avg_pool2d(found, 6)[0].numpy()  # [1280, 6, 6]
+    for row, (left, top, right, bottom) in enumerate(boxes[0]):
+        x, y = round(left / 50), round(top / 25)
+        assert (right, bottom) == (left + 50, top + 25)
+        assert np.abs(features[0, row] - found[:, y, x]).max() < 1e-4
+    assert np.abs(found - found.transpose(0, 2, 1)).max() > 0.1
+    monkeypatch.setattr(regions, "LITE2_SHA256", "0" * 8)
+    with pytest.raises(InputError, match="its SHA-256 is"):
+        regions.Grid(tmp_path, torch.device("cpu"))
+
+
+def test_where_pictures_are(tmp_path: Path) -> None:
+    """In their subfolders; without these in the folder itself, if no two would be the same."""
+    names = {"1": "a/1.jpg", "2": "b/2.jpg", "3": "3.jpg"}
+    flat = {"1": tmp_path / "1.jpg", "2": tmp_path / "2.jpg", "3": tmp_path / "3.jpg"}
+    assert find_pictures(tmp_path, names) == flat
+    (tmp_path / "a").mkdir()
+    assert find_pictures(tmp_path, names) == flat | {"1": tmp_path / "a/1.jpg"}
+    with pytest.raises(InputError, match=r"no folder b, without which 3.jpg and b/3.jpg would be"):
+        find_pictures(tmp_path, {"1": "a/3.jpg", "2": "3.jpg", "3": "b/3.jpg"})
+    with pytest.raises(InputError, match="File name too long"):
+        read_picture(tmp_path / ("a" * 300))
 
 
 def test_rows_of_a_tsv_file(
@@ -145,6 +221,27 @@ def test_rows_of_a_tsv_file(
         assert np.array_equal(features[row], rng.random((36, WIDTH), "float32").astype("float16"))
     assert "2 rows are repeated" in caplog.text and "line 13 (image_id 6)" in caplog.text
     assert "1 rows are damaged and left out" in caplog.text and "line 12" in caplog.text
+
+
+def test_rows_by_name(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str], caplog
+) -> None:
+    """The width is that of most rows; a name may have any letters, and must be one picture's."""
+    names = {str(key): f"p/é {key}.png" for key in range(10)}
+    (drawn / "id_mapping.json").write_text(json.dumps(names))
+    rows = [tsv_row(f"é {key}", key) for key in range(10)]
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--tsv_key", "name"]
+    (drawn / "rows.tsv").write_bytes(tsv_row("é 0", 0, width=5) + b"".join(rows))
+    assert extract(*how) == 0
+    assert "1 rows are damaged" in caplog.text and "line 1 (5 wide, not 6)" in caplog.text
+    assert np.load(drawn / "train_ims.npy").shape == (6, 36, 6)
+    (drawn / "id_mapping.json").write_text(json.dumps(names | {"1": "q/é 0.jpg"}))
+    assert extract(*how, "--overwrite") == 2
+    assert "é 0 is 2 pictures' name; expected --tsv_key id" in capsys.readouterr().err
+    (drawn / "rows.tsv").write_bytes(rows[0].replace(b"\t36\t", b"\t35\t"))
+    assert extract(*how, "--overwrite") == 2
+    assert "no row of bottom-up attention's six fields" in capsys.readouterr().err
+    assert "rows.tsv: line 1 (35 boxes, not 36)" in caplog.text
 
 
 def test_a_row_that_is_missing_or_damaged(
@@ -243,9 +340,111 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
             break
         kills.append(rows_done(record))
     assert len(kills) > 1 and 0 < kills[0] < kills[-1]
-    found = [{p.name: p.read_bytes() for p in record.parents[0].iterdir()}]
-    found += [{p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}]
-    assert found[0] == found[1]
+    for folder in (tmp_path / "cut", tmp_path / "whole"):
+        (folder / LOCK).unlink()  # tells the process
+    found, whole = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("cut", "whole")
+    )
+    assert found == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: os.truncate(path, 500), "its header asks for"),
+        (lambda path: path.write_bytes(b"none"), "no whole .npy array"),
+        (lambda path: path.unlink(), "not found; expected the first 4 rows; --overwrite begins"),
+        (lambda path: open_memmap(path, "w+", "f4", (6, 36, 5)).flush(), "shape (6, 36, 5)"),
+    ],
+)
+def test_work_that_is_not_whole(
+    change: Callable[[Path], object],
+    said: str,
+    drawn: Path,
+    extract: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rows that were done and are gone are not taken for done; the user is told what helps."""
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 6))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--splits", "train"]
+    assert extract(*how) == 2  # ids 0 1 2 5 are done, 6 has no row
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
+    record = json.loads((drawn / "train_regions.json").read_text())
+    record["about"]["weights"] = regions.Tsv([drawn / "rows.tsv"], False).about["weights"]
+    (drawn / "train_regions.json").write_text(json.dumps(record))
+    change(drawn / "train_ims.npy.extracting")
+    capsys.readouterr()
+    assert extract(*how) == 2
+    assert said in capsys.readouterr().err
+    assert extract(*how, "--overwrite") == 0
+
+
+def test_complete_means_that_it_is_there(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv"]
+    assert extract(*how) == extract(*how) == 0
+    (drawn / "dev_boxes.npy").unlink()
+    assert extract(*how) == 2
+    assert "dev_boxes.npy: not found" in capsys.readouterr().err
+    np.save(drawn / "dev_boxes.npy", np.zeros((1, 36, 4), "f4"))
+    assert extract(*how) == 2
+    assert "dev_boxes.npy: 1 rows; expected 2; --overwrite" in capsys.readouterr().err
+    (drawn / "dev_regions.json").write_text("{")
+    assert extract(*how) == 2
+    assert extract(*how, "--overwrite") == 0
+
+
+def test_only_one_writes(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = drawn / "rows.tsv"
+    rows.write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
+    hold = "import sys; from pathlib import Path; from locking import only_writer\n"
+    hold += "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, drawn / LOCK]
+    with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert extract("--model", "tsv", "--tsv", rows) == 2
+        assert f"own: another run writes there (process {other.pid}" in capsys.readouterr().err
+        other.stdin.close()
+    assert extract("--model", "tsv", "--tsv", rows) == 0
+
+
+def test_a_signal_ends_it_in_good_order(
+    drawn: Path, extract: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--splits", "train"]
+    read = regions.RowReader.__call__
+
+    def interrupt(reader: regions.RowReader, key: str) -> regions.Row:
+        if key == "2":
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(reader, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(regions.RowReader, "__call__", interrupt)
+        assert extract(*how) == 130
+    record = json.loads((drawn / "train_regions.json").read_text())
+    assert record["rows"] == 2 and not record["complete"]
+    assert extract(*how, "--batch_size", 3) == 2  # the last bits depend on it
+    assert extract(*how) == 0
+
+
+def test_numbers_that_float16_cannot_hold(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = base64.b64encode(np.full((36, WIDTH), 1e30, "f4").tobytes())
+    rows = [tsv_row(key, key).rsplit(b"\t", 1)[0] + b"\t" + large + b"\n" for key in range(10)]
+    (drawn / "rows.tsv").write_bytes(b"".join(rows))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv"]
+    assert extract(*how, "--dtype", "float16") == 2
+    assert "are no numbers of float16" in capsys.readouterr().err
+    assert extract(*how, "--overwrite") == 0
 
 
 def test_features_of_others_stay(

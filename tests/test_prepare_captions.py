@@ -1,6 +1,7 @@
 """scripts/prepare_captions.py: both kinds of JSON to SCAN's layout, and each fault."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,39 @@ def test_annotations_of_mscoco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "testall_ids.txt": ["3", "4"],
     }
     assert (out / "dev_caps.txt").read_text().splitlines()[4] == "1 said 4"
+    names = json.loads((out / "id_mapping.json").read_text())
+    assert (names["9"], names["1"]) == ("train2014/9.jpg", "val2014/1.jpg")
+
+
+def test_the_sizes_of_mscoco_are_karpathys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    val, test = annotations(list(range(10_003))), karpathy(["test"] * 1003)
+    for image in test["images"]:
+        image["cocoid"] = image["imgid"]
+    for content, sizes in (
+        ({"captions_val2014": val}, {"train": 3, "dev": 5000, "test": 1000, "testall": 5000}),
+        ({"dataset_coco": test}, {"test": 1000, "testall": 1003}),
+    ):
+        folder = tmp_path / "-".join(content)
+        folder.mkdir()
+        assert prepare(monkeypatch, folder, **content) == 0
+        for name, size in sizes.items():
+            assert len((folder / f"out/{name}_ids.txt").read_text().split()) == size
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["images"].append({"id": 8, "file_name": "b"}), "images hold id 8 twice"),
+        (lambda c: c["annotations"][0].update(image_id=7), "annotations of image 7, which is not"),
+    ],
+)
+def test_annotations_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, change: Callable, said: str
+) -> None:
+    content = annotations([9, 8])
+    change(content)
+    assert prepare(monkeypatch, tmp_path, captions_train2014=content) == 2
+    assert f"captions_train2014.json: {said}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -118,3 +152,17 @@ def test_other_captions_beside_features_are_refused(
     assert prepare(monkeypatch, tmp_path, own=karpathy(["train"])) == 0
     assert prepare(monkeypatch, tmp_path, own=karpathy(["train", "train"])) == 2
     assert "train_ims.npy: is of other pictures" in capsys.readouterr().err
+    other = karpathy(["train"], filename="another.jpg")  # under the same id
+    assert prepare(monkeypatch, tmp_path, own=other) == 2
+    assert "train_ims.npy: is of other pictures" in capsys.readouterr().err
+
+
+def test_a_split_that_would_stay_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ids would have the names of other pictures."""
+    assert prepare(monkeypatch, tmp_path, own=karpathy(["train", "val"])) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert prepare(monkeypatch, tmp_path, own=karpathy(["train", "train"])) == 2
+    assert "dev_caps.txt: is of a split that the JSON has not" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

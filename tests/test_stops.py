@@ -538,13 +538,43 @@ def test_a_folder_without_locks_is_a_warning(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "lockf", none)
-    with runfolder.only_writer(tmp_path / "run"):
+    with runfolder.own_folder(tmp_path / "run"):
         assert "has no locks (Function not implemented)" in caplog.text
 
 
 # Workers
 
 
+HANDS_OVER = """
+import sys, time, multiprocessing, numpy, data
+class Large:
+    def __getitem__(self, place): return numpy.zeros(10**6)
+items = data.load(Large(), range(100), 2)
+next(items)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are told by Linux")
+def test_workers_end_with_a_program_that_was_killed() -> None:
+    """Also where they wait for it to read what a full pipe holds."""
+    process = subprocess.Popen([sys.executable, "-c", HANDS_OVER], cwd=ROOT, stdout=-1, text=True)
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    for _ in range(300):
+        states = [Path(f"/proc/{pid}/stat") for pid in workers]
+        alive = [p for p in states if p.exists() and p.read_text().split()[2] != "Z"]
+        if not alive:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{alive} are there after half a minute")
+
+
+# of torch's own iterator, which is not whole where its second worker could not be started
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_that_cannot_be_started_are_one_line(
     tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
