@@ -25,7 +25,7 @@ from files import (
     write_lines,
     write_safetensors,
 )
-from options import InputError, require, short
+from options import InputError, require, short, some
 from vocab import Vocabulary
 from weights import Weights, check_finite, check_named, filled
 
@@ -95,8 +95,17 @@ def assembled_bert(folder: Path, weights: Weights, source: Path) -> Bert:
 
 
 def bert_config(folder: str | Path) -> BertConfig:
-    """The configuration in a BERT folder. Raises InputError where it is none of such a BERT."""
-    sizes = _bert_sizes(_one_of(Path(folder), *CONFIGURATIONS))
+    """The configuration in a BERT folder.
+
+    Raises InputError where it is none of such a BERT, or where two files tell two of them.
+    """
+    path = _one_of(Path(folder), *CONFIGURATIONS)
+    sizes = _bert_sizes(path)
+    for other in (Path(folder) / name for name in CONFIGURATIONS):
+        if other != path and os.path.lexists(other):
+            others = _bert_sizes(other)
+            told = [f"{name} {others[name]}" for name in sizes if others[name] != sizes[name]]
+            require(not told, f"{other}: tells {some(told)}; expected what {path.name} tells")
     return BertConfig(**sizes, hidden_act="gelu")
 
 

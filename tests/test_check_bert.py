@@ -282,6 +282,19 @@ def test_weights_that_are_no_numbers_are_refused(
     assert wanted in capsys.readouterr().err
 
 
+def test_two_configurations_tell_the_same(
+    folder: Path, check: Check, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = json.loads((folder / "bert_config.json").read_text())
+    heads = sizes["num_attention_heads"]
+    (folder / "config.json").write_text(json.dumps(sizes))
+    assert "config.json" in check(folder)[1]["files"]
+    (folder / "config.json").write_text(json.dumps(sizes | {"num_attention_heads": 1}))
+    assert heads != 1 and run_here(monkeypatch, check_bert.main, [folder]) == 2
+    said = "config.json: tells num_attention_heads 1; expected what bert_config.json tells"
+    assert said in capsys.readouterr().err
+
+
 def test_an_entry_that_is_there_twice_is_named(folder: Path, check: Check) -> None:
     path = folder / "vocab.txt"
     entries = path.read_text().split("\n")
