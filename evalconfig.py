@@ -3,11 +3,13 @@
 Kept apart from evaluate_models.py, so that either can be read at one go.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from evaluation import Protocol
 from options import Precision, check_range, require
+
+LEAST_SAMPLES = 100  # of the bootstrap: fewer have no 2.5 % at either end
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class EvaluateConfig:
     extended: Annotated[
         bool, "ECCV Caption and CxC figures on MSCOCO's test images (pip install eccv_caption)"
     ] = False
-    save_scores: Annotated[str | None, "write the float32 matrix (images, captions) here, .npy"] = (
-        None
-    )
+    save_scores: Annotated[
+        str | None, "write the matrix (images, captions) here, .npy; float32 of models"
+    ] = None
     ranks: Annotated[
-        str | None, "write every query's rank from 0 here, .npz: i2t [images], t2i [captions]"
+        str | None,
+        "write every query's rank from 0 here, .npz: i2t [images], t2i [captions]; of a second "
+        "protocol the names begin with it, 5k.i2t",
     ] = None
     json: Annotated[str | None, "write the results here, unrounded"] = None
 
@@ -65,9 +69,12 @@ class EvaluateConfig:
         check_range(self, ("shortlist",), 1)
         twice = self.fold5 and self.protocols is not None
         require(not twice, "--fold5 and --protocols exclude each other")
-        for name in ("shortlist", "precision", "bert_path", "compile") if self.scores else ():
-            unused = getattr(self, name) is None
-            require(unused, f"--{name} goes with --model_path, not with --scores")
+        of_models = ("shortlist", "precision", "bert_path", "compile", "device", "workers", "skip")
+        for field in fields(self) if self.scores else ():
+            unused = field.name not in of_models or getattr(self, field.name) == field.default
+            require(unused, f"--{field.name} goes with --model_path, not with --scores")
+        several = not 0 < self.bootstrap < LEAST_SAMPLES
+        require(several, f"--bootstrap {self.bootstrap}: expected 0, or {LEAST_SAMPLES} or more")
 
     @property
     def all_protocols(self) -> list[Protocol]:

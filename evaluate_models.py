@@ -154,7 +154,7 @@ def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path 
     scores = (
         matrices[0]
         if len(matrices) == 1
-        else mean_matrix(np.array(m, np.float32) for m in matrices)
+        else mean_matrix(np.array(m, np.result_type(np.float32, *matrices)) for m in matrices)
     )
     folder = None
     if config.data_path and config.data_name:

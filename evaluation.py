@@ -131,7 +131,7 @@ def check_folds(images: int) -> None:
     """Raise InputError where the images cannot be cut into equal folds."""
     require(
         images > 0 and images % FOLDS == 0,
-        f"--fold5: {images} images; expected a multiple of {FOLDS}",
+        f"five folds: {images} images; expected a multiple of {FOLDS}",
     )
 
 
@@ -179,7 +179,7 @@ def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
     for matrix in matrices:
         total = matrix if total is None else np.add(total, matrix, out=total)
         count += 1
-    return np.divide(total, np.float32(count), out=total)
+    return np.divide(total, count, out=total)
 
 
 def intervals(found: Sequence[Ranks], samples: int, seed: int = 0) -> dict[str, Any]:
@@ -234,7 +234,10 @@ def map_scores(path: Path) -> np.ndarray:
     """A score matrix `[I, 5 I]` by memory map. Raises InputError where it is none."""
     matrix = map_array(path, "a score matrix, a .npy file")
     fits = matrix.ndim == 2 and matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
-    fits = fits and matrix.dtype.kind == "f"
+    fits = fits and matrix.dtype in (np.float16, np.float32, np.float64)  # of this byte order
     found = f"{matrix.dtype}, shape {matrix.shape}"
     require(fits, f"{path}: {found}; expected scores (images, five captions an image)")
+    for first in range(0, len(matrix), ROW_BLOCK):
+        whole = np.isfinite(matrix[first : first + ROW_BLOCK]).all()
+        require(bool(whole), f"{path}: {NO_NUMBERS}")
     return matrix

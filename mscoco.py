@@ -18,7 +18,7 @@ from options import require
 
 LIST = 64  # best answers of a query that are looked at; none has more than 48 right ones
 FIGURES = ("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_recalls")
-NUMBER = re.compile(r"(\d+)(\.\w+)?$")  # an image's id, alone or at the end of its file's name
+NUMBER = re.compile(r"(\d{1,18})(\.\w+)?$")  # an image's id, alone or at the end of its file's name
 
 
 def published() -> Any:
@@ -45,6 +45,7 @@ def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarr
     rows = {metrics.coco_gts["t2i"][int(row[0])][0]: row for row in known}
     wanted = [rows.get(int(match[1])) if match else None for match in found]
     fits = len(wanted) == images == len(known) and all(row is not None for row in wanted)
+    fits = fits and len({int(row[0]) for row in wanted}) == images
     require(fits, f"{path}: expected the ids of MSCOCO's {len(known)} test images")
     return np.stack(wanted)
 

@@ -28,6 +28,7 @@ def find_pictures(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
 
     Raises InputError where there is no such subfolder, and names are the same without it.
     """
+    require(os.path.isdir(folder), f"{folder}: not found; expected the folder of the pictures")
     paths = {key: PurePosixPath(name) for key, name in names.items()}
     absent = {p for p in {path.parent for path in paths.values()} if not os.path.isdir(folder / p)}
     found: dict[PurePosixPath, PurePosixPath] = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from files import read_json
-from options import InputError, require
+from options import InputError, require, short
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,10 +60,17 @@ class Run:
         """The file of its evaluation."""
         return results / "reproduce" / f"{self.name}_seed{seed}.json"
 
-    def results(self, results: Path = RESULTS) -> list[Path]:
-        """The files of its evaluations, of any seed, that are there."""
+    def results(self, results: Path = RESULTS) -> dict[int, Path]:
+        """The files of its evaluations that are there, by seed."""
         pattern = self.result("*", results)
-        return sorted(pattern.parent.glob(pattern.name))
+        seeds = [
+            path.stem.removeprefix(f"{self.name}_seed")
+            for path in pattern.parent.glob(pattern.name)
+        ]
+        return {
+            seed: self.result(seed, results)
+            for seed in sorted(int(s) for s in seeds if s.isdecimal())
+        }
 
 
 class Registry:
@@ -94,6 +101,11 @@ class Registry:
     def data_of(self, run: Run) -> Data:
         """What a run needs."""
         return self.data[self.members(run)[0].data]
+
+    def commands(self, run: Run, seed: int, paths: dict[str, str]) -> list[list[str]]:
+        """All commands of a run, without those of an ensemble's members."""
+        training = [] if run.of else [self.train(run, seed, paths)]
+        return [*training, self.evaluate(run, seed, paths)]
 
     def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
         """The command that trains a model, or goes on with it."""
@@ -148,21 +160,30 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
     found = []
     for run in registry.runs.values():
         if table in run.tables:
-            recalls = papers[table][run.paper] if run.paper else None
-            paper = None if recalls is None else [*recalls, sum(recalls)]
-            ours = [_figures(path, run.tables[table]) for path in run.results(results)]
+            paper = None
+            if run.paper:
+                recalls = papers.get(table, {}).get(run.paper)
+                where = f"{results / 'paper.json'}: has no {run.paper} in {table}"
+                require(recalls is not None, where)
+                paper = [*recalls, sum(recalls)]
+            files = run.results(results).values()
+            ours = [figures_of(path, run.tables[table]) for path in files]
             found.append(Row(run.title, paper, ours))
     return found
 
 
-def _figures(path: Path, protocol: str) -> list[float]:
-    """Six recalls and rsum of an evaluation."""
+def figures_of(path: Path, protocol: str) -> list[float]:
+    """Six recalls and rsum of an evaluation. Raises InputError where the file has none."""
     content: Any = read_json(path, "the results of an evaluation")
     try:
         metrics = content["protocols"][protocol]["metrics"]
-        return [*(float(metrics[way][name]) for way, name in METRICS), float(metrics["rsum"])]
-    except (KeyError, TypeError, ValueError) as error:
+        found = [*(metrics[way][name] for way, name in METRICS), metrics["rsum"]]
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path}: holds no metrics of protocol {protocol}: {error!r}") from error
+    fits = all(type(value) in (int, float) and 0 <= value <= 600 for value in found)
+    fits = fits and abs(sum(found[:-1]) - found[-1]) < 1e-6
+    require(fits, f"{path}: {short(found)}; expected six recalls and their sum, rsum")
+    return found
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -185,7 +206,7 @@ def cells(row: Row) -> list[str]:
 
 def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
     """Every table."""
-    source = read_json(results / "paper.json", "the paper's figures")["source"]
+    source = read_json(results / "paper.json", "the paper's figures").get("source", "not named")
     parts = []
     for name, title in registry.tables.items():
         lines = [

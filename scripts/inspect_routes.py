@@ -239,13 +239,14 @@ def main() -> None:
         files = picture_files(*where)
     seen = seen_pair(pairs, files, options) if options.pair else None
     paths = pairs.paths(min(options.count, split.images))
+    clusters = clustered(paths, options.clusters) if options.clusters else None
+    write_tables(pairs, paths, clusters, out)
     drawings = Drawings(pairs, paths, files, options)
     drawings.mean_gates()
     drawings.different()
     if options.pair:
         drawings.pair(*options.pair, seen)
-    clusters = clustered(paths, options.clusters) if options.clusters else None
-    write_tables(pairs, paths, clusters, out)
+    (out / "clusters.png").unlink(missing_ok=True)  # of an earlier run
     if clusters:
         drawings.clusters(clusters)
     say(f"{len(paths)} pairs of {split.path}: see {out}\n")

@@ -7,6 +7,7 @@ Reads metrics.jsonl of each run's folder. Writes the picture as PNG, and beside 
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,19 @@ from typing import Annotated, Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from files import check_writable, read_text, write_bytes
 from options import parse, require, run, short
 from runlog import METRICS
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; dashes tell them apart in grey.
+# Okabe and Ito's colours, which the colour-blind can tell apart; dashes tell runs apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
-RECALLS = (("r1", "i2t R@1"), ("r1i", "t2i R@1"), ("r10", "i2t R@10"), ("r10i", "t2i R@10"))
+MOST_RUNS = math.lcm(len(COLOURS), len(DASHES))  # that no two look alike
+RECALLS = {"r1": "i2t R@1", "r1i": "t2i R@1", "r10": "i2t R@10", "r10i": "t2i R@10"}
+MARKERS = ("o", "^", "s", "x")  # of the recalls
+LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e20 long
 matplotlib.rcParams["svg.hashsalt"] = "dime"  # the same curves give the same file
 
 
@@ -43,7 +48,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             event = None
         fits = isinstance(event, dict) and all(
-            type(value) in (int, float) for value in event.values()
+            type(value) in (int, float) and abs(value) <= LARGEST_NUMBER for value in event.values()
         )
         require(
             fits and "step" in event, f"{path}: line {number}: {short(line)}; expected an event"
@@ -59,28 +64,52 @@ def curve(found: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list
     return [step for step, _ in points], [value for _, value in points]
 
 
-def label(axes: Axes, title: str, unit: str) -> None:
-    """Title, units and legend of one panel."""
+def labels(folders: Sequence[str]) -> list[str]:
+    """The shortest ends of the folders' paths that tell them apart. Raises InputError."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for number, path in enumerate(parts):
+        require(path not in parts[:number], f"{folders[number]}: is given twice")
+    depth = 1
+    while len({path[-depth:] for path in parts}) < len(parts):
+        depth += 1
+    return ["/".join(path[-depth:]) for path in parts]
+
+
+def shown(axes: Axes, title: str, unit: str) -> None:
+    """Title and units of one panel."""
     axes.set(title=title, xlabel="step", ylabel=unit)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend(fontsize="small")
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center")
 
 
 def figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Loss on the left, recalls on dev on the right."""
-    picture = Figure(figsize=(11, 4.5), layout="constrained")
+    """Loss on the left, recalls on dev on the right; a run has its colour and dashes in both."""
+    picture = Figure(figsize=(12, 4.5), layout="constrained")
     loss, recall = picture.subplots(1, 2)
+    handles = []
     for number, (name, found) in enumerate(runs.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        loss.plot(*curve(found, "Le"), color=colour, label=name)
-        for (tag, title), dash in zip(RECALLS, DASHES, strict=True):
-            style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
-            recall.plot(*curve(found, tag), **style, label=f"{name}: {title}")
-    label(loss, "Training loss", "loss (sum over a batch)")
-    label(recall, "Recall on dev", "recall, %")
-    recall.set_ylim(0, 100)
+        style = {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": DASHES[number % len(DASHES)],
+            "linewidth": 1.3,
+        }
+        loss.plot(*curve(found, "Le"), **style)
+        for tag, marker in zip(RECALLS, MARKERS, strict=True):
+            recall.plot(*curve(found, tag), **style, marker=marker, markersize=5)
+        text = f"./{name}" if name.startswith("_") else name  # which no legend shows
+        handles.append(Line2D([], [], **style, label=text.replace("$", r"\$")))
+    shown(loss, "Training loss", "loss (sum over a batch)")
+    shown(recall, "Recall on dev", "recall, %")
+    recall.set_ylim(0, 102)
+    recalls = [
+        Line2D([], [], color="black", linestyle="", marker=marker, label=title)
+        for title, marker in zip(RECALLS.values(), MARKERS, strict=True)
+    ]
+    small = {"fontsize": "small", "alignment": "left"}
+    picture.legend(handles=handles, loc="outside right upper", title="run", **small)
+    picture.legend(handles=recalls, loc="outside right lower", title="recall", **small)
     return picture
 
 
@@ -97,7 +126,10 @@ def main() -> None:
     out = Path(chosen.out)
     require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
     check_writable(out)
-    picture = figure({Path(name).name: events(Path(name)) for name in chosen.runs})
+    found = f"{len(chosen.runs)} runs; expected {MOST_RUNS} at most, which look different"
+    require(len(chosen.runs) <= MOST_RUNS, found)
+    names = labels(chosen.runs)
+    picture = figure(dict(zip(names, map(events, map(Path, chosen.runs)), strict=True)))
     for path in (out, out.with_suffix(".svg")):
         write_figure(picture, path)
 

@@ -41,7 +41,7 @@ from layout import (
     stays_inside,
 )
 from locking import LOCK, only_writer
-from options import InputError, parse, progress, require, run, say, short, some
+from options import InputError, check_range, parse, progress, require, run, say, short, some
 
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 TEST_1K = 1000  # pictures of MSCOCO's test split that the 1K figures' first fold is
@@ -53,6 +53,10 @@ WANTED = "Karpathy's JSON or MSCOCO's annotations"
 class Options:
     json: Annotated[list[str], "Karpathy's JSON or MSCOCO's captions_*.json", "JSON"]
     out: Annotated[str, "data set's folder to write, DATA_PATH/DATA_NAME"]
+    train: Annotated[int | None, "only the first N pictures of train (all of them)"] = None
+
+    def __post_init__(self) -> None:
+        check_range(self, ("train",), 1)
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,13 @@ def read(path: Path) -> list[Picture]:
     return list(reader(path, content))
 
 
-def splits_of(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
-    """The pictures of each split that has any; of MSCOCO also testall."""
+def splits_of(pictures: Sequence[Picture], train: int | None) -> dict[str, list[Picture]]:
+    """The pictures of each split that has any; of MSCOCO also testall.
+
+    Of train it is the first `train` ones, where that is given.
+    """
     found = {s: [p for p in pictures if p.split == s] for s in ("train", "dev", "test")}
+    found["train"] = found["train"][:train]
     if any(picture.of_coco for picture in pictures):
         found["testall"] = found["test"]
         found["test"] = found["testall"][:TEST_1K]
@@ -202,7 +210,7 @@ def main() -> None:
     require(bool(pictures), f"{options.json[0]}: holds no picture")
     key, times = Counter(picture.key for picture in pictures).most_common(1)[0]
     require(times == 1, f"id {key} is {times} pictures'; expected an id of its own for each")
-    folder, splits = Path(options.out), splits_of(pictures)
+    folder, splits = Path(options.out), splits_of(pictures, options.train)
     with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / LOCK):

@@ -15,7 +15,9 @@ import csv
 import io
 import json
 import logging
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from scripts.experiments import (
     Run,
     as_markdown,
     cells,
+    figures_of,
     rows,
 )
 
@@ -71,13 +74,12 @@ def listed(registry: Registry) -> str:
     """Every run: what it needs, its commands, and whether it is done."""
     lines = []
     for each in registry.runs.values():
-        done = [path.stem.split("_seed")[1] for path in each.results()]
-        state = f"done for seed {', '.join(done)}" if done else "not run"
+        done = each.results()
+        state = f"done for seed {', '.join(map(str, done))}" if done else "not run"
         lines.append(f"{each.name}: {each.title}; {state}")
         lines.append(f"  tables: {'; '.join(registry.tables[name] for name in each.tables)}")
         lines.append(f"  needs: {', '.join(each.of) or registry.data_of(each).needs}")
-        commands = [] if each.of else [registry.train(each, 0, {})]
-        for command in [*commands, registry.evaluate(each, 0, {})]:
+        for command in registry.commands(each, 0, {}):
             lines.append(f"  python {shlex.join(command)}")
     return "\n".join(lines) + "\n"
 
@@ -85,21 +87,20 @@ def listed(registry: Registry) -> str:
 def reproduce(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
     """Do what is missing of a run: its members, its training, its evaluation."""
     path = each.result(seed)
-    if path.exists():
+    if os.path.lexists(path):
+        check_result(registry, each, seed, paths)
         log.info("%s, seed %d: done, %s", each.name, seed, path)
         return
     for member in registry.members(each) if each.of else []:
         reproduce(registry, member, seed, paths)
-    commands = []
-    if not each.of:
-        commands.append(registry.train(each, seed, paths))
-        _call(commands[-1])
-    commands.append(registry.evaluate(each, seed, paths))
+    *training, evaluation = registry.commands(each, seed, paths)
+    for command in training:
+        _call(command)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
-    _call([*commands[-1], "--json", str(part)])
+    _call([*evaluation, "--json", str(part)])
     about = {
-        "commands": [f"python {shlex.join(command)}" for command in commands],
+        "commands": [f"python {shlex.join(command)}" for command in [*training, evaluation]],
         "machine": runlog.processor(),
         "torch": torch.__version__,
         "commit": runlog.commit(),
@@ -109,13 +110,48 @@ def reproduce(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -
     log.info("%s, seed %d: %s", each.name, seed, path)
 
 
+def check_result(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
+    """Raise InputError where a results file is damaged; warn where other commands made it."""
+    path = each.result(seed)
+    for protocol in each.tables.values():
+        try:
+            figures_of(path, protocol)
+        except InputError as error:
+            raise InputError(f"{error}; delete it to have the run done again") from error
+    now = [f"python {shlex.join(command)}" for command in registry.commands(each, seed, paths)]
+    then = read_json(path, "the results of an evaluation").get("commands")
+    if then != now:
+        log.warning("%s: was made by other commands than now; delete it to run them", path)
+
+
 def _call(command: list[str]) -> None:
-    """Run a program of the project. Raises what it ended with."""
+    """Run a program of the project. Raises what it ended with.
+
+    Signals are handed on to it, which saves before it ends, and are waited out.
+    """
     log.info("python %s", shlex.join(command))
-    status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
-    if status > 128:
-        raise Stopped(status - 128)
-    require(status == 0, f"{command[0]} ended with status {status}; the same command goes on")
+    programs: list[subprocess.Popen] = []
+    told: list[int] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        told.append(number)
+        for program in programs:
+            program.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    usual = {number: signal.signal(number, hand_on) for number in heard}
+    try:
+        programs.append(subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]]))
+        if told:  # before it was there
+            programs[0].send_signal(told[0])
+        status = programs[0].wait()
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if told or status > 128:
+        raise Stopped(told[0] if told else status - 128)
+    require(status == 0, f"{command[0]} ended with status {status}, see above")
 
 
 def as_csv(registry: Registry) -> str:
@@ -162,11 +198,12 @@ def as_latex(registry: Registry) -> str:
     """Tables for a paper."""
     parts = []
     for name, title in registry.tables.items():
-        lines = [" & ".join(map(_tex, ["", *COLUMNS])) + r" \\ \hline"]
+        lines = [" & ".join(map(_tex, ["", "seeds", *COLUMNS])) + r" \\ \hline"]
         for row in rows(registry, name):
-            lines.append(" & ".join(map(_tex, [row.title, *cells(row)])) + r" \\")
+            texts = [row.title, str(len(row.ours) or ""), *cells(row)]
+            lines.append(" & ".join(map(_tex, texts)) + r" \\")
         body = "\n".join(lines)
-        columns = "l" + "r" * len(COLUMNS)
+        columns = "lr" + "r" * len(COLUMNS)
         parts.append(
             f"\\begin{{table}}\n\\caption{{{_tex(title)}}}\n\\begin{{tabular}}{{{columns}}}\n"
             f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
@@ -175,7 +212,9 @@ def as_latex(registry: Registry) -> str:
 
 
 def _tex(text: str) -> str:
-    for plain, tex in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), ("·", r"$\cdot$"), ("`", "")):
+    for mark in "_%&#":
+        text = text.replace(mark, f"\\{mark}")
+    for plain, tex in (("--", "-{}-"), ("±", r"$\pm$"), ("·", r"$\cdot$"), ("`", "")):
         text = text.replace(plain, tex)
     return text
 
@@ -193,7 +232,7 @@ def main() -> None:
     elif action == "table":
         say(FORMATS[parse(TableOptions, rest, __doc__).format](registry))
     elif action == "run":
-        names = rest[: next((k for k, word in enumerate(rest) if word[0] == "-"), len(rest))]
+        names = rest[: next((k for k, word in enumerate(rest) if word.startswith("-")), len(rest))]
         options = parse(RunOptions, rest[len(names) :], __doc__)
         require(bool(names), f"run: expected a name, one of {', '.join(registry.runs)}")
         for each in [registry.run(name) for name in names]:

@@ -151,6 +151,7 @@ def clustered(paths: Tensor, count: int) -> Clusters | None:
         warnings.filterwarnings("ignore", message="Graph is not fully connected")
         numbers = spectral.fit_predict(vectors)
     perplexity = min(30.0, (len(vectors) - 1) / 3)
-    places = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(vectors)
+    init = "pca" if vectors.shape[1] > 1 else "random"  # there is no second component of one number
+    places = TSNE(2, perplexity=perplexity, init=init, random_state=0).fit_transform(vectors)
     same = same.reshape(-1)  # numpy 2.0 gave it a second axis
     return Clusters(places[same], numbers[same])

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_here
 from PIL import Image
 
-from options import parse
+from options import InputError, parse
 from scripts import demo_table, draw_scenes, plot_run, show_retrievals
 from scripts.experiments import REGISTRY, Registry
 from trainconfig import TrainConfig
@@ -105,9 +105,43 @@ def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.get_ydata()[0] for line in recall.lines] == [9, 8, 40, 35]
 
 
+def test_each_of_many_runs_is_drawn_and_named(tmp_path: Path) -> None:
+    """Runs of one direction have the same folder's name; none looks like another."""
+    names = [f"{model}/seed{seed}/i2t" for model in ("plain", "_$x$") for seed in range(6)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_metrics(tmp_path / name)
+    folders = [str(tmp_path / name) for name in names]
+    assert plot_run.labels(folders) == names
+    assert plot_run.labels(folders[:2]) == ["seed0/i2t", "seed1/i2t"]
+    assert plot_run.labels([f"{folders[0]}/../i2t"]) == ["i2t"]
+    with pytest.raises(InputError, match="seed0/i2t/: is given twice"):
+        plot_run.labels([folders[0], f"{folders[0]}/"])
+    picture = plot_run.figure({name: plot_run.events(tmp_path / name) for name in names})
+    picture.savefig(tmp_path / "curves.png")  # a `$` of a name is no mathematics
+    looks = {(line.get_color(), line.get_linestyle()) for line in picture.axes[0].lines}
+    assert len(looks) == 12 == plot_run.MOST_RUNS
+    runs, recalls = picture.legends
+    shown = [text.get_text().replace("\\", "") for text in runs.get_texts()]
+    assert shown == [f"./{name}" if name[0] == "_" else name for name in names]
+    assert [text.get_text() for text in recalls.get_texts()] == [*plot_run.RECALLS.values()]
+    edges = [axes.get_window_extent().x1 for axes in picture.axes]
+    assert min(box.get_window_extent().x0 for box in picture.legends) > max(edges)
+    assert runs.get_window_extent().y0 > recalls.get_window_extent().y1
+    empty = plot_run.figure({"a": [{"step": 1}]})
+    assert [axes.texts[0].get_text() for axes in empty.axes] == ["nothing logged yet"] * 2
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
-    [("", "is empty"), ("{}\n", "line 1"), ('{"step": 1}\nx\n', "line 2"), ("[1]\n", "line 1")],
+    [
+        ("", "is empty"),
+        ("{}\n", "line 1"),
+        ('{"step": 1}\nx\n', "line 2"),
+        ("[1]\n", "line 1"),
+        ('{"step": 1' + "0" * 400 + "}", "line 1"),
+        ('{"step": NaN}', "line 1"),
+    ],
 )
 def test_logs_that_are_none(
     lines: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys

@@ -269,7 +269,7 @@ REFUSED = {
     "truncated": (truncated, "cut.pth.tar: truncated"),
     "two data sets": (two_data_sets, "--data_name is needed"),
     "NaN scores": (nan_scores, "nan.pth.tar gives scores of NaN"),
-    "no fold": (lambda t: ["--fold5"], "--fold5: 12 images"),
+    "no fold": (lambda t: ["--fold5"], "five folds: 12 images"),
     "no split": (lambda t: ["--split", "testall"], "testall_caps.txt: not found"),
     "other split": (lambda t: ["--split", "train2"], "train2"),
     "no data": (lambda t: ["--data_path", str(t)], "test_caps.txt: not found"),

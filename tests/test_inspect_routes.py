@@ -197,6 +197,8 @@ def test_clusters_are_groups_of_routes(caplog: pytest.LogCaptureFixture) -> None
         own = paths[found.numbers == found.numbers[middle]]
         assert (paths[middle] - own.mean(0)).norm() < 0.2
     assert clustered(paths[:2].repeat(30, 1), 3) is None
+    one = torch.linspace(0, 1, 20)[:, None]  # of a single cell in a single layer
+    assert clustered(one, 2).places.shape == (20, 2)
     assert "there are only 1 different path vectors" in caplog.text
 
 

@@ -54,6 +54,17 @@ def test_karpathys_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert json.loads((out / "id_mapping.json").read_text())["3"] == "3.jpg"
 
 
+def test_less_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(karpathy(["train", "val", "restval", "val", "train"])))
+    for number, kept in (("2", "0\n2\n"), ("9", "0\n2\n4\n")):
+        argv = [path, "--out", tmp_path / number, "--train", number]
+        assert run_here(monkeypatch, prepare_captions.main, argv) == 0
+        assert (tmp_path / number / "train_ids.txt").read_text() == kept
+        assert (tmp_path / number / "dev_ids.txt").read_text() == "1\n3\n"
+    assert run_here(monkeypatch, prepare_captions.main, [*argv[:-1], "0"]) == 2
+
+
 def test_mscoco_has_testall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_captions, "TEST_1K", 2)
     content = karpathy(["test"] * 3, filepath="val2014")

@@ -1,12 +1,13 @@
 """evaluate_models.py on saved matrices: ensembles, protocols, intervals, ranks, MSCOCO."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_here, run_program, tiny_train
+from conftest import GOLDEN, run_here, run_program, tiny_train
 from test_train import last_line
 
 import evaluate_models
@@ -105,8 +106,18 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "whole": (lambda t: ["--scores", array(t, np.zeros((1, 5), int))], "int64, shape (1, 5)"),
     "no number": (
         lambda t: ["--scores", array(t, np.full((1, 5), np.nan, np.float32))],
-        "the scores hold NaN",
+        "array.npy: the scores hold NaN",
     ),
+    "foreign": (lambda t: ["--scores", array(t, np.zeros((1, 5), ">f4"))], ">f4, shape (1, 5)"),
+    "long": (lambda t: ["--scores", array(t, np.zeros((1, 5), "g"))], ", shape (1, 5); expected"),
+    "few samples": (lambda t: ["--scores", saved(t, "a.npy"), "--bootstrap", "1"], "100 or more"),
+    **{
+        f"no {option}": (
+            lambda t, option=option: ["--scores", saved(t, "a.npy"), *option.split()],
+            f"{option.split()[0].replace('no-', '')} goes with --model_path",
+        )
+        for option in ("--device cpu", "--workers 1", "--no-skip")
+    },
     "folds": (lambda t: ["--scores", saved(t, "a.npy", 4), "--fold5"], "4 images"),
     "over itself": (
         lambda t: ["--scores", saved(t, "a.npy"), "--save_scores", t / "a.npy"],
@@ -144,6 +155,36 @@ def test_a_split_that_selected_the_model_is_told(
     assert "too good" not in caplog.text
     evaluate(model, split="dev", workers=0)
     assert "model_best.pth.tar: was selected on this split" in caplog.text
+
+
+def test_it_is_told_by_the_data_and_not_by_its_name(
+    tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a published checkpoint the name is all that is known."""
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    model, data = tiny / "runs/i2t/model_best.pth.tar", tiny / "data/tiny"
+    for kind in ("ims.npy", "caps.txt"):  # each split under the other's name
+        (data / f"dev_{kind}").rename(tiny / kind)
+        (data / f"test_{kind}").rename(data / f"dev_{kind}")
+        (tiny / kind).rename(data / f"test_{kind}")
+    evaluate(model, split="dev", workers=0)
+    assert "too good" not in caplog.text
+    evaluate(model, split="test", workers=0)
+    assert caplog.text.count("too good") == 1
+    published = GOLDEN / "i2t/checkpoint.pth.tar"
+    for kind in ("ims.npy", "caps.txt"):
+        shutil.copy(GOLDEN / f"i2t/data/f30k_precomp/test_{kind}", data / f"dev_{kind}")
+    where = {"data_path": tiny / "data", "data_name": "tiny", "bert_path": GOLDEN / "i2t/bert"}
+    evaluate(published, split="dev", workers=0, **where)
+    assert caplog.text.count("too good") == 2
+
+
+def test_doubles_stay_doubles(tmp_path: Path) -> None:
+    """Scores that float32 cannot tell apart, of one file, and of a mean of files."""
+    path = tmp_path / "doubles.npy"
+    np.save(path, 1 + np.random.default_rng(0).random((50, 250)) * 1e-9)
+    one, two = (evaluate(scores=[path] * count)["metrics"] for count in (1, 2))
+    assert one == two and one["rsum"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +258,26 @@ def test_ids_of_other_images_are_told(package, tmp_path: Path) -> None:
         mscoco.caption_ids(package, folder, "testall", 79)
     with pytest.raises(InputError, match=r"test_ids.txt: not found"):
         mscoco.caption_ids(package, folder, "test", 79)
+
+
+def test_ids_of_captions_are_five_of_an_image_each(package, tmp_path: Path) -> None:
+    """Ids that are there five times in a row; others would be figures of other queries."""
+    path = folder_of(package, tmp_path, np.arange(80), False) / "testall_ids.txt"
+    ids = path.read_text().split()
+    path.write_text("".join(f"{key}\n" for key in ids for _ in range(5)))
+    found = mscoco.caption_ids(package, tmp_path, "testall", 80)
+    assert np.array_equal(found, package.coco_ids.reshape(80, 5))
+    zeros = [f"0{ids[1]}"]  # the same number, written otherwise
+    for wrong in (ids * 5, ids[:1] * 80, ids[:-1] + zeros, [*ids[:-1], "9" * 5000]):
+        path.write_text("".join(f"{key}\n" for key in wrong))
+        with pytest.raises(InputError, match=r"testall_ids\.txt: "):
+            mscoco.caption_ids(package, tmp_path, "testall", 80)
+
+
+def test_longest_list_of_right_answers() -> None:
+    """So many best answers are looked at as any query has right ones."""
+    gts = mscoco.published().eccv_gts
+    assert max(len(right) for way in gts.values() for right in way.values()) <= mscoco.LIST
 
 
 def test_extended_figures_where_they_can_be_had(

@@ -3,8 +3,13 @@
 import csv
 import io
 import json
+import os
+import shlex
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,7 +123,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     assert float(line["difference"]) == pytest.approx(mean - 66, abs=1e-4)
     text = f"66.0 · {mean:.1f} ± {statistics.stdev(rsums):.1f} · {mean - 66:+.1f} |"
     assert text in program("table")
-    assert r"\begin{tabular}{lrrrrrrr}" in program("table", "--format", "latex")
+    assert r"\begin{tabular}{lrrrrrrrr}" in program("table", "--format", "latex")
 
     (results / "one_seed0.json").unlink()
     (results / "one_seed1.json").unlink()
@@ -135,7 +140,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with(
 ) -> None:
     registry = Registry(reproduce.REGISTRY)
     assert run_here(monkeypatch, reproduce.main, ["run", "one", "--data_path", "nowhere"]) == 2
-    assert "ended with status 2; the same command goes on" in capfd.readouterr().err
+    assert "train.py ended with status 2, see above" in capfd.readouterr().err
     assert not (small / "results/reproduce").exists()
     cut = registry.train(registry.run("one"), 0, {})
     cut[cut.index("--max_steps") + 1] = "1"
@@ -152,6 +157,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with(
         (["run", "four"], "four: no such run; expected one, other, both"),
         (["dance"], "dance: expected list, run or table"),
         (["table", "--format", "pdf"], "invalid choice: 'pdf'"),
+        (["run", ""], ": no such run; expected one, other, both"),
     ],
 )
 def test_what_is_not_known_is_one_line(
@@ -163,6 +169,98 @@ def test_what_is_not_known_is_one_line(
 ) -> None:
     assert run_here(monkeypatch, reproduce.main, argv) == 2
     assert said in last_line(capsys)
+
+
+GOOD = {"i2t": {"r1": 1, "r5": 2, "r10": 3}, "t2i": {"r1": 1, "r5": 2, "r10": 3}, "rsum": 12}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"protocols": {}}',
+        json.dumps({"protocols": {"5k": {"metrics": GOOD}}}),  # one of two
+        *(
+            json.dumps({"protocols": {name: {"metrics": GOOD | wrong} for name in ("5k", "1k5")}})
+            for wrong in ({"rsum": 13}, {"rsum": float("nan")}, {"rsum": "12"}, {"i2t": 3})
+        ),
+    ],
+)
+def test_results_that_are_damaged_are_not_done(
+    content: str, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = small / "results/reproduce/one_seed0.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    for argv, more in ((["run", "one"], "; delete it to have the run done again"), (["table"], "")):
+        assert run_here(monkeypatch, reproduce.main, argv) == 2
+        said = last_line(capsys)
+        assert f"{path.relative_to(small)}: " in said and said.endswith(more)
+
+
+def test_results_of_other_commands_are_told(
+    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = small / "results/reproduce/one_seed0.json"
+    path.parent.mkdir()
+    (path.parent / "one_seed0 (copy).json").write_text("{}")  # is no result
+    content = {"protocols": {name: {"metrics": GOOD} for name in ("5k", "1k5")}}
+    registry = Registry(reproduce.REGISTRY)
+    commands = registry.commands(registry.run("one"), 0, {})
+    for shown, told in ((commands, False), (commands[1:], True)):
+        made = {"commands": [f"python {shlex.join(command)}" for command in shown]}
+        path.write_text(json.dumps(content | made))
+        caplog.clear()
+        assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 0
+        assert ("one_seed0.json: was made by other commands than now" in caplog.text) == told
+    assert registry.run("one").results() == {0: path.relative_to(small)}
+
+
+LONG_WORK = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    time.sleep(1)  # longer than a program waits that was interrupted itself
+    Path("saved").write_text(str(number))
+    sys.exit(128 + number)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, save)
+print("at work", flush=True)
+time.sleep(60)
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+from options import run
+from scripts import reproduce
+reproduce.ROOT = Path(sys.argv[1])
+run(lambda: reproduce._call(["train.py"]))
+"""
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_reach_the_training_and_let_it_save(
+    number: int, everybody: bool, tmp_path: Path
+) -> None:
+    """As Ctrl-C does, sent to the whole group, and as `kill` does, to the driver alone."""
+    (tmp_path / "train.py").write_text(LONG_WORK)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DRIVER, tmp_path]
+    driver = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, start_new_session=True
+    )
+    assert driver.stdout.readline() == b"at work\n"
+    (os.killpg if everybody else os.kill)(driver.pid, number)
+    driver.communicate(timeout=30)
+    assert driver.returncode == 128 + number
+    assert (tmp_path / "saved").read_text() == str(int(number))
+
+
+def test_latex_keeps_what_is_written() -> None:
+    assert reproduce._tex("a `--routing hard` & 5 % of x_1 #2") == (
+        r"a -{}-routing hard \& 5 \% of x\_1 \#2"
+    )
 
 
 def test_help_teaches(
