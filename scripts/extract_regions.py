@@ -201,10 +201,7 @@ class Extraction:
         """
         state = self.state(source)
         if state.get("complete"):
-            for path in self.results[:2]:
-                rows = len(map_array(path, f"what {self.record.name} tells (--overwrite makes it)"))
-                wanted = f"{len(self.ids)}; --overwrite makes them anew"
-                require(rows == len(self.ids), f"{path}: {rows} rows; expected {wanted}")
+            self._check_complete()
             say(f"{self.split}: complete\n")
             return
         if not state["rows"]:
@@ -214,8 +211,8 @@ class Extraction:
         self._save(arrays, state)
         size, total = self.options.batch_size, len(self.ids)
         places = [(row, min(row + size, total)) for row in range(state["rows"], total, size)]
-        rows = Blocks(source.reader, [wanted[key] for key in self.ids])
-        blocks = load(rows, places, self.options.workers)
+        of_rows = Blocks(source.reader, [wanted[key] for key in self.ids])
+        blocks = load(of_rows, places, self.options.workers)
         saved = state["rows"]
         try:
             with progress(f"{self.split} regions", total, "picture") as bar:
@@ -231,6 +228,13 @@ class Extraction:
         finally:
             self._save(arrays, state)
         self._finish(arrays, state)
+
+    def _check_complete(self) -> None:
+        """Raise InputError where what the record says is there is not."""
+        expected = f"{len(self.ids)} rows, by {self.record.name}; --overwrite makes them anew"
+        for path in self.results[:2]:
+            found = len(map_array(path, expected))
+            require(found == len(self.ids), f"{path}: {found} rows; expected {expected}")
 
     def _arrays(self, state: dict[str, Any], width: int) -> list[np.memmap]:
         """Features and boxes by memory map, their disk taken beforehand: a full one is an error."""

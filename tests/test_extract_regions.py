@@ -392,7 +392,10 @@ def test_complete_means_that_it_is_there(
     assert "dev_boxes.npy: not found" in capsys.readouterr().err
     np.save(drawn / "dev_boxes.npy", np.zeros((1, 36, 4), "f4"))
     assert extract(*how) == 2
-    assert "dev_boxes.npy: 1 rows; expected 2; --overwrite" in capsys.readouterr().err
+    assert (
+        "dev_boxes.npy: 1 rows; expected 2 rows, by dev_regions.json; --over"
+        in capsys.readouterr().err
+    )
     (drawn / "dev_regions.json").write_text("{")
     assert extract(*how) == 2
     assert extract(*how, "--overwrite") == 0
