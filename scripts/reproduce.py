@@ -139,7 +139,8 @@ def _call(command: list[str]) -> None:
             program.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    # nohup has SIGHUP ignored, and means it; a shell has SIGINT ignored for every `&`
+    heard = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     usual = {number: signal.signal(number, hand_on) for number in heard}
     try:
         programs.append(subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]]))

@@ -229,7 +229,8 @@ print("at work", flush=True)
 time.sleep(60)
 """
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 from pathlib import Path
 from options import run
 from scripts import reproduce
