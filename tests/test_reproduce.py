@@ -239,8 +239,10 @@ run(lambda: reproduce._call(["train.py"]))
 """
 
 
-@pytest.mark.parametrize("everybody", [True, False])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("number", "everybody"),
+    [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, False)],
+)
 def test_signals_reach_the_training_and_let_it_save(
     number: int, everybody: bool, tmp_path: Path
 ) -> None:
