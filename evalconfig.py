@@ -3,7 +3,7 @@
 Kept apart from evaluate_models.py, so that either can be read at one go.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from evaluation import Protocol
@@ -70,9 +70,9 @@ class EvaluateConfig:
         twice = self.fold5 and self.protocols is not None
         require(not twice, "--fold5 and --protocols exclude each other")
         of_models = ("shortlist", "precision", "bert_path", "compile", "device", "workers", "skip")
-        for field in fields(self) if self.scores else ():
-            unused = field.name not in of_models or getattr(self, field.name) == field.default
-            require(unused, f"--{field.name} goes with --model_path, not with --scores")
+        for name in of_models if self.scores else ():
+            unused = getattr(self, name) == getattr(EvaluateConfig, name)  # the default
+            require(unused, f"--{name} goes with --model_path, not with --scores")
         several = not 0 < self.bootstrap < LEAST_SAMPLES
         require(several, f"--bootstrap {self.bootstrap}: expected 0, or {LEAST_SAMPLES} or more")
 

@@ -101,7 +101,6 @@ def source_of(options: Options) -> Source:
     if options.model == "tsv":
         return Tsv([Path(path) for path in options.tsv], options.tsv_key == "name")
     folder, device = Path(options.images), pick_device(options.device)
-    require(os.path.isdir(folder), f"{folder}: not found; expected the folder of the pictures")
     if options.model == "fasterrcnn":
         return Detector(folder, Path(options.weights), device)
     return Grid(folder, device)

@@ -363,7 +363,6 @@ def test_work_that_is_not_whole(
     said: str,
     drawn: Path,
     extract: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Rows that were done and are gone are not taken for done; the user is told what helps."""
