@@ -60,7 +60,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes that this process held: on the GPU where it uses one, else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
+    # asked first, since Linux's ru_maxrss begins at the peak of the process that started this one
+    own = _linux("self/status", "VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE if own is None else own
 
 
 def used_memory(device: torch.device) -> int:
@@ -89,11 +91,18 @@ def free_memory(device: torch.device) -> int:
 
 def _available() -> int:
     """What the system has to give."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        lines = dict(line.split(":") for line in info.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    available = _linux("meminfo", "MemAvailable")
+    if available is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return available
+
+
+def _linux(name: str, key: str) -> int | None:
+    """Bytes that a file under /proc gives, in kilobytes, for a key; None on other systems."""
+    path = Path("/proc") / name
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _number(path: Path) -> int | None:

@@ -220,7 +220,7 @@ def test_repeated_captions_are_wanted_where_one_of_them_is(split: Split) -> None
 
 
 BOUNDED = """
-import resource, sys
+import sys
 import numpy as np, torch
 sys.path[:0] = ["tests"]
 from memory import peak_memory
