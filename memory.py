@@ -17,7 +17,7 @@ KILOBYTE = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
 # What libraries call it: torch, Python's threads, oneDNN.
 NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread", "could not create a primitive")
 # Pairs worked on at a time: a slice's tensors should fit a processor's caches, and fill a GPU.
-CPU_PAIRS, GPU_PAIRS = 64, 8192
+CPU_PAIRS, GPU_PAIRS = 96, 8192
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 
 import layout
+import space
 from bert import bert_config, bert_parameters
 from scripts import check_data
 
@@ -328,7 +329,7 @@ def test_needs_grow_with_the_data(folder: Path, check: Callable[..., tuple[int, 
     rows = {row["what"]: row for row in check(folder, "--bert_path", bert)[1]["needs"]}
     train = rows["training i2t"]
     pairs, token = 2 * 32 * 32, REGIONS * 256 * 4
-    assert train["most"] - train["least"] == pairs * token * 78
+    assert train["most"] - train["least"] == pairs * token * space.KEPT
     hidden = json.loads((bert / "bert_config.json").read_text())["hidden_size"]
     assert train["cache_text"] == 55 * 32 * hidden * 4
     assert rows["evaluation of one model on test"]["scores"] == 10 * 50 * 4
