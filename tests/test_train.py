@@ -61,7 +61,10 @@ def test_both_directions_resume_and_refuse_to_write_over(tiny: Path) -> None:
 def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(
     tiny: Path, run_train: Callable[..., int], direction: str, precision: str
 ) -> None:
-    """In the middle of the second epoch, BERT's dropout and extra negatives included."""
+    """In the middle of the second epoch, BERT's dropout and extra negatives included.
+
+    After a validation, since the end of a run validates, and what is best would differ.
+    """
     extra = ("--extra_stc", "1") if direction == "i2t" else ("--extra_img", "1")
     more = ("--precision", precision, "--val_step", "7")
     argv = tiny_train(tiny, *extra, *more, direction=direction)
