@@ -280,15 +280,20 @@ def _delivered(loader: DataLoader) -> Iterator[Any]:
         yield item
 
 
-def _end_with(parent: int) -> None:
-    # A parent that was killed tells nobody, and a full pipe to it is waited for without end.
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def end_with_parent() -> None:
+    """In a process that another one started: end when that one has, within a second."""
+
+    def watch(parent: int) -> None:
+        # A parent that was killed tells nobody, and a full pipe to it is waited for without end.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent_process().pid,), daemon=True).start()
 
 
 def _prepare_worker(worker: int) -> None:
-    threading.Thread(target=_end_with, args=(parent_process().pid,), daemon=True).start()
+    end_with_parent()
     # Ctrl-C and a closed terminal tell every process; the program ends its workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import runlog
-from data import Batch
+from data import Batch, end_with_parent
 from evaluation import owners, retrieval
 from files import check_writable, read_json, write_blocks, write_json
 from memory import keep_memory, peak_memory
@@ -301,7 +301,8 @@ def plain_cell(cell: torch.nn.Module, x: Tensor, words: Tensor, pooled: Tensor) 
 
 def apart(work: Callable[..., Any], *given: Any) -> Any:
     """What a function gives in a new process, whose peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=end_with_parent) as pool:
         return pool.submit(work, *given).result()
 
 

@@ -77,7 +77,7 @@ def test_rows_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 class Here:
     """A pool of no process."""
 
-    def __init__(self, *given: object) -> None: ...
+    def __init__(self, *given: object, **options: object) -> None: ...
 
     def __enter__(self) -> "Here":
         return self

@@ -79,7 +79,7 @@ def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(
     for key in ("weights", "optimizer", "random", "epoch", "position", "best_rsum", "best_r1"):
         assert same(cut[key], uncut[key]), key
     run = json.loads((tiny / "runs" / direction / "run.json").read_text())
-    assert run["resumed_at"] == [13]
+    assert run["resumed_at"] == [14]
 
 
 def test_resuming_an_older_checkpoint_cuts_the_log(
