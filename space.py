@@ -261,8 +261,7 @@ def _same(tensor: Tensor) -> Tensor:
 def gains_by_compiling(device: torch.device) -> bool:
     """Whether compiled routing is faster there and torch.compile finds what it needs, Triton.
 
-    On a processor it is compiled by wish only: of the share of the matrix products that eager code
-    reaches, compiled scoring reached half in i2t and all in t2i, and training half or less
-    (results/speed.json).
+    On a processor it is compiled by wish only: compiled scoring gains a tenth of the share of the
+    matrix products at most, and a compiled training step takes twice the time (results/speed.json).
     """
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
