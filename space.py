@@ -29,7 +29,7 @@ PATH_SIZE = 128  # width of the embedding that path vectors are compared in
 WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of compiling are won back
 # What training takes, in tensors [L, D] a pair: what is kept of one for the backward pass, and what
 # one of the slice at work takes; and in bytes: gradients, Adam's moments, buffers of libraries.
-KEPT, AT_WORK, BESIDE = 70, 100, 500e6
+KEPT, AT_WORK, BESIDE = 74, 100, 500e6
 KEPT_COMPILED = 150
 SAFE_SHARE = 0.7  # of the free memory that training takes
 
