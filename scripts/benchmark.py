@@ -7,7 +7,8 @@
 Each row gives its share of the matrix-product bound: the time that the floating-point operations of
 its pairs would take at the rate of one large product in the same precision, divided by the time
 taken. The product is timed between the row's runs, since a machine may be faster now and slower a
-minute later. Run it on an idle machine: another program beside it makes every figure worthless.
+minute later. Where the time goes is then told by kind of operation, for what is not compiled.
+Run it on an idle machine: another program beside it makes every figure worthless.
 Sizes: 256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches of 32 with 32 extra
 negatives, a BERT of MiniLM's size. Each case runs in a process of its own, whose peak memory it is.
 """
@@ -41,7 +42,8 @@ from memory import keep_memory, peak_memory
 from model import DIME, Direction
 from options import SLOW, Precision, parse, pick_device, run, say, slowness
 from router import CLOSED, EPSILON, Modality
-from scripts.results_table import about, speed_rows
+from scripts.operators import shares
+from scripts.results_table import about, operator_rows, speed_rows
 from trainconfig import TrainConfig
 from trainer import Trainer
 
@@ -64,6 +66,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Kind = Literal["score", "train", "train_under_2.5GB", "plain"]
 Word = Literal[Direction, Precision, "eager", "compiled", Kind]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+PROFILED = ("score", "train")
 Work = Callable[[], Any]  # what is timed
 
 
@@ -106,12 +109,12 @@ def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
             yield Case(direction, precision, compiled, chosen, device)
 
 
-def measured(case: Case) -> list[dict[str, Any]]:
-    """The rows of a case; called in a new process."""
+def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A case's rows, and where their time goes; called in a new process."""
     keep_memory()
     torch.manual_seed(0)
     trainer = trainer_of(case)
-    rows = []
+    rows, profiles = [], []
     for kind in case.kinds:
         for bert in (False, True) if kind == "train" else (False,):
             pairs, work = KIND[kind](trainer, bert)
@@ -131,7 +134,10 @@ def measured(case: Case) -> list[dict[str, Any]]:
                     "product_gflops": round(rate / 1e9, 1),
                 }
             )
-    return rows
+            if kind in PROFILED and not (bert or case.compiled or case.device.type == "cuda"):
+                about_it = {key: rows[-1][key] for key in ("direction", "precision", "what")}
+                profiles.append(about_it | {"shares": shares(work)})
+    return rows, profiles
 
 
 def paced(work: Work, case: Case) -> tuple[float, float]:
@@ -315,12 +321,14 @@ def main() -> None:
         check_writable(path)
     keep_memory()
     rows: list[dict[str, Any]] = []
+    profiles: list[dict[str, Any]] = []
     factor = slowness(device)
     ranks = apart(ranking)
     for case in cases(chosen.only, device):
         if case.precision == "bf16" and factor > SLOW:
             continue
-        rows += apart(measured, case)
+        new, recorded = apart(measured, case)
+        rows, profiles = [*rows, *new], [*profiles, *recorded]
         log.info("%s", speed_rows(rows[-1:]).splitlines()[-1])
     where = f"{runlog.processor()}, {os.cpu_count()} cores"
     if device.type == "cuda":
@@ -337,10 +345,11 @@ def main() -> None:
         "not_run": missing if factor > SLOW else "",
         "ranks": ranks,
         "rows": rows,
+        "profiles": profiles,
     }
     if chosen.json:
         write_json(path, before | found)
-    say(f"{about(found)}:\n\n{speed_rows(rows)}{found['not_run']}\n")
+    say(f"{about(found)}:\n\n{speed_rows(rows)}{found['not_run']}\n\n{operator_rows(profiles)}")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ def speed(folder: Path) -> str:
     ranks = found["ranks"]
     return (
         f"{about(found)}:\n\n{speed_rows(found['rows'])}\n{found['not_run']}\n\n"
+        f"{operator_rows(found.get('profiles', []))}\n"
         f"Ranks and recalls of a memory-mapped matrix of {ranks['images']:,} x "
         f"{ranks['captions']:,} scores: {ranks['seconds']:.1f} s, {ranks['peak_gb']:.2f} GB.\n"
     )
@@ -123,6 +124,16 @@ def speed_rows(rows: list[dict[str, Any]]) -> str:
             for r in rows
         ],
     )
+
+
+def operator_rows(profiles: list[dict[str, Any]]) -> str:
+    """Where the time of the benchmark's work goes, as a table."""
+    if not profiles:
+        return "Where the time goes: not run.\n"
+    kinds = profiles[0]["shares"]
+    head = ["time in", *(f"{p['what']}, {p['direction']}, {p['precision']}" for p in profiles)]
+    shares = {kind: [f"{100 * p['shares'][kind]:.0f} %" for p in profiles] for kind in kinds}
+    return markdown(head, [[kind, *cells] for kind, cells in shares.items()])
 
 
 def demo(folder: Path) -> str:

@@ -13,6 +13,17 @@ from model import DIME, ModelConfig
 from router import Modality
 from scripts import benchmark
 from scripts.benchmark import FLOPS, Case, cases
+from scripts.operators import (
+    BATCHED,
+    COPIES,
+    DISPATCH,
+    ELEMENTWISE,
+    REDUCTIONS,
+    SOFTMAX,
+    WEIGHTS,
+    kind_of,
+    shares,
+)
 
 D, CPU = 256, torch.device("cpu")
 
@@ -71,7 +82,35 @@ def test_rows_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     for row in found["rows"]:
         assert row.keys() == names | {"share", "peak_gb", "product_gflops"}
         assert row["pairs_per_s"] > 0 and row["peak_gb"] > 0.1
-    assert "| plain |" in capsys.readouterr().out
+    assert [(p["direction"], p["what"]) for p in found["profiles"]] == [
+        *(("i2t", "score"), ("i2t", "train"), ("t2i", "score"), ("t2i", "train"))
+    ]
+    for profile in found["profiles"]:
+        assert sum(profile["shares"].values()) == pytest.approx(1, abs=1e-3)
+        assert all(share > 0 for share in profile["shares"].values())
+    printed = capsys.readouterr().out
+    assert "| plain |" in printed and "| products with weights |" in printed
+
+
+def test_kinds_of_operators() -> None:
+    kinds = {
+        WEIGHTS: ("aten::addmm", "aten::mm"),
+        BATCHED: ("aten::bmm",),
+        SOFTMAX: ("aten::_softmax",),
+        REDUCTIONS: ("aten::mean", "aten::amax"),
+        COPIES: ("aten::cat", "aten::copy_"),
+        ELEMENTWISE: ("aten::mul", "aten::add_", "aten::threshold_backward"),
+        DISPATCH: ("aten::view", "AddmmBackward0", "autograd::engine::x: AddmmBackward0", "add"),
+    }
+    assert {name: kind_of(name) for names in kinds.values() for name in names} == {
+        name: kind for kind, names in kinds.items() for name in names
+    }
+
+
+def test_most_of_a_large_products_time_is_the_products() -> None:
+    a, b = torch.randn(500, 500), torch.randn(500, 500)
+    found = shares(lambda: [a @ b for _ in range(20)])
+    assert found[WEIGHTS] > 0.5 and sum(found.values()) == pytest.approx(1, abs=1e-3)
 
 
 class Here:
