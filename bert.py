@@ -15,17 +15,9 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from files import (
-    naming,
-    read_json,
-    read_safetensors,
-    read_torch,
-    size_of,
-    write_json,
-    write_lines,
-    write_safetensors,
-)
+from files import naming, read_json, size_of, write_json, write_lines
 from options import InputError, require, short, some
+from torchfiles import read_safetensors, read_torch, write_safetensors
 from vocab import Vocabulary
 from weights import Weights, check_finite, check_named, filled
 

@@ -13,18 +13,11 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from bert import Bert, assembled_bert, load_bert, normal_name
-from files import (
-    has_checksum,
-    read_json,
-    read_safetensors,
-    read_torch,
-    sha256_of,
-    size_of,
-    write_torch,
-)
+from files import read_json, sha256_of, size_of
 from model import DIME, ModelConfig
 from options import LARGEST_FLOAT, PLAIN, InputError, require, short, some
 from published import NEVER_USED, PARTS, own_names
+from torchfiles import has_checksum, read_safetensors, read_torch, write_torch
 from weights import Weights, check_named, filled
 
 log = logging.getLogger(__name__)

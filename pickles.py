@@ -1,8 +1,8 @@
 """pickles.py — what a torch file's pickle would make, found out before it is made (SPEC §10).
 
 `torch.load(weights_only=True)` executes nothing, but takes memory and time on the pickle's word.
-Kept apart from files.py because it is a machine of its own: it goes through the instructions with a
-stack of shadows, and allows what checkpoints are made of.
+Kept apart from torchfiles.py because it is a machine of its own: it goes through the instructions
+with a stack of shadows, and allows what checkpoints are made of.
 """
 
 import math

@@ -27,9 +27,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, nms
 
-from files import naming, read_safetensors, read_torch, sha256_of, size_of
+from files import naming, sha256_of, size_of
 from options import InputError, require, some
 from pictures import find_pictures, read_picture
+from torchfiles import read_safetensors, read_torch
 from weights import check_finite
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,10 @@ from typing import Any
 
 import runlog
 from checkpoint import Checkpoint, read_checkpoint
-from files import Damaged, naming
+from files import naming
 from locking import LOCK, check_own, only_writer
 from options import InputError, require, short
+from torchfiles import Damaged
 
 log = logging.getLogger(__name__)
 

@@ -38,10 +38,11 @@ from checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from files import check_new_folder, check_writable, write_json, write_old_torch, write_safetensors
+from files import check_new_folder, check_writable, write_json
 from model import DIME, ModelConfig
 from options import parse, require, run, short, some
 from published import NEVER_USED, PARTS, their_names
+from torchfiles import write_old_torch, write_safetensors
 from weights import Weights
 
 log = logging.getLogger(__name__)

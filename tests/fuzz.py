@@ -39,12 +39,12 @@ import runlog
 from bert import Bert, load_bert
 from checkpoint import build_model, json_beside, load_model, read_checkpoint
 from data import Split, TrainingBatches
-from files import write_torch
 from model import DIME
 from options import InputError
 from runfolder import NEWEST, newest_whole
 from scripts import convert_checkpoint
 from tests import conftest
+from torchfiles import write_torch
 from trainconfig import TrainConfig
 from trainer import Trainer
 from vocab import Vocabulary

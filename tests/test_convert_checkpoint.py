@@ -11,10 +11,10 @@ from conftest import GOLDEN, Case, run_here, same, tiny_train
 
 from bert import load_bert
 from checkpoint import json_beside, load_model, read_checkpoint, write_checkpoint
-from files import read_torch, write_torch
 from model import DIME, ModelConfig
 from scoring import score_split
 from scripts import convert_checkpoint
+from torchfiles import read_torch, write_torch
 from vocab import Vocabulary
 
 CASE = Case(GOLDEN / "i2t")

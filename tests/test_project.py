@@ -47,6 +47,7 @@ def test_imports_point_one_way() -> None:
         "options",
         "pickles",
         "files",
+        "torchfiles",
         "locking",
         "pictures",
         "layout",

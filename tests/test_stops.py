@@ -24,10 +24,10 @@ import runfolder
 import trainer
 from data import Batch, load
 from evaluation import Recall, Retrieval
-from files import write_torch
 from model import DIME, Output
 from options import InputError
 from runfolder import BEST, NEWEST, PREVIOUS, Place
+from torchfiles import write_torch
 from trainer import Trainer
 
 STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rsum", "best_r1")
