@@ -285,22 +285,19 @@ sys.path.insert(0, "tests")
 from conftest import Path, run_here
 from pytest import MonkeyPatch
 from data import DataConfig, ImageBlocks, Split, TrainingBatches
+from memory import peak_memory, used_memory
 from scripts import check_data
 from vocab import Vocabulary
 
-def now():
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return {key: int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")}
-
 folder, bert = Path(sys.argv[1]), sys.argv[2]
-before = now()["VmRSS"]
+before = used_memory(check_data.CPU)
 assert run_here(MonkeyPatch(), check_data.main, [folder]) == 0
 split = Split.open(folder, "train", 2048, training=True)
 batches = TrainingBatches(split, Vocabulary.load(bert), DataConfig(batch_size=64), 32, False)
 rows = sum(len(batches[0, place].regions) for place in range(24))
 for first in range(0, split.images, 128):
     rows += len(ImageBlocks(split)[first, min(first + 128, split.images)])
-print(rows, now()["VmHWM"] - before)
+print(rows, peak_memory(check_data.CPU) - before)
 """
 
 
