@@ -48,6 +48,11 @@ class Bert:
     fingerprint: str  # SHA-256 of weights and vocabulary, whatever the files were
 
 
+def bert_files(folder: str | Path) -> list[Path]:
+    """Every file that BERT may be read from, and that no result may take the place of."""
+    return [Path(folder) / name for name in ("vocab.txt", *CONFIGURATIONS, *WEIGHTS)]
+
+
 def load_bert(folder: str | Path) -> Bert:
     """BERT from a local folder; nothing is downloaded.
 

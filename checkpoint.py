@@ -152,13 +152,18 @@ def write_checkpoint(
     write_torch(path, content | state, keep)
 
 
+def bert_folder(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Path:
+    """`bert_path`, or else the folder of the BERT that a checkpoint was trained with."""
+    return Path(bert_path or str(checkpoint.options.get("bert_path", ".")))
+
+
 def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert:
     """The BERT that a checkpoint goes with, from `bert_path` or the folder it was trained with.
 
     Of a published checkpoint the folder gives vocabulary and configuration, no more. Another BERT
     than the checkpoint's is an InputError.
     """
-    folder = Path(bert_path or str(checkpoint.options.get("bert_path", ".")))
+    folder = bert_folder(checkpoint, bert_path)
     if checkpoint.bert_weights is not None:
         return assembled_bert(folder, checkpoint.bert_weights, checkpoint.path)
     bert = load_bert(folder)

@@ -4,7 +4,7 @@ Kept apart from evaluate_models.py, so that either can be read at one go.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from evaluation import Protocol
 from options import Precision, check_range, require
@@ -48,7 +48,9 @@ class EvaluateConfig:
         list[Protocol] | None,
         "from one matrix: 1k5, five folds averaged (as --fold5), and 5k, the whole split",
     ] = None
-    bootstrap: Annotated[int, "95 %% intervals from so many samples of the images; 0: none"] = 0
+    bootstrap: Annotated[
+        int, "95 %% intervals from so many samples of the images, 100 or more; 0: none"
+    ] = 0
     extended: Annotated[
         bool, "ECCV Caption and CxC figures on MSCOCO's test images (pip install eccv_caption)"
     ] = False
@@ -67,6 +69,8 @@ class EvaluateConfig:
         require(sum(given) == 1, "expected either --model_path or --scores")
         check_range(self, ("workers", "bootstrap"), 0)
         check_range(self, ("shortlist",), 1)
+        known = set(self.protocols or ()) <= set(get_args(Protocol))
+        require(known, f"--protocols {self.protocols}: expected some of {get_args(Protocol)}")
         twice = self.fold5 and self.protocols is not None
         require(not twice, "--fold5 and --protocols exclude each other")
         of_models = ("shortlist", "precision", "bert_path", "compile", "device", "workers", "skip")

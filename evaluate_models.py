@@ -13,7 +13,15 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
+from bert import bert_files
+from checkpoint import (
+    Checkpoint,
+    bert_folder,
+    bert_of,
+    build_model,
+    json_beside,
+    read_checkpoint,
+)
 from data import Split
 from evalconfig import EvaluateConfig
 from evaluation import (
@@ -27,8 +35,8 @@ from evaluation import (
     owners,
     ranked,
 )
-from files import beside, check_writable, write_array, write_arrays, write_json
-from layout import SplitName, split_files
+from files import check_writable, write_array, write_arrays, write_json
+from layout import SplitName, files_of
 from mscoco import caption_ids, extended, published
 from options import (
     InputError,
@@ -112,12 +120,16 @@ def evaluate(
     first one's at the top, too) metrics, folds, whose mean the metrics are, and intervals. Raises
     InputError where a file or a combination cannot be used.
     """
-    paths = [model_paths] if isinstance(model_paths, str | Path) else model_paths
+    paths, more["scores"] = _several(model_paths), _several(more.get("scores"))
     given = (paths, data_path, data_name, bert_path, split, fold5, precision, device, workers)
     config = EvaluateConfig(*given, save_scores=save_scores, **more)
     result, scores, found = _evaluated(config)
     _write(config, result, scores, found, printed=False)
     return result
+
+
+def _several(paths: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path] | None:
+    return [paths] if isinstance(paths, str | Path) else paths
 
 
 def _evaluated(
@@ -144,7 +156,11 @@ def _evaluated(
 def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path | None]:
     """Scores that were saved; what they are of is known where data is named."""
     paths = config.scores
-    _check_outputs(config, paths)
+    folder = None
+    if config.data_path and config.data_name:
+        folder = Path(config.data_path) / config.data_name
+    data = files_of(folder, config.split) if folder and config.split else []
+    _check_outputs(config, [*paths, *data])
     matrices = [map_scores(Path(path)) for path in paths]
     for path, matrix in zip(paths, matrices, strict=True):
         shapes = f"{matrix.shape}; {paths[0]} has {matrices[0].shape}"
@@ -156,9 +172,6 @@ def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path 
         if len(matrices) == 1
         else mean_matrix(np.array(m, np.result_type(np.float32, *matrices)) for m in matrices)
     )
-    folder = None
-    if config.data_path and config.data_name:
-        folder = Path(config.data_path) / config.data_name
     known = {"scores": [str(path) for path in paths], "data_name": config.data_name}
     unknown = dict.fromkeys(("models", "seconds", "closed", "shortlist"))
     return unknown | known | {"split": config.split}, scores, folder
@@ -167,7 +180,8 @@ def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path 
 def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path]:
     """Scores that the models give."""
     paths, device = config.model_path, pick_device(config.device)
-    _check_outputs(config, paths)
+    models = [*paths, *(json_beside(Path(path)) for path in paths)]
+    _check_outputs(config, models)  # before they are read
     checkpoints = [read_checkpoint(path) for path in paths]
     data_name = config.data_name or common_option(checkpoints, "data_name")
     folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
@@ -175,7 +189,9 @@ def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path
     if split is None:
         whole = "1k5" in config.all_protocols and os.path.isfile(folder / "testall_ims.npy")
         split = "testall" if whole else "test"
-    _check_outputs(config, [*paths, *split_files(folder, split)])
+    berts = [bert_folder(checkpoint, config.bert_path) for checkpoint in checkpoints]
+    inputs = [*models, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
+    _check_outputs(config, inputs)
     scorers = [_scorer(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
     since = time.monotonic()
     scores, limits = _scores(scorers, config.shortlist, config.compile)
@@ -213,26 +229,13 @@ def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None
     """
     outputs = {name: getattr(config, name) for name in ("save_scores", "ranks", "json")}
     for name, path in outputs.items():
-        others = [other for key, other in outputs.items() if key != name]
-        _check_output(f"--{name}", path, [*inputs, *others])
-
-
-def _check_output(
-    option: str, path: str | Path | None, others: Sequence[str | Path | None]
-) -> None:
-    """Raise InputError before the long work where its result could not be written.
-
-    So it is where the result would take the place of one of `others`.
-    """
-    if path:
-        taken = {os.path.realpath(other) for other in others if other}
-        ways = (os.path.realpath(path), os.path.realpath(beside(Path(path))))
-        unused = not taken.intersection(ways)
-        require(unused, f"{option} {path}: is a model, its data or another result")
+        if not path:
+            continue
+        others = [other for key, other in outputs.items() if key != name and other]
         try:
-            check_writable(Path(path))
+            check_writable(Path(path), [*inputs, *others])
         except InputError as error:
-            raise InputError(f"{option} {error}") from error
+            raise InputError(f"--{name} {error}") from error
 
 
 def _scorer(
@@ -244,13 +247,11 @@ def _scorer(
 ) -> Scorer:
     """One model with a split's images and captions, encoded by it."""
     split = Split.open(folder, name, checkpoint.config.img_dim)
-    # of a published checkpoint the name of the split is all there is to go by
-    dev = checkpoint.state.get("dev_data", split.fingerprint if name == "dev" else None)
-    if dev == split.fingerprint:
-        log.warning(
-            "%s: was selected on this split, so its figures are too good; a test split tells",
-            checkpoint.path,
-        )
+    same = checkpoint.state.get("dev_data") == split.fingerprint
+    if same or name == "dev":  # the same pictures may be stored in another way
+        where = "this split, so" if same else "a dev split; if it is this one,"
+        advice = f"was selected on {where} its figures are too good; a test split tells"
+        log.warning("%s: %s", checkpoint.path, advice)
     if "1k5" in config.all_protocols:
         check_folds(split.images)  # before the long work, not after it
     bert = bert_of(checkpoint, config.bert_path)

@@ -145,10 +145,17 @@ def beside(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def check_writable(path: Path) -> None:
-    """Raise InputError where `whole_file` could not write a file of that name."""
+def check_writable(path: Path, taken: Iterable[str | Path] = ()) -> None:
+    """Raise InputError where a user's output could not be written, or would cost another file.
+
+    Those are the `taken` ones, inputs and other outputs, and what a link of that name leads to.
+    """
+    places = {os.path.realpath(place) for place in (path, beside(path))}
+    free = places.isdisjoint(os.path.realpath(other) for other in taken)
+    require(free, f"{path}: is an input or another output; expected a file of its own")
     with naming(path, "a file to write"):
         _begin(path, beside(path))
+        require(not path.is_symlink(), f"{path}: is a link; expected a file to write")
         beside(path).open("xb").close()
         beside(path).unlink()
 

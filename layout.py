@@ -52,6 +52,12 @@ def names_file(folder: str | Path) -> Path:
     return Path(folder) / "id_mapping.json"
 
 
+def files_of(folder: str | Path, name: SplitName) -> list[Path]:
+    """Every file that a split may have, and that no result may take the place of."""
+    of_regions = [file(folder, name) for file in (ids_file, boxes_file, extraction_file)]
+    return [*split_files(folder, name), *of_regions, names_file(folder)]
+
+
 def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     """Captions of a UTF-8 file, one a line. Raises InputError where one of them is none."""
     captions = read_lines(path, "captions, one a line")

@@ -36,6 +36,7 @@ from bert import (
     WEIGHTS,
     Bert,
     assembled_bert,
+    bert_files,
     bert_parameters,
     normal_name,
     read_bert,
@@ -215,7 +216,7 @@ def said(found: dict[str, Any]) -> str:
 def main() -> None:
     options = parse(Options, None, __doc__)
     if options.json:
-        check_writable(Path(options.json))
+        check_writable(Path(options.json), bert_files(options.folder))
     if options.write:
         check_new_folder("--write", Path(options.write))
     bert, found = checked(Path(options.folder))

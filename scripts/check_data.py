@@ -34,6 +34,7 @@ from layout import (
     count_faults,
     count_images,
     extraction_file,
+    files_of,
     finite_rows,
     id_faults,
     ids_file,
@@ -431,6 +432,16 @@ def needs_table(rows: list[dict[str, Any]]) -> str:
     return markdown(["program", "memory", "disk"], lines)
 
 
+def inputs_of(options: Options) -> list[Path]:
+    """Every file that may be read."""
+    found = [path for name in get_args(SplitName) for path in files_of(options.folder, name)]
+    if options.bert_path is not None:
+        from bert import bert_files  # here, as in `needs`
+
+        found += bert_files(options.bert_path)
+    return found
+
+
 def splits_of(folder: Path) -> list[SplitName]:
     """The splits that a folder holds a file of. Raises InputError where there is none."""
     with naming(folder, "a data set's folder"):
@@ -472,7 +483,7 @@ def checked(options: Options) -> dict[str, Any]:
 def main() -> None:
     options = parse(Options, None, __doc__)
     if options.json:
-        check_writable(Path(options.json))
+        check_writable(Path(options.json), inputs_of(options))
     report = checked(options)
     if options.json:
         write_json(Path(options.json), report)

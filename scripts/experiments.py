@@ -3,6 +3,7 @@
 Read by scripts/reproduce.py, which runs them, and scripts/results_table.py, which fills the README.
 """
 
+import re
 import shlex
 import statistics
 import sys
@@ -63,14 +64,12 @@ class Run:
     def results(self, results: Path = RESULTS) -> dict[int, Path]:
         """The files of its evaluations that are there, by seed."""
         pattern = self.result("*", results)
-        seeds = [
+        texts = [
             path.stem.removeprefix(f"{self.name}_seed")
             for path in pattern.parent.glob(pattern.name)
         ]
-        return {
-            seed: self.result(seed, results)
-            for seed in sorted(int(s) for s in seeds if s.isdecimal())
-        }
+        seeds = sorted(int(text) for text in texts if re.fullmatch("0|[1-9][0-9]*", text))
+        return {seed: self.result(seed, results) for seed in seeds}
 
 
 class Registry:
@@ -162,14 +161,23 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
         if table in run.tables:
             paper = None
             if run.paper:
-                recalls = papers.get(table, {}).get(run.paper)
-                where = f"{results / 'paper.json'}: has no {run.paper} in {table}"
-                require(recalls is not None, where)
+                recalls = (
+                    papers[table].get(run.paper) if isinstance(papers.get(table), dict) else None
+                )
+                six = isinstance(recalls, list) and [type(r) in (int, float) for r in recalls]
+                where = f"{results / 'paper.json'}: {run.paper} in {table} is {short(recalls)}"
+                require(six == [True] * len(METRICS), f"{where}; expected six recalls")
                 paper = [*recalls, sum(recalls)]
             files = run.results(results).values()
             ours = [figures_of(path, run.tables[table]) for path in files]
             found.append(Row(run.title, paper, ours))
     return found
+
+
+def papers_source(results: Path = RESULTS) -> str:
+    """Where the paper's figures are from."""
+    found = read_json(results / "paper.json", "the paper's figures").get("source", "not named")
+    return " ".join(str(found).split())
 
 
 def figures_of(path: Path, protocol: str) -> list[float]:
@@ -206,7 +214,6 @@ def cells(row: Row) -> list[str]:
 
 def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
     """Every table."""
-    source = read_json(results / "paper.json", "the paper's figures").get("source", "not named")
     parts = []
     for name, title in registry.tables.items():
         lines = [
@@ -215,4 +222,4 @@ def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
         ]
         parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
     about = "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds · the"
-    return "\n".join([*parts, f"{about} difference.\nThe paper's: {source}\n"])
+    return "\n".join([*parts, f"{about} difference.\nThe paper's: {papers_source(results)}\n"])

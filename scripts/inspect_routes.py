@@ -35,6 +35,7 @@ from layout import CAPTIONS_PER_IMAGE, SplitName
 from options import check_range, parse, pick_device, require, run, say
 from pictures import read_picture
 from regions import REGIONS, grid_boxes
+from runlog import remove
 from scoring import encode_split
 from scripts import route_figures as figures
 from scripts.plot_run import write_figure
@@ -43,6 +44,7 @@ from scripts.show_retrievals import SIDE, picture_files, shown
 
 log = logging.getLogger(__name__)
 
+WORDS = "words_{}_{}"  # name of a drawing, by image and caption
 EXAMPLES = 4  # routes that are drawn as the most different ones
 # What is refined, and what a weight of cross-modal attention is.
 QUERIES = {"i2t": "regions", "t2i": "words"}
@@ -163,6 +165,7 @@ def seen_pair(pairs: Pairs, files: Sequence[Path], options: Options) -> figures.
         wanted = (split.images, split.regions_per_image, 4)
         require(every.shape == wanted, f"{path}: shape {every.shape}; expected {wanted}")
         boxes = every[image]
+        require(bool(np.isfinite(boxes).all()), f"{path}: row {image} holds NaN; expected pixels")
     picture.thumbnail((SIDE, SIDE))
     return figures.Seen(picture, boxes * np.tile(picture.size / size, 2))
 
@@ -218,7 +221,7 @@ class Drawings:
                 pairs.title(image, caption),
                 WEIGHTS[pairs.model.direction],
             )
-            self._write(f"words_{name}", drawn)
+            self._write(WORDS.format(image, caption), drawn)
 
     def _write(self, name: str, figure: figures.Figure) -> None:
         write_figure(figure, Path(self.options.out) / f"{name}.png")
@@ -240,13 +243,17 @@ def main() -> None:
     seen = seen_pair(pairs, files, options) if options.pair else None
     paths = pairs.paths(min(options.count, split.images))
     clusters = clustered(paths, options.clusters) if options.clusters else None
+    stale = [] if clusters else ["clusters"]
+    if options.pair and not seen:
+        stale.append(WORDS.format(*options.pair))
+    for name in stale:
+        remove(out / f"{name}.png")
     write_tables(pairs, paths, clusters, out)
     drawings = Drawings(pairs, paths, files, options)
     drawings.mean_gates()
     drawings.different()
     if options.pair:
         drawings.pair(*options.pair, seen)
-    (out / "clusters.png").unlink(missing_ok=True)  # of an earlier run
     if clusters:
         drawings.clusters(clusters)
     say(f"{len(paths)} pairs of {split.path}: see {out}\n")

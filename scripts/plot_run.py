@@ -95,7 +95,8 @@ def figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
             "linestyle": DASHES[number % len(DASHES)],
             "linewidth": 1.3,
         }
-        loss.plot(*curve(found, "Le"), **style)
+        losses = curve(found, "Le")
+        loss.plot(*losses, **style, marker="." if len(losses[0]) == 1 else "")
         for tag, marker in zip(RECALLS, MARKERS, strict=True):
             recall.plot(*curve(found, tag), **style, marker=marker, markersize=5)
         text = f"./{name}" if name.startswith("_") else name  # which no legend shows
@@ -125,12 +126,14 @@ def main() -> None:
     chosen = parse(Options, None, __doc__)
     out = Path(chosen.out)
     require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
-    check_writable(out)
+    pictures = (out, out.with_suffix(".svg"))
+    for path in pictures:
+        check_writable(path)
     found = f"{len(chosen.runs)} runs; expected {MOST_RUNS} at most, which look different"
     require(len(chosen.runs) <= MOST_RUNS, found)
     names = labels(chosen.runs)
     picture = figure(dict(zip(names, map(events, map(Path, chosen.runs)), strict=True)))
-    for path in (out, out.with_suffix(".svg")):
+    for path in pictures:
         write_figure(picture, path)
 
 

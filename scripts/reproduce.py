@@ -39,6 +39,7 @@ from scripts.experiments import (
     as_markdown,
     cells,
     figures_of,
+    papers_source,
     rows,
 )
 
@@ -74,14 +75,32 @@ def listed(registry: Registry) -> str:
     """Every run: what it needs, its commands, and whether it is done."""
     lines = []
     for each in registry.runs.values():
-        done = each.results()
-        state = f"done for seed {', '.join(map(str, done))}" if done else "not run"
-        lines.append(f"{each.name}: {each.title}; {state}")
+        lines.append(f"{each.name}: {each.title}; {state(each)}")
         lines.append(f"  tables: {'; '.join(registry.tables[name] for name in each.tables)}")
         lines.append(f"  needs: {', '.join(each.of) or registry.data_of(each).needs}")
         for command in registry.commands(each, 0, {}):
             lines.append(f"  python {shlex.join(command)}")
     return "\n".join(lines) + "\n"
+
+
+def state(each: Run) -> str:
+    """Which seeds of a run are done, and whose results are damaged."""
+    seeds: dict[str, list[str]] = {}
+    for seed, path in each.results().items():
+        try:
+            check_figures(each, path)
+        except InputError:
+            seeds.setdefault("damaged", []).append(str(seed))
+        else:
+            seeds.setdefault("done", []).append(str(seed))
+    told = (f"{word} for seed {', '.join(found)}" for word, found in seeds.items())
+    return ", ".join(told) or "not run"
+
+
+def check_figures(each: Run, path: Path) -> None:
+    """Raise InputError where a results file lacks figures of a table that the run has a row in."""
+    for protocol in each.tables.values():
+        figures_of(path, protocol)
 
 
 def reproduce(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
@@ -113,11 +132,10 @@ def reproduce(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -
 def check_result(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
     """Raise InputError where a results file is damaged; warn where other commands made it."""
     path = each.result(seed)
-    for protocol in each.tables.values():
-        try:
-            figures_of(path, protocol)
-        except InputError as error:
-            raise InputError(f"{error}; delete it to have the run done again") from error
+    try:
+        check_figures(each, path)
+    except InputError as error:
+        raise InputError(f"{error}; delete it to have the run done again") from error
     now = [f"python {shlex.join(command)}" for command in registry.commands(each, seed, paths)]
     then = read_json(path, "the results of an evaluation").get("commands")
     if then != now:
@@ -156,17 +174,18 @@ def _call(command: list[str]) -> None:
 
 
 def as_csv(registry: Registry) -> str:
-    """One line a figure."""
+    """One line a figure, its mean `not run` where it has none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "model", "metric", "paper", "mean", "sd", "seeds", "difference"])
     for line in _figures(registry):
-        writer.writerow(["" if value is None else value for value in line.values()])
+        known = line | ({"mean": "not run"} if line["mean"] is None else {})
+        writer.writerow(["" if value is None else value for value in known.values()])
     return text.getvalue()
 
 
 def as_json(registry: Registry) -> str:
-    """The same figures, a list."""
+    """The same figures, a list; null where there is none."""
     return json.dumps(list(_figures(registry)), indent=1) + "\n"
 
 
@@ -209,17 +228,18 @@ def as_latex(registry: Registry) -> str:
             f"\\begin{{table}}\n\\caption{{{_tex(title)}}}\n\\begin{{tabular}}{{{columns}}}\n"
             f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, f"% The paper's figures: {papers_source()}\n"])
 
 
 def _tex(text: str) -> str:
-    for mark in "_%&#":
-        text = text.replace(mark, f"\\{mark}")
-    for plain, tex in (("--", "-{}-"), ("±", r"$\pm$"), ("·", r"$\cdot$"), ("`", "")):
-        text = text.replace(plain, tex)
-    return text
+    return text.replace("--", "-\0-").translate(TEX)
 
 
+TEX = str.maketrans(
+    {mark: f"\\{mark}" for mark in "_%&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"\0": "{}", "±": r"$\pm$", "·": r"$\cdot$", "`": ""}
+)
 FORMATS = {"md": as_markdown, "latex": as_latex, "csv": as_csv, "json": as_json}
 
 

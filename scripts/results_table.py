@@ -49,7 +49,8 @@ def training(folder: Path) -> str:
 
 def results(folder: Path) -> str:
     """Our runs, and the paper's figures."""
-    runs = [training(path.parent) for path in sorted(folder.glob("*/*/run.json"))]
+    logs = sorted(folder.glob("*/*/metrics.jsonl"))
+    runs = [training(path.parent) for path in logs if path.with_name("run.json").exists()]
     return "\n".join([*runs, as_markdown(Registry(REGISTRY), folder)])
 
 

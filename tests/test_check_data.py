@@ -279,6 +279,16 @@ def test_a_folder_that_is_none(
         assert said in capsys.readouterr().err
 
 
+def test_a_report_takes_no_inputs_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bert = GOLDEN / "i2t/bert"
+    for path in (folder / "dev_ids.txt", folder / "id_mapping.json", bert / "vocab.txt"):
+        argv = [folder, "--bert_path", bert, "--json", path]
+        assert run_here(monkeypatch, check_data.main, argv) == 2
+        assert f"{path.name}: is an input or another output" in capsys.readouterr().err
+
+
 PROGRAM = """
 import sys
 sys.path.insert(0, "tests")

@@ -128,6 +128,8 @@ def test_each_of_many_runs_is_drawn_and_named(tmp_path: Path) -> None:
     edges = [axes.get_window_extent().x1 for axes in picture.axes]
     assert min(box.get_window_extent().x0 for box in picture.legends) > max(edges)
     assert runs.get_window_extent().y0 > recalls.get_window_extent().y1
+    (point,) = plot_run.figure({"a": [{"step": 1, "Le": 2.0}]}).axes[0].lines
+    assert point.get_marker() == "."  # a line of one point would not be seen
     empty = plot_run.figure({"a": [{"step": 1}]})
     assert [axes.texts[0].get_text() for axes in empty.axes] == ["nothing logged yet"] * 2
 
@@ -152,6 +154,10 @@ def test_logs_that_are_none(
     assert f"metrics.jsonl: {said}" in capsys.readouterr().err
     assert run_here(monkeypatch, plot_run.main, [tmp_path, "--out", tmp_path / "c.jpg"]) == 2
     assert "ends in .png" in capsys.readouterr().err
+    (tmp_path / "c.svg").mkdir()
+    assert run_here(monkeypatch, plot_run.main, argv) == 2
+    assert "c.svg: Is a directory" in capsys.readouterr().err
+    assert not (tmp_path / "c.png").exists()
 
 
 @pytest.fixture

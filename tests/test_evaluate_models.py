@@ -314,11 +314,12 @@ def test_a_result_takes_no_ones_place(
     model.write_bytes(b"precious")
     for more in (
         ["--json", model],
+        ["--json", tiny / "model.pth.json"],  # where the options of other forms are
         ["--save_scores", model],
         ["--json", other, "--save_scores", other],
     ):
         assert run_evaluate("--model_path", model, *more) == 2
-        assert "is a model, its data or another result" in capsys.readouterr().err
+        assert "is an input or another output" in capsys.readouterr().err
     assert model.read_bytes() == b"precious"
 
 
@@ -370,10 +371,20 @@ def test_a_result_does_not_take_the_place_of_its_data_or_a_models_neighbour(
     data = tiny / "data/tiny/test_ims.npy"
     before = data.read_bytes()
     beside = model.rename(tiny / "m.json.partial")
-    for more in (["--json", tiny / "m.json"], ["--save_scores", data], ["--json", data]):
+    words, ids = tiny / "bert/vocab.txt", tiny / "data/tiny/test_ids.txt"
+    vocabulary = words.read_bytes()
+    for more in (
+        ["--json", tiny / "m.json"],
+        ["--save_scores", data],
+        ["--json", data],
+        ["--json", ids],
+        ["--json", tiny / "data/tiny/id_mapping.json"],
+        ["--json", words],
+    ):
         assert run_evaluate("--model_path", beside, *more) == 2
-        assert "is a model, its data or another result" in capsys.readouterr().err
-    assert beside.exists() and data.read_bytes() == before
+        assert "is an input or another output" in capsys.readouterr().err
+    assert beside.exists() and data.read_bytes() == before and not ids.exists()
+    assert words.read_bytes() == vocabulary
 
 
 @pytest.mark.parametrize("name", ["a" * 252, "a" * 300 + "/b", "loop/b"])

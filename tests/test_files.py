@@ -82,6 +82,22 @@ def test_pipes_and_devices_are_not_replaced_by_files(tmp_path: Path, write) -> N
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
+def test_an_output_costs_no_other_file(tmp_path: Path) -> None:
+    """Neither an input, by whatever way it is named, nor what a link leads to."""
+    (tmp_path / "input").write_text("precious")
+    (tmp_path / "way").symlink_to(tmp_path)
+    (tmp_path / "link").symlink_to("input")
+    (tmp_path / "nowhere").symlink_to("new")
+    for path, taken in ((tmp_path / "way/input", "input"), (tmp_path / "in", "in.partial")):
+        with pytest.raises(InputError, match="is an input or another output"):
+            check_writable(path, [tmp_path / taken])
+    for name in ("link", "nowhere"):
+        with pytest.raises(InputError, match=f"{name}: is a link; expected a file to write"):
+            check_writable(tmp_path / name)
+    check_writable(tmp_path / "way/new", [tmp_path / "input"])
+    assert (tmp_path / "input").read_text() == "precious" and not (tmp_path / "new").exists()
+
+
 def test_names_that_no_file_can_have(tmp_path: Path) -> None:
     for name in ("a\0b", "a\ud800b"):
         with pytest.raises(InputError, match=r"expected a text"):

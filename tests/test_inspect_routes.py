@@ -94,6 +94,10 @@ def test_all_that_is_written(
     head, *rows = table(out / "routes.csv")
     assert head[-3:] == ["cluster", "x", "y"] and {row[-3] for row in rows} == {"0", "1", "2"}
     assert len(rows) == 20 and rows[11][:2] == ["2", "11"]
+    argv = given("t2i", out, "--pair", 2, 11, "--clusters", 0, "--count", 1, data=data)
+    assert run_here(monkeypatch, inspect_routes.main, argv) == 0
+    stale = {"clusters.png", "words_2_11.png"}  # which this run has not drawn
+    assert {path.name for path in out.iterdir()} == tables | {f"{n}.png" for n in sizes} - stale
 
 
 def test_path_vectors_are_those_of_the_equations(pairs: Pairs) -> None:
@@ -293,6 +297,12 @@ def narrow_boxes(data: Path) -> None:
     np.save(data / "test_boxes.npy", np.zeros((IMAGES, 36, 3), np.float32))
 
 
+def no_boxes(data: Path) -> None:
+    boxes = np.zeros((IMAGES, 36, 4), np.float32)
+    boxes[2, 5] = np.nan
+    np.save(data / "test_boxes.npy", boxes)
+
+
 def seven_regions(data: Path) -> None:
     features = np.load(data / "test_ims.npy")
     np.save(data / "test_ims.npy", features[:, :7])
@@ -308,6 +318,7 @@ FAULTS: dict[str, tuple[list[object], str, Callable[[Path], None] | None]] = {
     "clusters": (["--clusters", 9], "--clusters 9: expected 0 to 8", None),
     "count": (["--count", 0], "--count 0: expected 1 or more", None),
     "boxes": (["--pair", 2, 11], "shape (12, 36, 3); expected (12, 36, 4)", narrow_boxes),
+    "no box": (["--pair", 2, 11], "test_boxes.npy: row 2 holds NaN; expected pixels", no_boxes),
     "picture": (["--pair", 2, 11], "2.png: not found; expected a picture", no_picture),
     "grid": (["--pair", 2, 11, "--grid"], "test_ims.npy has 7 regions an image", seven_regions),
     "ids": ([], "test_ids.txt: not found", lambda data: (data / "test_ids.txt").unlink()),

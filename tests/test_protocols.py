@@ -58,6 +58,15 @@ def test_both_protocols_are_two_evaluations(tmp_path: Path, capsys: pytest.Captu
     assert text.endswith(f"Mean of 5 folds\nrsum{first}All images\nrsum{second}")
 
 
+def test_what_python_may_give(tmp_path: Path) -> None:
+    """One path in place of a list; protocols that are none are told."""
+    path = saved(tmp_path, "a.npy")
+    assert evaluate(scores=str(path)) == evaluate(scores=[path])
+    for protocols in ("1k5", ["1k"]):
+        with pytest.raises(InputError, match=r"--protocols .*: expected some of"):
+            evaluate(scores=path, protocols=protocols)
+
+
 def test_ranks_of_every_query_are_written(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.npy")
     evaluate(scores=[path], protocols=["5k", "1k5"], ranks=str(tmp_path / "r.npz"))
@@ -121,11 +130,18 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "folds": (lambda t: ["--scores", saved(t, "a.npy", 4), "--fold5"], "4 images"),
     "over itself": (
         lambda t: ["--scores", saved(t, "a.npy"), "--save_scores", t / "a.npy"],
-        "another result",
+        "another output",
+    ),
+    "over ids": (
+        lambda t: [
+            *("--scores", saved(t, "a.npy"), "--data_path", t, "--data_name", "d"),
+            *("--split", "testall", "--json", t / "d/testall_ids.txt"),
+        ],
+        "another output",
     ),
     "same": (
         lambda t: ["--scores", saved(t, "a.npy"), "--ranks", t / "r", "--json", t / "r"],
-        "another result",
+        "another output",
     ),
 }
 
@@ -157,10 +173,10 @@ def test_a_split_that_selected_the_model_is_told(
     assert "model_best.pth.tar: was selected on this split" in caplog.text
 
 
-def test_it_is_told_by_the_data_and_not_by_its_name(
+def test_it_is_told_by_the_data_and_for_certain_or_by_the_name(
     tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a published checkpoint the name is all that is known."""
+    """The same pictures may be stored in another way, which nobody can tell."""
     assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
     model, data = tiny / "runs/i2t/model_best.pth.tar", tiny / "data/tiny"
     for kind in ("ims.npy", "caps.txt"):  # each split under the other's name
@@ -168,15 +184,23 @@ def test_it_is_told_by_the_data_and_not_by_its_name(
         (data / f"test_{kind}").rename(data / f"dev_{kind}")
         (tiny / kind).rename(data / f"test_{kind}")
     evaluate(model, split="dev", workers=0)
-    assert "too good" not in caplog.text
+    assert "was selected on a dev split; if it is this one, its" in caplog.text
+    caplog.clear()
     evaluate(model, split="test", workers=0)
-    assert caplog.text.count("too good") == 1
+    assert "was selected on this split, so its figures are too good" in caplog.text
     published = GOLDEN / "i2t/checkpoint.pth.tar"
     for kind in ("ims.npy", "caps.txt"):
         shutil.copy(GOLDEN / f"i2t/data/f30k_precomp/test_{kind}", data / f"dev_{kind}")
     where = {"data_path": tiny / "data", "data_name": "tiny", "bert_path": GOLDEN / "i2t/bert"}
+    caplog.clear()
     evaluate(published, split="dev", workers=0, **where)
-    assert caplog.text.count("too good") == 2
+    assert "was selected on a dev split; if it is this one, its" in caplog.text
+    caplog.clear()
+    features = np.load(data / "test_ims.npy").astype(np.float16)
+    np.save(data / "dev_ims.npy", features)
+    shutil.copy(data / "test_caps.txt", data / "dev_caps.txt")
+    evaluate(model, split="dev", workers=0)
+    assert "if it is this one" in caplog.text
 
 
 def test_doubles_stay_doubles(tmp_path: Path) -> None:

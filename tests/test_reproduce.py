@@ -88,6 +88,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
 
     assert program("list").count("; not run\n") == 3
     assert "| One |  | 10.0 · not run |" in program("table")
+    assert "five,One,i2t R@1,10.0,not run,,0,\n" in program("table", "--format", "csv")
     program("run", "both", "--seeds", "0", "1")
     names = [f"{name}_seed{seed}.json" for name in ("both", "one", "other") for seed in (0, 1)]
     results = small / "results/reproduce"
@@ -123,7 +124,8 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     assert float(line["difference"]) == pytest.approx(mean - 66, abs=1e-4)
     text = f"66.0 · {mean:.1f} ± {statistics.stdev(rsums):.1f} · {mean - 66:+.1f} |"
     assert text in program("table")
-    assert r"\begin{tabular}{lrrrrrrrr}" in program("table", "--format", "latex")
+    latex = program("table", "--format", "latex")
+    assert r"\begin{tabular}{lrrrrrrrr}" in latex and "% The paper's figures: a book\n" in latex
 
     (results / "one_seed0.json").unlink()
     (results / "one_seed1.json").unlink()
@@ -192,6 +194,7 @@ def test_results_that_are_damaged_are_not_done(
     path = small / "results/reproduce/one_seed0.json"
     path.parent.mkdir()
     path.write_text(content)
+    assert "One; damaged for seed 0" in reproduce.listed(Registry(reproduce.REGISTRY))
     for argv, more in ((["run", "one"], "; delete it to have the run done again"), (["table"], "")):
         assert run_here(monkeypatch, reproduce.main, argv) == 2
         said = last_line(capsys)
@@ -203,7 +206,8 @@ def test_results_of_other_commands_are_told(
 ) -> None:
     path = small / "results/reproduce/one_seed0.json"
     path.parent.mkdir()
-    (path.parent / "one_seed0 (copy).json").write_text("{}")  # is no result
+    for name in ("0 (copy)", "00", "٣"):
+        (path.parent / f"one_seed{name}.json").write_text("{}")  # is no result
     content = {"protocols": {name: {"metrics": GOOD} for name in ("5k", "1k5")}}
     registry = Registry(reproduce.REGISTRY)
     commands = registry.commands(registry.run("one"), 0, {})
@@ -264,6 +268,9 @@ def test_latex_keeps_what_is_written() -> None:
     assert reproduce._tex("a `--routing hard` & 5 % of x_1 #2") == (
         r"a -{}-routing hard \& 5 \% of x\_1 \#2"
     )
+    assert reproduce._tex("${}^~\\") == (
+        r"\$\{\}\textasciicircum{}\textasciitilde{}\textbackslash{}"
+    )
 
 
 def test_help_teaches(
@@ -304,6 +311,16 @@ def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
         for member in registry.members(run):
             argv = registry.train(member, 0, {})[1:]
             assert parse(TrainConfig, argv, "").direction == member.direction
+
+
+@pytest.mark.parametrize("figures", [{}, [], {"DIME": PAPER[:5]}, {"DIME": [*PAPER[:5], "6"]}])
+def test_figures_of_the_paper_that_are_damaged(
+    figures: object, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = small / "results/paper.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"first": figures}))
+    assert run_here(monkeypatch, reproduce.main, ["table"]) == 2
+    assert "paper.json: DIME in first is" in last_line(capsys)
 
 
 def test_a_deleted_file_turns_its_cell_into_not_run(small: Path) -> None:
