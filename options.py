@@ -290,7 +290,12 @@ def run(program: Callable[[], None]) -> None:
 def _one_line(text: str) -> str:
     """A text without line feeds, and without what a terminal would obey, of bearable length."""
     line = " ".join(text[:LONGEST_LINE].split()) + "..." * (len(text) > LONGEST_LINE)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return _visible(line)
+
+
+def _visible(text: str, kept: str = "") -> str:
+    """A text with nothing that a terminal would obey, or a stream could not take, but `kept`."""
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
@@ -298,7 +303,7 @@ def say(text: str) -> None:
     try:
         if sys.stdout is None:
             raise OSError("is closed")
-        sys.stdout.write(text)
+        sys.stdout.write(_visible(text, "\n\t"))
         sys.stdout.flush()
     except OSError as error:
         if sys.stdout is not None:  # Python would try again at its end

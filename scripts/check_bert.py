@@ -216,7 +216,9 @@ def said(found: dict[str, Any]) -> str:
 def main() -> None:
     options = parse(Options, None, __doc__)
     if options.json:
-        check_writable(Path(options.json), bert_files(options.folder))
+        folders = [folder for folder in (options.folder, options.write) if folder]
+        taken = [path for folder in folders for path in bert_files(folder)]
+        check_writable(Path(options.json), taken)
     if options.write:
         check_new_folder("--write", Path(options.write))
     bert, found = checked(Path(options.folder))

@@ -262,7 +262,7 @@ def between(splits: list[Found], folder: Path) -> Iterator[str]:
                     "too; expected other images in every split"
                 )
     mapping = names_file(folder)
-    if mapping.exists():
+    if os.path.lexists(mapping):
         try:
             names = read_json(mapping, "the file name of each id")
         except InputError as error:
@@ -280,10 +280,13 @@ def picture_faults(split: Found, folder: Path, names: dict[str, Any]) -> Iterato
     if not path.exists() or not split.ids or any(key not in names for key in split.ids):
         return
     try:
-        about = read_json(path, "what extract_regions did").get("about")
+        record = read_json(path, "what extract_regions did")
     except InputError as error:
         yield str(error)
         return
+    if record.get("renaming"):
+        yield f"{path}: features and boxes may be of two extractions; extract_regions goes on"
+    about = record.get("about")
     then = about.get("ids") if isinstance(about, dict) else None
     if then != pictures_digest(split.ids, names):
         yield (
@@ -343,15 +346,24 @@ def look_at_words(found: Found, vocabulary: Vocabulary, max_words: int) -> None:
         )
 
 
-def needs(splits: list[Found], bert_path: str | None, max_words: int) -> list[dict[str, Any]]:
-    """Estimates of memory and disk, in bytes, from what the rooms say that they take."""
-    base, hidden = PROGRAM, BASE_HIDDEN
-    if bert_path is not None:
-        # asked for here, since it brings transformers, which take 200 MB
-        from bert import bert_config, bert_parameters
+def bert_sizes(bert_path: str) -> tuple[int, int]:
+    """Bytes of BERT's weights, and its width. Raises InputError where no configuration is there."""
+    # asked for here, since it brings transformers, which take 200 MB
+    from bert import bert_config, bert_parameters
 
-        config = bert_config(bert_path)
-        base, hidden = base + FLOAT * bert_parameters(config), config.hidden_size
+    config = bert_config(bert_path)
+    return FLOAT * bert_parameters(config), config.hidden_size
+
+
+def needs(
+    splits: list[Found], bert: tuple[int, int] | None, max_words: int
+) -> list[dict[str, Any]]:
+    """Estimates of memory and disk, in bytes, from what the rooms say that they take.
+
+    `bert` is what `bert_sizes` gives, None where it is not known: its weights are not counted.
+    """
+    weights, hidden = bert or (0, BASE_HIDDEN)
+    base = PROGRAM + weights
     usable = {split.name: split for split in splits if split.repeats and split.images}
     rows = []
     for direction in ("i2t", "t2i") if "train" in usable else ():
@@ -417,7 +429,7 @@ def said(report: dict[str, Any]) -> str:
 
 def needs_title(report: dict[str, Any]) -> str:
     """What the estimates stand for."""
-    bert = "" if report["bert_path"] else ", BERT's weights not counted (give --bert_path)"
+    bert = "" if report["bert_bytes"] else ", BERT's weights not counted (give --bert_path)"
     return f"Needs, estimated in GB; {report['free_memory'] / 1e9:.1f} GB are free here{bert}"
 
 
@@ -436,7 +448,7 @@ def inputs_of(options: Options) -> list[Path]:
     """Every file that may be read."""
     found = [path for name in get_args(SplitName) for path in files_of(options.folder, name)]
     if options.bert_path is not None:
-        from bert import bert_files  # here, as in `needs`
+        from bert import bert_files  # here, as in `bert_sizes`
 
         found += bert_files(options.bert_path)
     return found
@@ -457,21 +469,28 @@ def checked(options: Options) -> dict[str, Any]:
     """All that is found of a data set, plain data. Raises InputError where there is none."""
     folder = Path(options.folder)
     names = splits_of(folder)
-    vocabulary = Vocabulary.load(options.bert_path) if options.bert_path else None
+    vocabulary, bert, remarks = None, None, []
+    if options.bert_path:
+        vocabulary = Vocabulary.load(options.bert_path)
+        try:  # before the long work
+            bert = bert_sizes(options.bert_path)
+        except InputError as error:
+            remarks.append(f"{error}; the vocabulary alone is made use of")
     splits = [looked_at(folder, name, options.full) for name in names]
     for split in splits:
         if vocabulary is not None and split.captions:
             look_at_words(split, vocabulary, options.max_words)
-    estimated, free = needs(splits, options.bert_path, options.max_words), free_memory(CPU)
+    estimated, free = needs(splits, bert, options.max_words), free_memory(CPU)
     tight = [row["what"] for row in estimated if row["least"] - used_memory(CPU) > free]
     faults = [fault for split in splits for fault in split.faults]
-    remarks = [remark for split in splits for remark in split.remarks]
+    remarks += [remark for split in splits for remark in split.remarks]
     remarks += remarks_on(splits, folder)
     if tight:
         remarks.append(f"this machine has too little free memory for {', '.join(tight)}")
     return {
         "folder": str(folder),
         "bert_path": options.bert_path,
+        "bert_bytes": bert[0] if bert else None,
         "splits": [split.as_dict(options.max_words) for split in splits],
         "faults": [*faults, *between(splits, folder)],
         "remarks": remarks,

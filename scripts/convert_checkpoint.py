@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from bert import Bert, load_bert, normal_name, write_bert
+from bert import Bert, bert_files, load_bert, normal_name, write_bert
 from checkpoint import (
     FORMAT,
     Checkpoint,
@@ -89,9 +89,10 @@ def check_outputs(options: Options) -> None:
         (out.suffix == ".safetensors") == arrays,
         f"--out {out}: the name of safetensors ends with .safetensors, no other form's does",
     )
+    taken = bert_files(options.bert_out) if options.bert_out else []
     for path in (out, json_beside(out)) if arrays else (out,):
         require(not os.path.lexists(path), f"--out: {path} is there already; expected a new name")
-        check_writable(path)
+        check_writable(path, taken)
     if options.bert_out:
         check_new_folder("--bert_out", Path(options.bert_out))
 

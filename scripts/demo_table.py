@@ -16,8 +16,8 @@ import torch
 
 import runlog
 from files import check_writable, read_json, read_text, write_json
-from layout import count_images, read_captions, split_files
-from options import parse, require, run, say
+from layout import count_images, files_of, read_captions, split_files
+from options import InputError, parse, require, run, say
 from scripts.results_table import about, demo_rows
 
 MODELS = ("i2t", "t2i", "ensemble")
@@ -42,8 +42,11 @@ def chance(images: int) -> list[float]:
 
 def recalls(path: Path) -> list[float]:
     """R@1 R@5 R@10 of both ways, as evaluate_models.py --json wrote them."""
-    metrics = read_json(path, "what evaluate_models.py --json wrote")["metrics"]
-    return [metrics[side][f"r{k}"] for side in ("i2t", "t2i") for k in CUTS]
+    content = read_json(path, "what evaluate_models.py --json wrote")
+    try:
+        return [float(content["metrics"][s][f"r{k}"]) for s in ("i2t", "t2i") for k in CUTS]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: holds no recalls: {error!r}") from error
 
 
 def collected(folder: Path) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def collected(folder: Path) -> dict[str, Any]:
     seconds = {
         path.name: int(read_text(path, "seconds of a step"))
         for path in sorted((folder / "done").iterdir())
-        if path.name != "settings"
+        if path.name != "settings" and not path.name.startswith(".")  # one that was cut off
     }
     return {
         "command": "bash scripts/demo.sh",
@@ -72,9 +75,12 @@ def collected(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     chosen = parse(Options, None, __doc__)
+    folder = Path(chosen.folder)
     if chosen.json:
-        check_writable(Path(chosen.json))
-    found = collected(Path(chosen.folder))
+        taken = [*(folder / f"{name}.json" for name in MODELS), *files_of(folder / "data", "test")]
+        done = folder.glob("done/*")
+        check_writable(Path(chosen.json), [*taken, *done, folder / "i2t" / runlog.RUN])
+    found = collected(folder)
     if chosen.json:
         write_json(Path(chosen.json), found)
     say(f"{about(found)}\n\n{demo_rows(found)}")

@@ -162,7 +162,7 @@ class Extraction:
         for path, rows in zip(self.results, working, strict=True):
             if self.fresh(path).exists():
                 self.fresh(path).replace(path)
-            elif rows is not None and rows.exists() and not state["left_out"]:
+            elif rows is not None and rows.exists() and not state.get("left_out"):
                 rows.replace(path)
             if rows is not None:
                 rows.unlink(missing_ok=True)

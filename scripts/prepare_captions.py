@@ -33,6 +33,7 @@ from layout import (
     CAPTIONS_PER_IMAGE,
     LONGEST_CAPTION,
     SplitName,
+    files_of,
     ids_file,
     names_file,
     read_lines,
@@ -211,6 +212,10 @@ def main() -> None:
     key, times = Counter(picture.key for picture in pictures).most_common(1)[0]
     require(times == 1, f"id {key} is {times} pictures'; expected an id of its own for each")
     folder, splits = Path(options.out), splits_of(pictures, options.train)
+    outputs = {os.path.realpath(path) for name in splits for path in files_of(folder, name)}
+    for path in options.json:
+        free = os.path.realpath(path) not in outputs
+        require(free, f"--out {folder}: {path} would be written over; expected another folder")
     with naming(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / LOCK):

@@ -1,8 +1,8 @@
 # Sourced by test.sh and demo.sh in the project's folder: makes .venv where it is missing, installs.
 export HF_HUB_OFFLINE=1
 
-if [ ! -x .venv/bin/python ]; then
-    "${PYTHON:-python3}" -m venv .venv
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none, or one that was cut off
+    "${PYTHON:-python3}" -m venv --clear .venv
 fi
 wanted=$(cat requirements.txt requirements-demo.txt pyproject.toml | sha256sum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then

@@ -23,6 +23,7 @@ from files import check_writable
 from layout import (
     SplitName,
     count_images,
+    files_of,
     ids_file,
     nameless_faults,
     read_captions,
@@ -157,6 +158,7 @@ def main() -> None:
     require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
     check_writable(out)
     found = opened(chosen)
+    check_writable(out, [*found.files, chosen.scores, *files_of(chosen.data, chosen.split)])
     write_figure(figure(found, min(chosen.queries, len(found.files))), out)
 
 

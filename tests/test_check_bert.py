@@ -119,6 +119,9 @@ def test_a_folder_is_not_written_over(
     argv = [folder, "--json", folder / "vocab.txt"]
     assert run_here(monkeypatch, check_bert.main, argv) == 2
     assert "vocab.txt: is an input or another output" in capsys.readouterr().err
+    argv = [folder, "--write", folder / "new", "--json", folder / "new/config.json"]
+    assert run_here(monkeypatch, check_bert.main, argv) == 2
+    assert "config.json: is an input or another output" in capsys.readouterr().err
 
 
 def test_what_cannot_be_loaded_ends_with_a_line(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -277,6 +278,37 @@ def test_a_folder_that_is_none(
     for path, said in ((tmp_path / "no", "no: not found"), (tmp_path, "holds no split")):
         assert run_here(monkeypatch, check_data.main, [path]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_vocabulary_alone_is_enough(
+    folder: Path, tmp_path: Path, check: Callable[..., tuple[int, dict]]
+) -> None:
+    (tmp_path / "words").mkdir()
+    shutil.copy(GOLDEN / "i2t/bert/vocab.txt", tmp_path / "words")
+    status, report = check(folder, "--bert_path", tmp_path / "words")
+    assert status == 0 and report["bert_bytes"] is None
+    assert report["splits"][0]["longest"] > 2 and report["needs"]
+    assert any("the vocabulary alone is made use of" in remark for remark in report["remarks"])
+
+
+def test_ids_that_no_terminal_takes(
+    folder: Path, check: Callable[..., tuple[int, dict]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "id_mapping.json").write_text(json.dumps({"\ud800\x1b[31m": "../x"}))
+    out = folder / "out.json"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_here(patch, check_data.main, [folder, "--json", out]) == 1
+    assert "\\ud800\\x1b[31m" in capsys.readouterr().out
+
+
+def test_an_extraction_that_ended_between_two_renamings(
+    folder: Path, check: Callable[..., tuple[int, dict]]
+) -> None:
+    named("a.jpg")(folder)
+    names = json.loads((folder / "id_mapping.json").read_text())
+    about = {"ids": layout.pictures_digest((folder / "test_ids.txt").read_text().split(), names)}
+    (folder / "test_regions.json").write_text(json.dumps({"about": about, "renaming": True}))
+    assert "may be of two extractions" in str(check(folder)[1]["faults"])
 
 
 def test_a_report_takes_no_inputs_place(

@@ -200,6 +200,11 @@ def test_outputs_that_are_refused(
         (tmp_path / "x.safetensors", "own", (), "no other form's does"),
         (tmp_path / "none/x.pth.tar", "own", (), "x.pth.tar: not found; expected a file to write"),
         (tmp_path / "x.pth.tar", "own", ("--bert_out", tmp_path), "is no new or empty folder"),
+        (tmp_path / "b/vocab.txt", "own", ("--bert_out", tmp_path / "b"), "or another output"),
+        (
+            *(tmp_path / "b/model.safetensors", "safetensors", ("--bert_out", tmp_path / "b")),
+            "model.safetensors: is an input or another output",
+        ),
     ):
         assert convert(CASE.model_path, out, to, *BERT, *more) == 2
         said = capsys.readouterr().err.splitlines()

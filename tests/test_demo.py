@@ -207,6 +207,26 @@ def test_retrievals_of_files_that_do_not_fit(
     assert "1 ids for 3 images" in refused()
 
 
+def test_a_drawing_costs_no_picture(
+    retrieved: list[object], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    picture = tmp_path / "images/1.png"
+    before = picture.read_bytes()
+    argv = [picture if word == tmp_path / "p.png" else word for word in retrieved]
+    assert picture in argv and run_here(monkeypatch, show_retrievals.main, argv) == 2
+    assert "1.png: is an input or another output" in capsys.readouterr().err
+    assert picture.read_bytes() == before
+
+
+def test_a_table_costs_no_results(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "ensemble.json").write_text("{}")
+    argv = [tmp_path, "--json", tmp_path / "ensemble.json"]
+    assert run_here(monkeypatch, demo_table.main, argv) == 2
+    assert "ensemble.json: is an input or another output" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"ensemble\.json: holds no recalls"):
+        demo_table.recalls(tmp_path / "ensemble.json")
+
+
 def test_chance() -> None:
     """Against orders that were drawn at random."""
     rng = np.random.default_rng(0)

@@ -168,6 +168,17 @@ def test_other_captions_beside_features_are_refused(
     assert "train_ims.npy: is of other pictures" in capsys.readouterr().err
 
 
+def test_the_json_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "id_mapping.json"
+    path.write_text(json.dumps(karpathy(["train"])))
+    before = path.read_text()
+    assert run_here(monkeypatch, prepare_captions.main, [path, "--out", tmp_path]) == 2
+    assert "id_mapping.json would be written over" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
 def test_a_split_that_would_stay_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
