@@ -303,7 +303,9 @@ def say(text: str) -> None:
     try:
         if sys.stdout is None:
             raise OSError("is closed")
-        sys.stdout.write(_visible(text, "\n\t"))
+        encoding = sys.stdout.encoding or "utf-8"  # which may have no such letters
+        shown = _visible(text, "\n\t").encode(encoding, "backslashreplace")
+        sys.stdout.write(shown.decode(encoding))
         sys.stdout.flush()
     except OSError as error:
         if sys.stdout is not None:  # Python would try again at its end

@@ -1,11 +1,14 @@
 """options.py: a dataclass as command line, signals, the one error."""
 
+import io
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
 import torch
 
+import options
 from options import InputError, parse, pick_device, run
 
 
@@ -79,3 +82,10 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError):
         run(program)
+
+
+def test_letters_that_a_stream_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    options.say("a\té\x1b[31m ±\n")
+    assert stream.buffer.getvalue() == b"a\t\\xe9\\x1b[31m \\xb1\n"
