@@ -261,7 +261,8 @@ def _same(tensor: Tensor) -> Tensor:
 def gains_by_compiling(device: torch.device) -> bool:
     """Whether compiled routing is faster there and torch.compile finds what it needs, Triton.
 
-    On a processor it is compiled by wish only: compiled scoring gains 15 % in i2t and loses 5 % in
-    t2i, and a compiled training step takes twice the time (results/speed.json).
+    On a processor it is compiled by wish only: a compiled training step takes half as long again
+    or more (results/speed.json), and compiled scoring, which is up to half as fast again, skips no
+    closed cells.
     """
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None

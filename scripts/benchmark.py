@@ -329,7 +329,8 @@ def main() -> None:
             continue
         new, recorded = apart(measured, case)
         rows, profiles = [*rows, *new], [*profiles, *recorded]
-        log.info("%s", speed_rows(rows[-1:]).splitlines()[-1])
+        for line in speed_rows(new).splitlines()[-len(new) :]:
+            log.info("%s", line)
     where = f"{runlog.processor()}, {os.cpu_count()} cores"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
@@ -342,14 +343,14 @@ def main() -> None:
         "machine": where,
         "torch": torch.__version__,
         "commit": runlog.commit(),
-        "not_run": missing if factor > SLOW else "",
+        "not_run": f"{missing}\n\n" if factor > SLOW else "",
         "ranks": ranks,
         "rows": rows,
         "profiles": profiles,
     }
     if chosen.json:
         write_json(path, before | found)
-    say(f"{about(found)}:\n\n{speed_rows(rows)}{found['not_run']}\n\n{operator_rows(profiles)}")
+    say(f"{about(found)}:\n\n{speed_rows(rows)}\n{found['not_run']}{operator_rows(profiles)}")
 
 
 if __name__ == "__main__":

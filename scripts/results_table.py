@@ -103,7 +103,7 @@ def speed(folder: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     ranks = found["ranks"]
     return (
-        f"{about(found)}:\n\n{speed_rows(found['rows'])}\n{found['not_run']}\n\n"
+        f"{about(found)}:\n\n{speed_rows(found['rows'])}\n{found['not_run']}"
         f"{operator_rows(found.get('profiles', []))}\n"
         f"Ranks and recalls of a memory-mapped matrix of {ranks['images']:,} x "
         f"{ranks['captions']:,} scores: {ranks['seconds']:.1f} s, {ranks['peak_gb']:.2f} GB.\n"
