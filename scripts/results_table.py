@@ -49,8 +49,7 @@ def training(folder: Path) -> str:
 
 def results(folder: Path) -> str:
     """Our runs, and the paper's figures."""
-    logs = sorted(folder.glob("*/*/metrics.jsonl"))
-    runs = [training(path.parent) for path in logs if path.with_name("run.json").exists()]
+    runs = [training(path.parent) for path in sorted(folder.glob("*/*/metrics.jsonl"))]
     return "\n".join([*runs, as_markdown(Registry(REGISTRY), folder)])
 
 
