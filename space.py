@@ -7,6 +7,8 @@ slices, compiled, within a memory, is decided here alone. The axes are those of 
 import importlib.util
 import logging
 import math
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cells import CELLS, CellName, CellSizes
 from memory import free_memory, most_pairs, out_of_memory, used_memory
+from options import Precision
 from router import MergeLayer, Modality, RoutingLayer, Views
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,6 @@ WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of comp
 # What training takes, in tensors [L, D] a pair: what is kept of one for the backward pass, and what
 # one of the slice at work takes; and in bytes: gradients, Adam's moments, buffers of libraries.
 KEPT, AT_WORK, BESIDE = 74, 100, 500e6
-KEPT_COMPILED = 150
 SAFE_SHARE = 0.7  # of the free memory that training takes
 
 
@@ -61,13 +63,14 @@ class RoutingSpace(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Scores `[Q, C]` and path vectors `[Q, C, K]`, both float32; about `pairs` at a time."""
         pairs = pairs or most_pairs(query.tokens.device)
+        least = 2 if self._compiled else 1  # queries at a time: a single one would be doubled
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
         columns = []
         for some, width in self._parts(context, pairs):
             views = [layer.views(some) for layer in layers]
             rows = []
-            for part, height in self._parts(query, max(1, pairs // len(some))):
+            for part, height in self._parts(query, max(least, pairs // len(some))):
                 keep = left <= self.kept_pairs or not torch.is_grad_enabled()
                 found = self._slice(part.tokens, views, len(some), keep)
                 rows.append([figures[:, :height, :width] for figures in found])
@@ -198,10 +201,10 @@ class RoutingSpace(nn.Module):
             for cell in layer.cells.values():
                 cell.skips = False
 
-    def compile_where_it_pays(self, choice: bool | None, pairs: int) -> None:
+    def compile_where_it_pays(self, choice: bool | None, pairs: int, precision: Precision) -> None:
         """Compile the routing if `choice` is so, or if it is left open and `pairs` are many."""
-        device = self.path_mapping.weight.device
-        if choice or (choice is None and pairs >= WORTH_COMPILING and gains_by_compiling(device)):
+        pays = gains_by_compiling(self.path_mapping.weight.device, precision)
+        if choice or (choice is None and pairs >= WORTH_COMPILING and pays):
             log.info(
                 "compiling the routing, which takes a minute or two; --no-compile goes without"
             )
@@ -219,8 +222,7 @@ class RoutingSpace(nn.Module):
         size = tokens * self.norm.num_features * itemsize * cells / (LAYERS * len(CELLS))
         room = SAFE_SHARE * free_memory(device) if limit is None else limit - used_memory(device)
         room -= step_memory(pairs, 0, size, device)
-        kept = KEPT_COMPILED if self.is_compiled else KEPT
-        self.kept_pairs = max(0, int(room / (size * kept)))
+        self.kept_pairs = max(0, int(room / (size * KEPT)))
         if limit is not None and room < 0:
             log.warning("training will take about %.1f GB all the same", (limit - room) / 1e9)
         if self.kept_pairs < pairs:
@@ -258,11 +260,13 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gains_by_compiling(device: torch.device) -> bool:
-    """Whether compiled routing is faster there and torch.compile finds what it needs, Triton.
+def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
+    """Whether compiled routing is faster there and torch.compile finds what it needs.
 
-    On a processor it is compiled by wish only: a compiled training step takes half as long again
-    or more (results/speed.json), and compiled scoring, which is up to half as fast again, skips no
-    closed cells.
+    That is Triton on a GPU, and on a processor a C++ compiler. There it gains in bfloat16, a
+    quarter of a training step and of scoring; in float32 little or nothing (results/speed.json),
+    and compiled code skips no closed cells.
     """
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return precision == "bf16" and shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import space
 from model import DIME
+from router import Views
 from space import KEPT, gains_by_compiling
 
 CPU = torch.device("cpu")
@@ -215,16 +216,36 @@ def test_compiled_where_it_pays(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     done: list[Callable] = []
-    monkeypatch.setattr(space, "gains_by_compiling", lambda device: compiler)
+    monkeypatch.setattr(space, "gains_by_compiling", lambda device, precision: compiler)
     room = small_model("i2t").space
     monkeypatch.setattr(room, "compile_routes", lambda: done.append(room))
     with caplog.at_level(logging.INFO):
-        room.compile_where_it_pays(choice, pairs)
+        room.compile_where_it_pays(choice, pairs, "bf16")
     assert bool(done) == compiled == ("compiling the routing" in caplog.text)
 
 
-def test_a_processor_compiles_by_wish_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda")
-    for spec, pays in ((None, False), ("triton", True)):
-        monkeypatch.setattr(space.importlib.util, "find_spec", lambda name, spec=spec: spec)
-        assert gains_by_compiling(gpu) == pays and not gains_by_compiling(CPU)
+@pytest.mark.parametrize("found", [None, "there"])
+def test_a_processor_compiles_in_bfloat16_only(
+    found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(space.shutil, "which", lambda name: found)
+    assert gains_by_compiling(torch.device("cuda"), "fp32") == bool(found)
+    assert gains_by_compiling(CPU, "bf16") == bool(found)
+    assert not gains_by_compiling(CPU, "fp32")
+
+
+def test_a_compiled_batch_is_not_worked_on_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of one query is doubled for compiled code, so that a slice must not be one."""
+    model, done = small_model("i2t"), []
+    regions, ids, mask = small_batch()
+    images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+    images, captions = images[torch.arange(8) % 2], captions[torch.arange(8) % 2]
+
+    def route(tokens: Tensor, views: Views, contexts: int) -> tuple[Tensor, Tensor]:
+        done.append(len(tokens) * contexts)
+        return model.space._route(tokens, views, contexts)
+
+    monkeypatch.setattr(model.space, "_compiled", route)
+    model.score(images, captions, 8)
+    assert sum(done) == 8 * 8

@@ -537,7 +537,7 @@ def test_the_width_of_features_is_read_from_the_data_or_must_be_that(
     assert "train_ims.npy: features are 13 wide; expected 14" in last_line(capsys)
 
 
-def test_training_on_a_processor_compiles_by_wish_only(
+def test_training_in_float32_on_a_processor_compiles_by_wish_only(
     tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     monkeypatch.setattr(space, "WORTH_COMPILING", 0)
