@@ -263,9 +263,9 @@ def _same(tensor: Tensor) -> Tensor:
 def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
     """Whether compiled routing is faster there and torch.compile finds what it needs.
 
-    That is Triton on a GPU, and on a processor a C++ compiler. There it gains in bfloat16, a
-    quarter of a training step and of scoring; in float32 little or nothing (results/speed.json),
-    and compiled code skips no closed cells.
+    That is Triton on a GPU, and on a processor a C++ compiler. There it saves a quarter of the time
+    and more in bfloat16; in float32 about a tenth (results/speed.json), which compiled code may
+    lose again, since it skips no closed cells.
     """
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
