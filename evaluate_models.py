@@ -280,14 +280,12 @@ def _scores(
     """The mean of the models' scores; with a shortlist of `count`, what it leaves out, too."""
     if count is None:
         for scorer in scorers:
-            model, pairs = scorer.model, scorer.encoded.pairs
-            model.space.compile_where_it_pays(compiled, pairs, model.precision)
+            scorer.model.compile_where_it_pays(compiled, scorer.encoded.pairs)
         return mean_matrix(scorer.all_pairs() for scorer in scorers), None
     products = mean_matrix(scorer.encoded.products() for scorer in scorers)
     wanted = shortlist(products, count)
     for scorer in scorers:
-        model, pairs = scorer.model, int(wanted.sum())
-        model.space.compile_where_it_pays(compiled, pairs, model.precision)
+        scorer.model.compile_where_it_pays(compiled, int(wanted.sum()))
     scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
     limits = {"count": count, "share": float(wanted.mean())}
     return scores, limits | {"ceiling": ceiling(wanted, owners(wanted.shape[1]))}

@@ -180,6 +180,10 @@ class DIME(nn.Module):
         """Which modality is refined."""
         return self.config.direction
 
+    def compile_where_it_pays(self, choice: bool | None, pairs: int) -> None:
+        """Compile the routing if `choice` is so, or if it is left open and `pairs` are many."""
+        self.space.compile_where_it_pays(choice, pairs, self.precision)
+
     def closed(self, paths: Tensor) -> Tensor:
         """How many pairs have all gates of a cell closed, `[layers, cells]`."""
         return self.space.closed(paths)

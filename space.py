@@ -63,14 +63,13 @@ class RoutingSpace(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Scores `[Q, C]` and path vectors `[Q, C, K]`, both float32; about `pairs` at a time."""
         pairs = pairs or most_pairs(query.tokens.device)
-        least = 2 if self._compiled else 1  # queries at a time: a single one would be doubled
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
         columns = []
         for some, width in self._parts(context, pairs):
             views = [layer.views(some) for layer in layers]
             rows = []
-            for part, height in self._parts(query, max(least, pairs // len(some))):
+            for part, height in self._parts(query, pairs // len(some)):
                 keep = left <= self.kept_pairs or not torch.is_grad_enabled()
                 found = self._slice(part.tokens, views, len(some), keep)
                 rows.append([figures[:, :height, :width] for figures in found])
@@ -82,11 +81,13 @@ class RoutingSpace(nn.Module):
 
     def _parts(self, items: Modality, size: int) -> Iterator[tuple[Modality, int]]:
         """Items by parts of that many, the last one smaller, and how many of a part count."""
+        least = 2 if self._compiled else 1  # its code is bound to sizes of 1: one is made two
+        size = max(least, size)
         for first in range(0, len(items), size):
             part = items[first : first + size]
             count = len(part)
-            if self._compiled:  # its code is bound to what inputs are views of, and to sizes of 1
-                part = part[torch.arange(max(2, count)) % count].copied()
+            if self._compiled:  # its code is bound to what inputs are views of
+                part = part[torch.arange(max(least, count)) % count].copied()
             yield part, count
 
     def _slice(
@@ -203,8 +204,10 @@ class RoutingSpace(nn.Module):
 
     def compile_where_it_pays(self, choice: bool | None, pairs: int, precision: Precision) -> None:
         """Compile the routing if `choice` is so, or if it is left open and `pairs` are many."""
-        pays = gains_by_compiling(self.path_mapping.weight.device, precision)
-        if choice or (choice is None and pairs >= WORTH_COMPILING and pays):
+        if choice is None:
+            device = self.path_mapping.weight.device
+            choice = pairs >= WORTH_COMPILING and gains_by_compiling(device, precision)
+        if choice:
             log.info(
                 "compiling the routing, which takes a minute or two; --no-compile goes without"
             )

@@ -215,8 +215,7 @@ class Trainer:
         warn_of_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
         space, itemsize = self.model.space, 2 if config.precision == "bf16" else 4
-        work = steps * pairs * STEP_IN_SCORES
-        space.compile_where_it_pays(config.compile, work, config.precision)
+        self.model.compile_where_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
         space.keep_within(config.memory * 1e9 or None, pairs, tokens, itemsize)
 
     def _epoch(self) -> None:

@@ -43,7 +43,7 @@ from model import DIME, Direction
 from options import SLOW, Precision, parse, pick_device, run, say, slowness
 from router import CLOSED, EPSILON, Modality
 from scripts.operators import shares
-from scripts.results_table import about, operator_rows, speed_rows
+from scripts.results_table import speed_rows, speed_tables
 from trainconfig import TrainConfig
 from trainer import Trainer
 
@@ -343,14 +343,14 @@ def main() -> None:
         "machine": where,
         "torch": torch.__version__,
         "commit": runlog.commit(),
-        "not_run": f"{missing}\n\n" if factor > SLOW else "",
+        "not_run": missing if factor > SLOW else "",
         "ranks": ranks,
         "rows": rows,
         "profiles": profiles,
     }
     if chosen.json:
         write_json(path, before | found)
-    say(f"{about(found)}:\n\n{speed_rows(rows)}\n{found['not_run']}{operator_rows(profiles)}")
+    say(speed_tables(found))
 
 
 if __name__ == "__main__":

@@ -102,11 +102,17 @@ def speed(folder: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     ranks = found["ranks"]
     return (
-        f"{about(found)}:\n\n{speed_rows(found['rows'])}\n{found['not_run']}"
-        f"{operator_rows(found.get('profiles', []))}\n"
+        f"{speed_tables(found)}\n"
         f"Ranks and recalls of a memory-mapped matrix of {ranks['images']:,} x "
         f"{ranks['captions']:,} scores: {ranks['seconds']:.1f} s, {ranks['peak_gb']:.2f} GB.\n"
     )
+
+
+def speed_tables(found: dict[str, Any]) -> str:
+    """The benchmark's report: its rows, what was not run, where the time goes."""
+    missing = [f"{found['not_run']}\n"] if found["not_run"] else []
+    tables = [speed_rows(found["rows"]), *missing, operator_rows(found.get("profiles", []))]
+    return f"{about(found)}:\n\n" + "\n".join(tables)
 
 
 def speed_rows(rows: list[dict[str, Any]]) -> str:
