@@ -3,7 +3,7 @@
     python -m scripts.convert_checkpoint --checkpoint Flickr30K_DIME_it.pth.tar --bert_path bert \\
         --to own --out i2t.pth.tar
 
-evaluate_models.py reads all three, and scores stay what they were.
+evaluate_models.py reads all three, and scores stay what they were (--half excepted).
 
     own          this project's: a checksum, and BERT's fingerprint in place of its weights
     published    what the published code reads, BERT's weights among it
@@ -22,7 +22,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,7 +43,7 @@ from model import DIME, ModelConfig
 from options import parse, require, run, short, some
 from published import NEVER_USED, PARTS, their_names
 from torchfiles import write_old_torch, write_safetensors
-from weights import Weights
+from weights import Weights, check_finite
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ class Options:
     to: Annotated[Literal["own", "published", "safetensors"], "form to write"]
     bert_path: Annotated[str | None, "folder of its BERT (default: the checkpoint's option)"] = None
     bert_out: Annotated[str | None, "folder to write its BERT to; new or empty"] = None
+    half: Annotated[
+        bool, "safetensors with weights in float16: half the size, scores change a little"
+    ] = False
 
 
 def main() -> None:
@@ -67,6 +70,9 @@ def main() -> None:
     checkpoint = read_checkpoint(options.checkpoint)
     if options.to == "published":
         _check_no_ablation(checkpoint)
+    if options.half:
+        checkpoint = replace(checkpoint, weights=halved(checkpoint.weights))
+        check_finite(checkpoint.weights, Path(f"{options.checkpoint} in float16"))
     bert = bert_of(checkpoint, options.bert_path)
     model = build_model(checkpoint, bert)  # nothing is written unless everything fits
     if options.bert_out:
@@ -89,6 +95,7 @@ def check_outputs(options: Options) -> None:
         (out.suffix == ".safetensors") == arrays,
         f"--out {out}: the name of safetensors ends with .safetensors, no other form's does",
     )
+    require(arrays or not options.half, "--half goes with --to safetensors")
     taken = bert_files(options.bert_out) if options.bert_out else []
     for path in (out, json_beside(out)) if arrays else (out,):
         require(not os.path.lexists(path), f"--out: {path} is there already; expected a new name")
@@ -129,6 +136,11 @@ def write_arrays(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:
     about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
     digest = write_safetensors(path, checkpoint.weights)
     write_json(json_beside(path), about | _counts(checkpoint) | {"sha256": digest})
+
+
+def halved(weights: Weights) -> Weights:
+    """Weights in float16; what is no floating-point number as it is."""
+    return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
 
 
 def _counts(checkpoint: Checkpoint) -> dict[str, int | float]:

@@ -53,6 +53,7 @@ class RunOptions:
     seeds: Annotated[list[int], "one training for each"] = (0,)
     data_path: Annotated[str | None, "in place of the registry's"] = None
     bert_path: Annotated[str | None, "in place of the registry's"] = None
+    train: Annotated[bool, "--no-train only evaluates the models that are in runs/reproduce"] = True
 
     @property
     def paths(self) -> dict[str, str]:
@@ -103,17 +104,17 @@ def check_figures(each: Run, path: Path) -> None:
         figures_of(path, protocol)
 
 
-def reproduce(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
+def reproduce(registry: Registry, each: Run, seed: int, options: RunOptions) -> None:
     """Do what is missing of a run: its members, its training, its evaluation."""
-    path = each.result(seed)
+    path, paths = each.result(seed), options.paths
     if os.path.lexists(path):
         check_result(registry, each, seed, paths)
         log.info("%s, seed %d: done, %s", each.name, seed, path)
         return
     for member in registry.members(each) if each.of else []:
-        reproduce(registry, member, seed, paths)
+        reproduce(registry, member, seed, options)
     *training, evaluation = registry.commands(each, seed, paths)
-    for command in training:
+    for command in training if options.train else []:
         _call(command)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
@@ -258,7 +259,7 @@ def main() -> None:
         require(bool(names), f"run: expected a name, one of {', '.join(registry.runs)}")
         for each in [registry.run(name) for name in names]:
             for seed in options.seeds:
-                reproduce(registry, each, seed, options.paths)
+                reproduce(registry, each, seed, options)
     elif action in ("-h", "--help"):
         say(__doc__)
     else:

@@ -21,6 +21,7 @@ CASE = Case(GOLDEN / "i2t")
 BERT = ("--bert_path", CASE.bert_path)
 SUFFIX = {"own": ".pth.tar", "published": ".pth.tar", "safetensors": ".safetensors"}
 TOLERANCE = 1e-6  # of a score
+HALF = 2e-3  # of scores in the mean: some have a gate near the threshold of a dead path
 PUBLISHED = 1e-5  # of a score to the one that the published model gave
 
 
@@ -67,6 +68,23 @@ def test_scores_stay_in_every_form_and_on_every_way_back(
         if to == "published":
             assert content_of(out)["epoch"] == content_of(case.model_path)["epoch"]
         np.testing.assert_allclose(scores(out, case), before, rtol=0, atol=TOLERANCE)
+
+
+def test_half_the_size(
+    case: Case, tmp_path: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are rounded to 11 bits: a score, between -1 and 1, moves a little in the mean."""
+    out, bert = tmp_path / "x.safetensors", ("--bert_path", case.bert_path)
+    assert convert(case.model_path, out, "safetensors", *bert, "--half") == 0
+    before, found = (read_checkpoint(path).weights for path in (case.model_path, out))
+    assert found.keys() == before.keys()
+    for name, weight in before.items():
+        assert found[name].dtype == (torch.float16 if weight.is_floating_point() else weight.dtype)
+        torch.testing.assert_close(found[name].to(weight.dtype), weight, rtol=2**-11, atol=2**-24)
+    moved = np.abs(scores(out, case) - scores(case.model_path, case))
+    assert 0 < moved.mean() < HALF
+    assert convert(case.model_path, tmp_path / "x.pth.tar", "own", *bert, "--half") == 2
+    assert "--half goes with --to safetensors" in capsys.readouterr().err
 
 
 def test_evaluate_models_gives_every_form_the_same_figures(

@@ -132,6 +132,11 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     assert "| One |  | 10.0 · not run |" in program("table")
     program("run", "one")  # its model is there, and is evaluated alone
     assert json.loads((results / "one_seed0.json").read_text())["metrics"] == one["metrics"]
+    (results / "one_seed0.json").unlink()
+    (small / "runs/reproduce/one/seed0/i2t/checkpoint.pth.tar").unlink()
+    program("run", "one", "--no-train")  # which brought its best model alone from elsewhere
+    assert json.loads((results / "one_seed0.json").read_text())["metrics"] == one["metrics"]
+    assert not (small / "runs/reproduce/one/seed0/i2t/checkpoint.pth.tar").exists()
 
 
 MEMBERS = (("one", "i2t"), ("other", "t2i"))
