@@ -235,6 +235,19 @@ def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, check=False)
 
 
+def provenance(command: str, device: torch.device | None = None) -> dict[str, Any]:
+    """How figures came about: the command, and on what; `device` if it is not the processor."""
+    on_gpu = device is not None and device.type == "cuda"
+    return {
+        "command": command,
+        "machine": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"{processor()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
 def processor() -> str:
     """What Linux calls the processor, else its architecture."""
     info = Path("/proc/cpuinfo")

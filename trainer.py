@@ -1,7 +1,8 @@
 """trainer.py — the training loop (SPEC §8): steps, validation, checkpoints.
 
 Kept apart from train.py, which is its command line, so that either can be read at one go. The
-mathematics is in model.py, the options in trainconfig.py, the logs in runlog.py.
+mathematics is in model.py, the options in trainconfig.py, what a checkpoint holds in snapshots.py,
+the logs in runlog.py.
 """
 
 import logging
@@ -9,10 +10,9 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +22,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import runlog
 from bert import Bert
-from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
+from checkpoint import Checkpoint
 from data import Batch, Split, TrainingBatches
 from evaluation import owners, retrieval
 from layout import CAPTIONS_PER_IMAGE
 from memory import no_memory, out_of_memory
 from model import DIME, path_loss, triplet_loss
-from options import InputError, Signals, Stopped, require, warn_of_slow
+from options import InputError, Signals, Stopped, warn_of_slow
 from runfolder import BEST, NEWEST, PREVIOUS, Place
 from scoring import BadScores, score_split
-from trainconfig import FREE, TrainConfig
-from weights import load_strictly
+from snapshots import Snapshots
+from trainconfig import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -61,74 +61,15 @@ class Trainer:
         self.batches, self.dev, self.device = batches, dev, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
+        self.snapshots = Snapshots(config, model, self.optimizer, bert, batches, dev, device)
         self.place = Place()
         self.restored: Path | None = None  # the checkpoint that is gone on from
         model.precision = config.precision
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written. Raises InputError where the run is another."""
-        path, state = checkpoint.path, checkpoint.state
-        require("optimizer" in state, f"{path}: holds no optimiser, so it cannot be gone on with")
-        self._check_same_run(checkpoint)
-        load_strictly(self.model, checkpoint.weights, path, keep=BERT_KEYS)
-        # DEVIATION: a resumed run goes on exactly where it was (the published one started again at
-        # epoch 0, its optimiser and best scores forgotten).
-        try:
-            self.place = Place.read(state, len(self.batches))
-            self._restore_adam(state["optimizer"]["state"])
-            torch.set_rng_state(state["random"]["cpu"])
-            if self.device.type == "cuda" and state["random"]["cuda"] is not None:
-                torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
-        except Exception as error:  # what a file holds can be wrong in any way
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path}: cannot be gone on with: {reason}") from error
-        self._restore_best()
-        self.restored = Path(os.path.realpath(path))
-
-    def _check_same_run(self, checkpoint: Checkpoint) -> None:
-        """Raise InputError where a checkpoint is of a run with other options, data or BERT."""
-        path = checkpoint.path
-        for field in fields(self.config):
-            then = checkpoint.options.get(field.name, field.default)
-            now = getattr(self.config, field.name)
-            if field.name not in FREE:
-                require(then == now, f"{path}: was trained with --{field.name} {then}, not {now}")
-        check_same_bert(checkpoint, self.bert)
-        for name, split in (("train_data", self.batches.split), ("dev_data", self.dev)):
-            found = checkpoint.state.get(name)
-            same = type(found) is str and found == split.fingerprint
-            require(same, f"{path}: was trained on other data than {split.path} and its captions")
-
-    def _restore_best(self) -> None:
-        """Have the best scores be those of the best model that is there."""
-        path = self.config.folder / BEST
-        try:
-            checkpoint = read_checkpoint(path)
-            self._check_same_run(checkpoint)
-            best = Place.read(checkpoint.state, len(self.batches))
-            rsum, r1 = best.best_rsum, best.best_r1
-            # it may be newer than the checkpoint, where a run was cut off between the two
-            rsum, r1 = max(rsum, self.place.best_rsum), max(r1, self.place.best_r1)
-        except (InputError, ValueError) as error:
-            if os.path.lexists(path):
-                log.warning("%s; the next one takes its place", error)
-            rsum, r1 = -1.0, -1.0
-        self.place = replace(self.place, best_rsum=rsum, best_r1=r1)
-
-    def _restore_adam(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        """Give Adam its moments back. Raises an error where they are not those of its steps."""
-        steps = self.place.step - self.place.skipped
-        if sorted(moments) != list(range(len(self.parameters) if steps else 0)):
-            raise ValueError(f"moments of {len(moments)} weights after {steps} steps")
-        for i, parameter in enumerate(self.parameters if steps else []):
-            for name in ("exp_avg", "exp_avg_sq"):
-                shape = moments[i][name].shape
-                if shape != parameter.shape or moments[i][name].dtype != parameter.dtype:
-                    raise ValueError(f"{name} is {list(shape)}, {moments[i][name].dtype}")
-            if moments[i]["step"].item() != steps:
-                raise ValueError(f"Adam's step is {moments[i]['step'].item()}, not {steps}")
-        own = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(own | {"state": moments})
+        self.place = self.snapshots.restore(checkpoint)
+        self.restored = Path(os.path.realpath(checkpoint.path))
 
     @property
     def finished(self) -> bool:
@@ -194,7 +135,7 @@ class Trainer:
         if self.restored is not None and self.restored != Path(os.path.realpath(newest)):
             if self.restored != Path(os.path.realpath(previous)):
                 runlog.remove(previous)
-            self._write(NEWEST, keep=None)
+            self.snapshots.write(newest, self.place)
 
     def _announce(self) -> None:
         c, data = self.config, self.batches.split
@@ -382,21 +323,9 @@ class Trainer:
             raise InputError(f"{error}; {self._further()}") from error
 
     def _save(self, name: str) -> None:
-        self._write(name, self.config.folder / PREVIOUS if name == NEWEST else None)
+        keep = self.config.folder / PREVIOUS if name == NEWEST else None
+        self.snapshots.write(self.config.folder / name, self.place, keep)
         self.log.write_run()
-
-    def _write(self, name: str, keep: Path | None) -> None:
-        """Write a checkpoint; what had the name before is then found at `keep`."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        state: dict[str, Any] = {
-            **asdict(self.place),
-            "optimizer": self.optimizer.state_dict(),
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "train_data": self.batches.split.fingerprint,
-            "dev_data": self.dev.fingerprint,
-        }
-        path, options = self.config.folder / name, asdict(self.config)
-        write_checkpoint(path, self.model, options, self.bert, keep, **state)
 
 
 def gradient_length(parameters: Iterable[Tensor]) -> Tensor:

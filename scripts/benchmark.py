@@ -15,7 +15,6 @@ negatives, a BERT of MiniLM's size. Each case runs in a process of its own, whos
 
 import logging
 import multiprocessing
-import os
 import shlex
 import statistics
 import sys
@@ -331,18 +330,12 @@ def main() -> None:
         rows, profiles = [*rows, *new], [*profiles, *recorded]
         for line in speed_rows(new).splitlines()[-len(new) :]:
             log.info("%s", line)
-    where = f"{runlog.processor()}, {os.cpu_count()} cores"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
     missing = (
         f"bfloat16: not run, its products are {factor:.0f} times slower than float32's on this "
         "processor"
     )
-    found = {
-        "command": shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]]),
-        "machine": where,
-        "torch": torch.__version__,
-        "commit": runlog.commit(),
+    command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
+    found = runlog.provenance(command, device) | {
         "not_run": missing if factor > SLOW else "",
         "ranks": ranks,
         "rows": rows,

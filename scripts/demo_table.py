@@ -7,12 +7,9 @@ Reads what `bash scripts/demo.sh` left. Exit status 2 where the ensemble's rsum 
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
-
-import torch
 
 import runlog
 from files import check_writable, read_json, read_text, write_json
@@ -59,13 +56,9 @@ def collected(folder: Path) -> dict[str, Any]:
         for path in sorted((folder / "done").iterdir())
         if path.name != "settings" and not path.name.startswith(".")  # one that was cut off
     }
-    return {
-        "command": "bash scripts/demo.sh",
+    return runlog.provenance("bash scripts/demo.sh") | {
         "settings": read_text(folder / "done/settings", "the demonstration's settings").strip(),
         "width": trained["options"]["embed_size"],
-        "machine": f"{runlog.processor()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": runlog.commit(),
         "images": images,
         "seconds": seconds,
         "rows": {"chance": chance(images)}

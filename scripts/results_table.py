@@ -132,6 +132,44 @@ def speed_rows(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def scoring(folder: Path) -> str:
+    """What the ways of scoring cost and change on trained models."""
+    files = sorted(folder.glob("scoring/*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return "\n".join(map(scoring_tables, found)) or "Ways of scoring: not run.\n"
+
+
+def scoring_tables(found: dict[str, Any]) -> str:
+    """A comparison of ways of scoring: its rows, and which gates are closed."""
+    size = f"{found['images']} images of {found['split']} with their captions"
+    layers = [
+        [f"layer {number}", *(f"{100 * share:.1f} %" for share in shares)]
+        for number, shares in enumerate(found["closed"], 1)
+    ]
+    return (
+        f"{about(found)}; {found['direction']}, {size}:\n\n{scoring_rows(found['rows'])}\n"
+        f"{markdown(['pairs with closed gates', *map(str.upper, found['cells'])], layers)}"
+    )
+
+
+def scoring_rows(rows: list[dict[str, Any]]) -> str:
+    """Ways of scoring as a table."""
+    lines = []
+    for r in rows:
+        difference, ceiling, metrics = r["difference"], r["ceiling"], r["metrics"]
+        lines.append(
+            [
+                *(r["way"], str(r["shortlist"] or "all"), f"{r['pairs']:,}"),
+                *(f"{r['seconds']:.1f}", f"{r['pairs_per_s']:.0f}"),
+                " ".join(f"{difference[k]:.1e}" for k in ("mean", "largest")) if difference else "",
+                f"{metrics['rsum']:.1f}",
+                " · ".join(f"{ceiling[way]:.1f}" for way in ("i2t", "t2i")) if ceiling else "",
+            ]
+        )
+    head = ["way", "scored", "pairs", "seconds", "pairs/s", "score differs, mean and largest"]
+    return markdown([*head, "rsum", "recall ceiling, i2t · t2i"], lines)
+
+
 def operator_rows(profiles: list[dict[str, Any]]) -> str:
     """Where the time of the benchmark's work goes, as a table."""
     if not profiles:
@@ -175,6 +213,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "results": results,
     "reliability": reliability,
     "speed": speed,
+    "scoring": scoring,
 }
 
 

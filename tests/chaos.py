@@ -30,8 +30,8 @@ from typing import Annotated, Any
 import torch
 
 import options
+import snapshots
 import train
-import trainer
 from checkpoint import read_checkpoint
 from runfolder import BEST, LOCK, NEWEST, PREVIOUS
 from tests import conftest
@@ -79,14 +79,14 @@ def program(argv: list[str], said: Path, states: Path | None = None) -> None:
     sys.argv = ["train.py", *argv]
     torch.set_num_threads(1)
     if states is not None:
-        write = trainer.write_checkpoint
+        write = snapshots.write_checkpoint
 
         def recorded(path: Path, *content: Any, **state: Any) -> None:
             write(path, *content, **state)
             with states.open("a") as file:
                 file.write(digest(path) + "\n")
 
-        trainer.write_checkpoint = recorded
+        snapshots.write_checkpoint = recorded
     options.run(train.main)
 
 

@@ -172,11 +172,6 @@ def same(a: object, b: object) -> bool:
 def report(part: str, found: dict[str, object], path: Path) -> None:
     """Write what a program by hand found into its part of a JSON file, and how it was found."""
     module = sys.modules["__main__"].__spec__.name  # they are run as `python -m tests.NAME`
-    about = {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": runlog.commit(),
-        "machine": f"{runlog.processor()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-    }
+    about = runlog.provenance(shlex.join(["python", "-m", module, *sys.argv[1:]]))
     parts = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, parts | {part: about | found})

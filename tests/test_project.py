@@ -74,6 +74,7 @@ def test_imports_point_one_way() -> None:
         "mscoco",
         "textcache",
         "trainconfig",
+        "snapshots",
         "trainer",
         "evalconfig",
         "train",

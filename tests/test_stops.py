@@ -21,6 +21,7 @@ from test_train import events, last_line, state
 
 import options
 import runfolder
+import snapshots
 import trainer
 from data import Batch, load
 from evaluation import Recall, Retrieval
@@ -180,7 +181,7 @@ def test_a_validation_cut_off_between_its_log_and_its_checkpoint_is_logged_once(
     tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = tiny_train(tiny, "--max_steps", "6", "--val_step", "3")
-    write = trainer.write_checkpoint
+    write = snapshots.write_checkpoint
 
     def cut(path: Path, *content: object, **state: object) -> None:
         if state["validated"] == 6:
@@ -188,7 +189,7 @@ def test_a_validation_cut_off_between_its_log_and_its_checkpoint_is_logged_once(
         write(path, *content, **state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_checkpoint", cut)
+        patch.setattr(snapshots, "write_checkpoint", cut)
         assert run_train(*argv) == 130
     steps = [event["step"] for event in events(tiny / "runs/i2t") if "rsum" in event]
     assert steps == [3, 6]
@@ -201,13 +202,13 @@ def test_checkpoints_between_validations(
     tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = []
-    write = trainer.write_checkpoint
+    write = snapshots.write_checkpoint
 
     def noted(path: Path, *content: object, **state: object) -> None:
         kept.append((path.name, state["step"], state["validated"]))
         write(path, *content, **state)
 
-    monkeypatch.setattr(trainer, "write_checkpoint", noted)
+    monkeypatch.setattr(snapshots, "write_checkpoint", noted)
     assert run_train(*tiny_train(tiny, "--max_steps", "7", "--save_step", "2")) == 0
     newest = [(step, validated) for name, step, validated in kept if name == NEWEST]
     assert newest == [(2, 0), (4, 0), (6, 0), (7, 0), (7, 7)]

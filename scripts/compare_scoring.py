@@ -1,0 +1,160 @@
+"""compare_scoring.py — what ways of scoring cost and change, on a trained model and real data.
+
+    python -m scripts.compare_scoring --model_path runs/f30k/i2t/model_best.pth.tar --split dev
+    python -m scripts.compare_scoring ... --images 1000 --ways fp32 bf16 --shortlist 50 100
+
+Ways are named by their precision. `fp32-all` sends every pair through every cell, `fp32` skips
+closed cells, and `fp32-compiled` is compiled, which skips none; `bf16` likewise. Each is given as
+it is, and with a shortlist of every length asked for. Differences are to the scores of the first
+way; its shares of closed gates are told, too. Seconds are those of scoring alone, without those of
+encoding and of compiling. Run it on an idle machine.
+"""
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+
+import runlog
+from bert import Bert
+from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
+from data import Split
+from evaluate_models import common_option
+from evaluation import ceiling, owners, retrieval
+from files import check_writable, write_json
+from layout import SplitName
+from memory import keep_memory
+from options import check_range, parse, pick_device, run, say, warn_of_slow
+from scoring import Scorer, behind, encode_split, shortlist
+from scripts.results_table import scoring_rows, scoring_tables
+
+log = logging.getLogger(__name__)
+
+Way = Literal["fp32-all", "fp32", "fp32-compiled", "bf16-all", "bf16", "bf16-compiled"]
+WAYS: tuple[Way, ...] = get_args(Way)
+WARM_UP = (2, 10)  # images and captions that are scored before the time is taken
+
+
+@dataclass(frozen=True)
+class Options:
+    model_path: Annotated[str, "a checkpoint, own or published"]
+    data_path: Annotated[
+        str | None, "folder that holds the data sets' folders (default: the checkpoint's)"
+    ] = None
+    data_name: Annotated[str | None, "data set's folder (default: the checkpoint's)"] = None
+    bert_path: Annotated[str | None, "folder of BERT (default: the checkpoint's)"] = None
+    split: Annotated[SplitName, "which images"] = "test"
+    images: Annotated[int, "first images of the split, each with its five captions"] = 200
+    ways: Annotated[list[Way], "which ways of scoring"] = WAYS
+    shortlist: Annotated[list[int], "lengths of shortlists"] = (100,)
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    json: Annotated[str, "write the rows here"] = ""
+
+    def __post_init__(self) -> None:
+        check_range(self, ("images",), 1)
+
+
+class Comparison:
+    """The ways of scoring a split's first images with one model."""
+
+    def __init__(self, checkpoint: Checkpoint, bert: Bert, split: Split, options: Options) -> None:
+        self.checkpoint, self.bert, self.split, self.options = checkpoint, bert, split, options
+        self.device = pick_device(options.device)
+        self.images = min(options.images, split.images)
+        self.first: np.ndarray | None = None  # the scores of the first way
+        self.closed: list[list[float]] = []  # [layers][cells] share of its closed gates
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Of every way, all pairs, then each shortlist."""
+        for way in self.options.ways:
+            scorer = self._scorer(way)
+            scores, seconds = timed(scorer.all_pairs)
+            if self.first is None:
+                self.first, self.closed = scores, (scorer.closed / scorer.scored).tolist()
+            difference = np.abs(scores - self.first, dtype=np.float64)
+            changed = {"mean": float(difference.mean()), "largest": float(difference.max())}
+            yield _row(way, scores, scorer.scored, seconds) | {"difference": changed}
+            products = scorer.encoded.products()
+            for count in self.options.shortlist:
+                wanted = shortlist(products, count)
+                before = scorer.scored
+                some, seconds = timed(scorer.some_pairs, wanted)
+                found = behind(some, products, wanted)
+                limits = {"shortlist": count, "ceiling": ceiling(wanted, owners(wanted.shape[1]))}
+                yield _row(way, found, scorer.scored - before, seconds) | limits
+
+    def _scorer(self, way: Way) -> Scorer:
+        """A model that scores in this way, ready to."""
+        precision, _, how = way.partition("-")
+        warn_of_slow(precision, self.device)
+        model = build_model(self.checkpoint, self.bert, self.device)
+        model.precision = precision
+        if how == "all":
+            model.space.skip_nothing()
+        model.compile_where_it_pays(how == "compiled", 0)
+        words, given = self.checkpoint.config.max_words, {"device": self.device}
+        encoded = encode_split(
+            model, self.split, self.bert.vocabulary, words, images=self.images, **given
+        )
+        few = np.zeros((self.images, len(encoded.text)), dtype=bool)
+        few[: WARM_UP[0], : WARM_UP[1]] = True
+        Scorer(model, encoded, self.device).some_pairs(few)
+        return Scorer(model, encoded, self.device, str(self.checkpoint.path))
+
+
+def timed(work: Any, *given: Any) -> tuple[Any, float]:
+    """What it gives, and its seconds; scores leave a GPU before it ends."""
+    since = time.perf_counter()
+    return work(*given), time.perf_counter() - since
+
+
+def _row(way: Way, scores: np.ndarray, pairs: int, seconds: float) -> dict[str, Any]:
+    found = retrieval(scores, owners(scores.shape[1]))
+    return {
+        "way": way,
+        "shortlist": None,
+        "pairs": pairs,
+        "seconds": round(seconds, 2),
+        "pairs_per_s": round(pairs / seconds, 1),
+        "difference": None,
+        "ceiling": None,
+        "metrics": found.as_dict(),
+    }
+
+
+def main() -> None:
+    options = parse(Options, None, __doc__)
+    if options.json:
+        check_writable(Path(options.json), [options.model_path])
+    keep_memory()
+    checkpoint = read_checkpoint(options.model_path)
+    bert = bert_of(checkpoint, options.bert_path)
+    where = options.data_path or common_option([checkpoint], "data_path")
+    folder = Path(where) / (options.data_name or common_option([checkpoint], "data_name"))
+    split = Split.open(folder, options.split, checkpoint.config.img_dim)
+    comparison = Comparison(checkpoint, bert, split, options)
+    command = shlex.join(["python", "-m", "scripts.compare_scoring", *sys.argv[1:]])
+    found = runlog.provenance(command, comparison.device) | {
+        "direction": checkpoint.config.direction,
+        "split": options.split,
+        "images": comparison.images,
+        "cells": checkpoint.config.cell_names,
+        "rows": [],
+    }
+    for row in comparison.rows():
+        found["rows"].append(row)
+        found["closed"] = comparison.closed
+        log.info("%s", scoring_rows([row]).splitlines()[-1])
+        if options.json:  # at once: the next row may take an hour
+            write_json(Path(options.json), found)
+    say(scoring_tables(found))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,42 @@
+"""scripts/compare_scoring.py: ways of scoring a golden model, and the tables made of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, Case, run_here
+
+from scripts import compare_scoring, results_table
+
+CASE = Case(GOLDEN / "i2t")
+
+
+def test_ways_of_scoring_a_golden_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(compare_scoring, "keep_memory", lambda: None)
+    path = tmp_path / "scoring/i2t.json"
+    path.parent.mkdir()
+    argv = ["--model_path", CASE.model_path, "--data_path", CASE.data_path]
+    argv += ["--bert_path", CASE.bert_path, "--ways", "fp32", "fp32-all", "bf16"]
+    argv += ["--shortlist", "2", "1000", "--json", path]
+    assert run_here(monkeypatch, compare_scoring.main, argv) == 0
+    found = json.loads(path.read_text())
+    assert found["images"] == len(CASE.expected("eval")["sims"]) and found["direction"] == "i2t"
+    assert np.shape(found["closed"]) == (3, len(found["cells"]))
+    rows = found["rows"]
+    ways = [(row["way"], row["shortlist"]) for row in rows]
+    assert ways == [(way, k) for way in ("fp32", "fp32-all", "bf16") for k in (None, 2, 1000)]
+    whole, some, every = rows[:3]
+    assert whole["difference"] == {"mean": 0, "largest": 0}
+    assert whole["metrics"] == every["metrics"]  # with a shortlist of all
+    assert every["ceiling"] == {"i2t": 100, "t2i": 100}
+    assert some["pairs"] < every["pairs"] == whole["pairs"] and max(some["ceiling"].values()) < 100
+    skipping, bf16 = rows[3]["difference"], rows[6]["difference"]
+    assert skipping["largest"] < 1e-5 < bf16["mean"] < bf16["largest"]
+    printed = capsys.readouterr().out
+    assert results_table.scoring(tmp_path) == printed
+    assert f"| fp32 | 2 | {some['pairs']:,} |" in printed and "| RIC | GLGC |" in printed
+    path.unlink()
+    assert results_table.scoring(tmp_path) == "Ways of scoring: not run.\n"
