@@ -22,57 +22,47 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 
 import runlog
-from bert import Bert
-from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
-from data import Split
-from evaluate_models import common_option
+from checkpoint import build_model
 from evaluation import ceiling, owners, retrieval
 from files import check_writable, write_json
-from layout import SplitName
 from memory import keep_memory
-from options import check_range, parse, pick_device, run, say, warn_of_slow
+from options import check_range, parse, pick_device, require, run, say, warn_of_slow
 from scoring import Scorer, behind, encode_split, shortlist
+from scripts.opened import ModelOnSplit
 from scripts.results_table import scoring_rows, scoring_tables
 
 log = logging.getLogger(__name__)
 
 Way = Literal["fp32-all", "fp32", "fp32-compiled", "bf16-all", "bf16", "bf16-compiled"]
-WAYS: tuple[Way, ...] = get_args(Way)
 WARM_UP = (2, 10)  # images and captions that are scored before the time is taken
 
 
-@dataclass(frozen=True)
-class Options:
-    model_path: Annotated[str, "a checkpoint, own or published"]
-    data_path: Annotated[
-        str | None, "folder that holds the data sets' folders (default: the checkpoint's)"
-    ] = None
-    data_name: Annotated[str | None, "data set's folder (default: the checkpoint's)"] = None
-    bert_path: Annotated[str | None, "folder of BERT (default: the checkpoint's)"] = None
-    split: Annotated[SplitName, "which images"] = "test"
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOnSplit):
     images: Annotated[int, "first images of the split, each with its five captions"] = 200
-    ways: Annotated[list[Way], "which ways of scoring"] = WAYS
+    ways: Annotated[list[Way] | None, "which ways of scoring (default: all)"] = None
     shortlist: Annotated[list[int], "lengths of shortlists"] = (100,)
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
     json: Annotated[str, "write the rows here"] = ""
 
     def __post_init__(self) -> None:
         check_range(self, ("images",), 1)
+        least = min(self.shortlist)
+        require(least >= 1, f"--shortlist {least}: expected 1 or more")
 
 
 class Comparison:
     """The ways of scoring a split's first images with one model."""
 
-    def __init__(self, checkpoint: Checkpoint, bert: Bert, split: Split, options: Options) -> None:
-        self.checkpoint, self.bert, self.split, self.options = checkpoint, bert, split, options
-        self.device = pick_device(options.device)
-        self.images = min(options.images, split.images)
+    def __init__(self, options: Options) -> None:
+        self.options, self.device = options, pick_device(options.device)
+        self.checkpoint, self.bert, self.split = options.open()
+        self.images = min(options.images, self.split.images)
         self.first: np.ndarray | None = None  # the scores of the first way
         self.closed: list[list[float]] = []  # [layers][cells] share of its closed gates
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Of every way, all pairs, then each shortlist."""
-        for way in self.options.ways:
+        for way in self.options.ways or get_args(Way):
             scorer = self._scorer(way)
             scores, seconds = timed(scorer.all_pairs)
             if self.first is None:
@@ -133,18 +123,13 @@ def main() -> None:
     if options.json:
         check_writable(Path(options.json), [options.model_path])
     keep_memory()
-    checkpoint = read_checkpoint(options.model_path)
-    bert = bert_of(checkpoint, options.bert_path)
-    where = options.data_path or common_option([checkpoint], "data_path")
-    folder = Path(where) / (options.data_name or common_option([checkpoint], "data_name"))
-    split = Split.open(folder, options.split, checkpoint.config.img_dim)
-    comparison = Comparison(checkpoint, bert, split, options)
+    comparison = Comparison(options)
     command = shlex.join(["python", "-m", "scripts.compare_scoring", *sys.argv[1:]])
     found = runlog.provenance(command, comparison.device) | {
-        "direction": checkpoint.config.direction,
+        "direction": comparison.checkpoint.config.direction,
         "split": options.split,
         "images": comparison.images,
-        "cells": checkpoint.config.cell_names,
+        "cells": comparison.checkpoint.config.cell_names,
         "rows": [],
     }
     for row in comparison.rows():

@@ -27,17 +27,16 @@ from typing import Annotated
 import numpy as np
 from torch import Tensor
 
-from checkpoint import bert_of, build_model, read_checkpoint
-from data import Split
-from evaluate_models import common_option
+from checkpoint import build_model
 from files import check_writable, map_array, naming, write_text
-from layout import CAPTIONS_PER_IMAGE, SplitName
+from layout import CAPTIONS_PER_IMAGE
 from options import check_range, parse, pick_device, require, run, say
 from pictures import read_picture
 from regions import REGIONS, grid_boxes
 from runlog import remove
 from scoring import encode_split
 from scripts import route_figures as figures
+from scripts.opened import ModelOnSplit
 from scripts.plot_run import write_figure
 from scripts.routes import DIGITS, Clusters, Pairs, clustered, entropies, most_different
 from scripts.show_retrievals import SIDE, picture_files, shown
@@ -54,16 +53,9 @@ WEIGHTS = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    model_path: Annotated[str, "a checkpoint, own or published"]
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOnSplit):
     out: Annotated[str, "folder to write to"]
-    data_path: Annotated[
-        str | None, "folder that holds the data sets' folders (default: the checkpoint's)"
-    ] = None
-    data_name: Annotated[str | None, "data set's folder (default: the checkpoint's)"] = None
-    bert_path: Annotated[str | None, "folder of BERT (default: the checkpoint's)"] = None
-    split: Annotated[SplitName, "which images"] = "test"
     count: Annotated[int, "first images of the split, each with its five captions"] = 200
     clusters: Annotated[int, "spectral clusters, 8 at most; 0: none, and no t-SNE"] = 5
     images: Annotated[str | None, "folder of the pictures that id_mapping.json names"] = None
@@ -71,7 +63,6 @@ class Options:
         False
     )
     pair: Annotated[list[int] | None, "an image and a caption, by number in the split"] = None
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
 
     def __post_init__(self) -> None:
         check_range(self, ("count",), 1)
@@ -82,12 +73,8 @@ class Options:
 def opened(options: Options) -> Pairs:
     """The model, and the images and captions that are asked for. Raises InputError."""
     device = pick_device(options.device)
-    checkpoint = read_checkpoint(options.model_path)
-    bert = bert_of(checkpoint, options.bert_path)
+    checkpoint, bert, split = options.open()
     model = build_model(checkpoint, bert, device)
-    path = options.data_path or common_option([checkpoint], "data_path")
-    folder = Path(path) / (options.data_name or common_option([checkpoint], "data_name"))
-    split = Split.open(folder, options.split, checkpoint.config.img_dim)
     count = min(options.count, split.images)
     if options.pair:
         image, caption = options.pair

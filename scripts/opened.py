@@ -1,0 +1,31 @@
+"""opened.py — the options of a program that looks at one model on one split, and what they open."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from bert import Bert
+from checkpoint import Checkpoint, bert_of, read_checkpoint
+from data import Split
+from evaluate_models import common_option
+from layout import SplitName
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOnSplit:
+    model_path: Annotated[str, "a checkpoint, own or published"]
+    data_path: Annotated[
+        str | None, "folder that holds the data sets' folders (default: the checkpoint's)"
+    ] = None
+    data_name: Annotated[str | None, "data set's folder (default: the checkpoint's)"] = None
+    bert_path: Annotated[str | None, "folder of BERT (default: the checkpoint's)"] = None
+    split: Annotated[SplitName, "which images"] = "test"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+
+    def open(self) -> tuple[Checkpoint, Bert, Split]:
+        """The model's checkpoint, its BERT, and the split. Raises InputError."""
+        checkpoint = read_checkpoint(self.model_path)
+        bert = bert_of(checkpoint, self.bert_path)
+        path = self.data_path or common_option([checkpoint], "data_path")
+        folder = Path(path) / (self.data_name or common_option([checkpoint], "data_name"))
+        return checkpoint, bert, Split.open(folder, self.split, checkpoint.config.img_dim)
