@@ -146,4 +146,4 @@ def test_some_cases() -> None:
         Case("i2t", "fp32", False, ("score",), CPU),
         Case("i2t", "fp32", True, ("score",), CPU),
     ]
-    assert len(list(cases(None, CPU))) == 8 + 4 + 4
+    assert len(list(cases(None, CPU))) == 8 + 4
