@@ -52,7 +52,7 @@ class RunLog:
         self.folder, self.device, self.step = folder, device, step
         self.began = time.monotonic()
         self.run = {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
             "options": dict(options),
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in PACKAGES},

@@ -50,6 +50,15 @@ def write_log(folder: Path, start: int, losses: dict[int, float]) -> None:
             log.record(Le=loss)
 
 
+def test_the_command_names_no_folder_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--data_path", "my data"])
+    write_log(tmp_path, 0, {})
+    command = json.loads((tmp_path / runlog.RUN).read_text())["command"]
+    assert command == "python train.py --data_path 'my data'"
+
+
 def test_a_log_goes_on_behind_its_step_without_torn_lines(tmp_path: Path) -> None:
     write_log(tmp_path, 0, {step: step / 2 for step in range(1, 6)})
     path = tmp_path / runlog.METRICS
