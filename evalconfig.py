@@ -38,7 +38,7 @@ class EvaluateConfig:
     skip: Annotated[
         bool, "leave out of a cell the pairs whose gates are closed (exact; not if compiled)"
     ] = True
-    compile: Annotated[bool | None, "compile the routing (default: on a GPU, where it pays)"] = None
+    compile: Annotated[bool | None, "compile the routing (default: where it pays)"] = None
     scores: Annotated[
         list[str] | None,
         "in place of models: saved score matrices, whose mean is an ensemble's; five captions an "

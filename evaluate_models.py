@@ -285,7 +285,8 @@ def _scores(
     products = mean_matrix(scorer.encoded.products() for scorer in scorers)
     wanted = shortlist(products, count)
     for scorer in scorers:
-        scorer.model.compile_where_it_pays(compiled, int(wanted.sum()))
+        # on request alone: a query at a time is scored, and compiled code takes no fewer than two
+        scorer.model.compile_where_it_pays(bool(compiled), 0)
     scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
     limits = {"count": count, "share": float(wanted.mean())}
     return scores, limits | {"ceiling": ceiling(wanted, owners(wanted.shape[1]))}

@@ -58,7 +58,7 @@ class TrainConfig(DataConfig, ModelConfig):
     cache_text: Annotated[
         bool, "let BERT read the captions once, without its dropout: faster, not the paper's method"
     ] = False
-    compile: Annotated[bool | None, "compile the routing (default: on a GPU, where it pays)"] = None
+    compile: Annotated[bool | None, "compile the routing (default: where it pays)"] = None
     memory: Annotated[
         float,
         "gigabytes that training may take; activations beyond are computed twice (0: what is free)",
