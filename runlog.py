@@ -237,15 +237,11 @@ def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
 
 def provenance(command: str, device: torch.device | None = None) -> dict[str, Any]:
     """How figures came about: the command, and on what; `device` if it is not the processor."""
-    on_gpu = device is not None and device.type == "cuda"
-    return {
-        "command": command,
-        "machine": torch.cuda.get_device_name(device)
-        if on_gpu
-        else f"{processor()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    if device is not None and device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    about = {"command": command, "machine": machine, "torch": torch.__version__}
+    return about | {"commit": commit()}
 
 
 def processor() -> str:

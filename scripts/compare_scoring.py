@@ -88,10 +88,9 @@ class Comparison:
         if how == "all":
             model.space.skip_nothing()
         model.compile_where_it_pays(how == "compiled", 0)
-        words, given = self.checkpoint.config.max_words, {"device": self.device}
-        encoded = encode_split(
-            model, self.split, self.bert.vocabulary, words, images=self.images, **given
-        )
+        vocabulary, words = self.bert.vocabulary, self.checkpoint.config.max_words
+        where = {"device": self.device, "images": self.images}
+        encoded = encode_split(model, self.split, vocabulary, words, **where)
         few = np.zeros((self.images, len(encoded.text)), dtype=bool)
         few[: WARM_UP[0], : WARM_UP[1]] = True
         Scorer(model, encoded, self.device).some_pairs(few)
