@@ -57,6 +57,10 @@ class Run:
         """Where its checkpoints are."""
         return RUNS / self.name / f"seed{seed}"
 
+    def scores(self, seed: int) -> Path:
+        """The matrix that its evaluation keeps, of which ensembles are evaluated."""
+        return self.folder(seed) / "scores.npy"
+
     def result(self, seed: int | str, results: Path = RESULTS) -> Path:
         """The file of its evaluation."""
         return results / "reproduce" / f"{self.name}_seed{seed}.json"
@@ -115,10 +119,17 @@ class Registry:
         return ["train.py", *_given(where | {"data_name": data.data_name}), *options, *more]
 
     def evaluate(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
-        """The command that evaluates a model or an ensemble; it names no file to write."""
-        models = [m.folder(seed) / m.direction / "model_best.pth.tar" for m in self.members(run)]
-        options = shlex.split(self.data_of(run).evaluate)
-        return ["evaluate_models.py", "--model_path", *map(str, models), *_given(paths), *options]
+        """The command that evaluates a model or an ensemble; it names no results file to write.
+
+        An ensemble's is the mean of its members' scores, which are not computed again.
+        """
+        if run.of:
+            what = ["--scores", *(str(member.scores(seed)) for member in self.members(run))]
+        else:
+            model = run.folder(seed) / run.direction / "model_best.pth.tar"
+            what = ["--model_path", str(model), *_given(paths)]
+            what += ["--save_scores", str(run.scores(seed))]
+        return ["evaluate_models.py", *what, *shlex.split(self.data_of(run).evaluate)]
 
 
 def _given(options: dict[str, str]) -> list[str]:

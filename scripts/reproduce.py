@@ -8,7 +8,7 @@
 The runs are those of scripts/experiments.toml. `run` skips what is done, goes on with what was cut
 off, and writes results/reproduce/NAME_seedN.json; checkpoints go to runs/reproduce/. A table holds
 six recalls and rsum a row: the paper's, ours as mean and deviation over seeds, the difference; what
-was not run says so.
+was not run says so. An ensemble is evaluated from its models' scores, kept beside them.
 """
 
 import csv
@@ -113,6 +113,8 @@ def reproduce(registry: Registry, each: Run, seed: int, options: RunOptions) -> 
         return
     for member in registry.members(each) if each.of else []:
         reproduce(registry, member, seed, options)
+        lost = f"{member.scores(seed)}: is not there; expected what gave {member.result(seed)},"
+        require(member.scores(seed).exists(), f"{lost} which, deleted, is made again with it")
     *training, evaluation = registry.commands(each, seed, paths)
     for command in training if options.train else []:
         _call(command)

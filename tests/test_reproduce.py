@@ -35,7 +35,7 @@ data_path = "data"
 data_name = "tiny"
 bert_path = "bert"
 train = "{train} --max_steps 2 --workers 0"
-evaluate = "--workers 0 --protocols 1k5 5k"
+evaluate = "--split test --protocols 1k5 5k"
 
 [run.one]
 title = "One"
@@ -137,6 +137,12 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     program("run", "one", "--no-train")  # which brought its best model alone from elsewhere
     assert json.loads((results / "one_seed0.json").read_text())["metrics"] == one["metrics"]
     assert not (small / "runs/reproduce/one/seed0/i2t/checkpoint.pth.tar").exists()
+
+    (results / "both_seed0.json").unlink()
+    (small / "runs/reproduce/other/seed0/scores.npy").unlink()
+    assert run_here(monkeypatch, reproduce.main, ["run", "both"]) == 2
+    lost = "other/seed0/scores.npy: is not there; expected what gave results/reproduce/other_seed0"
+    assert f"{lost}.json, which, deleted, is made again with it" in capfd.readouterr().err
 
 
 MEMBERS = (("one", "i2t"), ("other", "t2i"))
