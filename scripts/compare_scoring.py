@@ -8,6 +8,9 @@ closed cells, and `fp32-compiled` is compiled, which skips none; `bf16` likewise
 it is, and with a shortlist of every length asked for. Differences are to the scores of the first
 way; its shares of closed gates are told, too. Seconds are those of scoring alone, without those of
 encoding and of compiling. Run it on an idle machine.
+
+Where an evaluation of the whole split kept its scores (evaluate_models.py --save_scores), --scores
+has the differences taken to those, and no time is spent on scoring that way again.
 """
 
 import logging
@@ -23,8 +26,9 @@ import numpy as np
 
 import runlog
 from checkpoint import build_model
-from evaluation import ceiling, owners, retrieval
+from evaluation import ceiling, map_scores, owners, retrieval
 from files import check_writable, write_json
+from layout import CAPTIONS_PER_IMAGE
 from memory import keep_memory
 from options import check_range, parse, pick_device, require, run, say, warn_of_slow
 from scoring import Scorer, behind, encode_split, shortlist
@@ -42,6 +46,7 @@ class Options(ModelOnSplit):
     images: Annotated[int, "first images of the split, each with its five captions"] = 200
     ways: Annotated[list[Way] | None, "which ways of scoring (default: all)"] = None
     shortlist: Annotated[list[int], "lengths of shortlists"] = (100,)
+    scores: Annotated[str, "saved scores of this model and split, to compare with"] = ""
     json: Annotated[str, "write the rows here"] = ""
 
     def __post_init__(self) -> None:
@@ -57,16 +62,24 @@ class Comparison:
         self.options, self.device = options, pick_device(options.device)
         self.checkpoint, self.bert, self.split = options.open()
         self.images = min(options.images, self.split.images)
-        self.first: np.ndarray | None = None  # the scores of the first way
-        self.closed: list[list[float]] = []  # [layers][cells] share of its closed gates
+        self.first: np.ndarray | None = None  # the scores that the others are compared with
+        self.closed: list[list[float]] = []  # [layers][cells] share of the first way's closed gates
+        if options.scores:
+            self.first = self._saved()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Of every way, all pairs, then each shortlist."""
+        """Of saved scores, then of every way: all pairs, and each shortlist."""
+        if self.first is not None:
+            yield _row("saved", self.first, self.first.size, None)
         for way in self.options.ways or get_args(Way):
             scorer = self._scorer(way)
+            if way.endswith("-compiled") and not scorer.model.space.is_compiled:
+                log.warning("%s: left out, for it could not be compiled", way)
+                continue
             scores, seconds = timed(scorer.all_pairs)
+            self.closed = self.closed or (scorer.closed / scorer.scored).tolist()
             if self.first is None:
-                self.first, self.closed = scores, (scorer.closed / scorer.scored).tolist()
+                self.first = scores
             difference = np.abs(scores - self.first, dtype=np.float64)
             changed = {"mean": float(difference.mean()), "largest": float(difference.max())}
             yield _row(way, scores, scorer.scored, seconds) | {"difference": changed}
@@ -78,6 +91,14 @@ class Comparison:
                 found = behind(some, products, wanted)
                 limits = {"shortlist": count, "ceiling": ceiling(wanted, owners(wanted.shape[1]))}
                 yield _row(way, found, scorer.scored - before, seconds) | limits
+
+    def _saved(self) -> np.ndarray:
+        """The saved scores of the images that are compared."""
+        scores = map_scores(Path(self.options.scores))
+        fits = len(scores) == self.split.images
+        found = f"{self.options.scores}: scores of {len(scores)} images"
+        require(fits, f"{found}; {self.split.path} has {self.split.images}")
+        return scores[: self.images, : CAPTIONS_PER_IMAGE * self.images]
 
     def _scorer(self, way: Way) -> Scorer:
         """A model that scores in this way, ready to."""
@@ -103,14 +124,14 @@ def timed(work: Any, *given: Any) -> tuple[Any, float]:
     return work(*given), time.perf_counter() - since
 
 
-def _row(way: Way, scores: np.ndarray, pairs: int, seconds: float) -> dict[str, Any]:
+def _row(way: str, scores: np.ndarray, pairs: int, seconds: float | None) -> dict[str, Any]:
     found = retrieval(scores, owners(scores.shape[1]))
     return {
         "way": way,
         "shortlist": None,
         "pairs": pairs,
-        "seconds": round(seconds, 2),
-        "pairs_per_s": round(pairs / seconds, 1),
+        "seconds": seconds and round(seconds, 2),
+        "pairs_per_s": seconds and round(pairs / seconds, 1),
         "difference": None,
         "ceiling": None,
         "metrics": found.as_dict(),

@@ -157,10 +157,11 @@ def scoring_rows(rows: list[dict[str, Any]]) -> str:
     lines = []
     for r in rows:
         difference, ceiling, metrics = r["difference"], r["ceiling"], r["metrics"]
+        time = [f"{r['seconds']:.1f}", f"{r['pairs_per_s']:.0f}"] if r["seconds"] else ["", ""]
         lines.append(
             [
                 *(r["way"], str(r["shortlist"] or "all"), f"{r['pairs']:,}"),
-                *(f"{r['seconds']:.1f}", f"{r['pairs_per_s']:.0f}"),
+                *time,
                 " ".join(f"{difference[k]:.1e}" for k in ("mean", "largest")) if difference else "",
                 f"{metrics['rsum']:.1f}",
                 " · ".join(f"{ceiling[way]:.1f}" for way in ("i2t", "t2i")) if ceiling else "",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN, Case, run_here
 
 from scripts import compare_scoring, results_table
@@ -40,3 +41,35 @@ def test_ways_of_scoring_a_golden_model(
     assert f"| fp32 | 2 | {some['pairs']:,} |" in printed and "| RIC | GLGC |" in printed
     path.unlink()
     assert results_table.scoring(tmp_path) == "Ways of scoring: not run.\n"
+
+
+def test_saved_scores_are_compared_with(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A way that could not be compiled is left out, not told under its name."""
+    monkeypatch.setattr(compare_scoring, "keep_memory", lambda: None)
+
+    def broken(*given: object, **more: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    scores = CASE.expected("eval")["sims"]
+    np.save(tmp_path / "scores.npy", scores)
+    path = tmp_path / "found.json"
+    argv = ["--model_path", CASE.model_path, "--data_path", CASE.data_path]
+    argv += ["--bert_path", CASE.bert_path, "--ways", "bf16-compiled", "fp32", "--json", path]
+    argv += ["--images", "3", "--shortlist", "2", "--scores", tmp_path / "scores.npy"]
+    assert run_here(monkeypatch, compare_scoring.main, argv) == 0
+    saved, whole, some = json.loads(path.read_text())["rows"]
+    assert (saved["way"], whole["way"], some["way"]) == ("saved", "fp32", "fp32")
+    assert saved["pairs"] == 3 * 15 and saved["seconds"] is None
+    assert 0 < whole["difference"]["largest"] < 1e-5
+    assert saved["metrics"] == whole["metrics"]
+    assert "| saved | all | 45 |  |  |" in capsys.readouterr().out
+    assert "bf16-compiled: left out, for it could not be compiled" in caplog.text
+    np.save(tmp_path / "scores.npy", scores[1:, 5:])
+    assert run_here(monkeypatch, compare_scoring.main, argv) == 2
+    assert f"scores.npy: scores of {len(scores) - 1} images; " in capsys.readouterr().err
