@@ -143,6 +143,7 @@ class Row:
     title: str
     paper: list[float] | None
     ours: list[list[float]]  # by seed
+    interval: list[list[float]] | None = None  # of a single seed's figures, low and high
 
     @property
     def mean(self) -> list[float] | None:
@@ -179,9 +180,10 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 where = f"{results / 'paper.json'}: {run.paper} in {table} is {short(recalls)}"
                 require(six == [True] * len(METRICS), f"{where}; expected six recalls")
                 paper = [*recalls, sum(recalls)]
-            files = run.results(results).values()
-            ours = [figures_of(path, run.tables[table]) for path in files]
-            found.append(Row(run.title, paper, ours))
+            files, protocol = [*run.results(results).values()], run.tables[table]
+            ours = [figures_of(path, protocol) for path in files]
+            interval = intervals_of(files[0], protocol) if len(files) == 1 else None
+            found.append(Row(run.title, paper, ours, interval))
     return found
 
 
@@ -193,16 +195,33 @@ def papers_source(results: Path = RESULTS) -> str:
 
 def figures_of(path: Path, protocol: str) -> list[float]:
     """Six recalls and rsum of an evaluation. Raises InputError where the file has none."""
-    content: Any = read_json(path, "the results of an evaluation")
-    try:
-        metrics = content["protocols"][protocol]["metrics"]
-        found = [*(metrics[way][name] for way, name in METRICS), metrics["rsum"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: holds no metrics of protocol {protocol}: {error!r}") from error
+    found = _seven(path, protocol, "metrics")
     fits = all(type(value) in (int, float) and 0 <= value <= 600 for value in found)
     fits = fits and abs(sum(found[:-1]) - found[-1]) < 1e-6
     require(fits, f"{path}: {short(found)}; expected six recalls and their sum, rsum")
     return found
+
+
+def intervals_of(path: Path, protocol: str) -> list[list[float]] | None:
+    """The 95 % intervals of these figures, `[7][2]`; None where the evaluation made none."""
+    content: Any = read_json(path, "the results of an evaluation")
+    if content["protocols"][protocol].get("intervals") is None:
+        return None
+    found = _seven(path, protocol, "intervals")
+    fits = all(isinstance(ends, list) and len(ends) == 2 for ends in found)
+    fits = fits and all(type(end) in (int, float) for ends in found for end in ends)
+    require(fits, f"{path}: intervals {short(found)}; expected low and high of each figure")
+    return found
+
+
+def _seven(path: Path, protocol: str, kind: str) -> list[Any]:
+    """Of an evaluation, what it holds of that kind for six recalls and rsum."""
+    content: Any = read_json(path, "the results of an evaluation")
+    try:
+        values = content["protocols"][protocol][kind]
+        return [*(values[way][name] for way, name in METRICS), values["rsum"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: holds no {kind} of protocol {protocol}: {error!r}") from error
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -212,12 +231,13 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """A row's cells: the paper's figure · ours, with its deviation · the difference."""
+    """A row's cells: the paper's figure · ours, with deviation or interval · the difference."""
     texts = []
     for k in range(len(COLUMNS)):
         paper = f"{row.paper[k]:.1f}" if row.paper else ""
         ours = f"{row.mean[k]:.1f}" if row.mean else "not run"
         ours += f" ± {row.deviation[k]:.1f}" if row.deviation else ""
+        ours += " [{:.1f}, {:.1f}]".format(*row.interval[k]) if row.interval else ""
         difference = f"{row.difference[k]:+.1f}" if row.difference else ""
         texts.append(" · ".join(part for part in (paper, ours, difference) if part))
     return texts
@@ -232,5 +252,8 @@ def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
             for row in rows(registry, name, results)
         ]
         parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
-    about = "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds · the"
-    return "\n".join([*parts, f"{about} difference.\nThe paper's: {papers_source(results)}\n"])
+    about = (
+        "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds, or\n"
+        "of one seed, where it is known, its 95 % interval over images · the difference.\n"
+    )
+    return "\n".join([*parts, f"{about}The paper's: {papers_source(results)}\n"])

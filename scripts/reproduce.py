@@ -180,7 +180,8 @@ def as_csv(registry: Registry) -> str:
     """One line a figure, its mean `not run` where it has none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "model", "metric", "paper", "mean", "sd", "seeds", "difference"])
+    head = ["table", "model", "metric", "paper", "mean", "sd", "low", "high", "seeds", "difference"]
+    writer.writerow(head)
     for line in _figures(registry):
         known = line | ({"mean": "not run"} if line["mean"] is None else {})
         writer.writerow(["" if value is None else value for value in known.values()])
@@ -205,6 +206,7 @@ def _figure(table: str, row: Row, k: int) -> dict[str, object]:
     def at(values: list[float] | None) -> float | None:
         return None if values is None else round(values[k], 4)
 
+    low, high = row.interval[k] if row.interval else (None, None)
     return {
         "table": table,
         "model": row.title,
@@ -212,6 +214,8 @@ def _figure(table: str, row: Row, k: int) -> dict[str, object]:
         "paper": at(row.paper),
         "mean": at(row.mean),
         "sd": at(row.deviation),
+        "low": low,
+        "high": high,
         "seeds": len(row.ours),
         "difference": at(row.difference),
     }

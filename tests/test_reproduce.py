@@ -88,7 +88,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
 
     assert program("list").count("; not run\n") == 3
     assert "| One |  | 10.0 · not run |" in program("table")
-    assert "five,One,i2t R@1,10.0,not run,,0,\n" in program("table", "--format", "csv")
+    assert "five,One,i2t R@1,10.0,not run,,,,0,\n" in program("table", "--format", "csv")
     program("run", "both", "--seeds", "0", "1")
     names = [f"{name}_seed{seed}.json" for name in ("both", "one", "other") for seed in (0, 1)]
     results = small / "results/reproduce"
@@ -332,6 +332,33 @@ def test_figures_of_the_paper_that_are_damaged(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"first": figures}))
     assert run_here(monkeypatch, reproduce.main, ["table"]) == 2
     assert "paper.json: DIME in first is" in last_line(capsys)
+
+
+def test_one_seed_shows_its_interval(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = small / "results/reproduce/other_seed0.json"
+    path.parent.mkdir()
+    sides = {way: {f"r{k}": [k, k + 5.5] for k in (1, 5, 10)} for way in ("i2t", "t2i")}
+
+    def shown(*argv: str, **more: object) -> str:
+        path.write_text(json.dumps({"protocols": {"5k": {"metrics": GOOD} | more}}))
+        assert run_here(monkeypatch, reproduce.main, ["table", *argv]) == 0
+        return capsys.readouterr().out
+
+    known = sides | {"rsum": [9, 21.25]}
+    cells = "1.0 [1.0, 6.5] | 2.0 [5.0, 10.5] | 3.0 [10.0, 15.5]"
+    assert f"| Other | 1 | {cells} | {cells} | 12.0 [9.0, 21.2] |" in shown(intervals=known)
+    assert "Other,rsum,,12,,9,21.25,1,\n" in shown("--format", "csv", intervals=known)
+    plain = "| Other | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 2.0 | 3.0 | 12.0 |"
+    assert plain in shown() and plain in shown(intervals=None)
+    (path.parent / "other_seed1.json").write_text(path.read_text())
+    assert "| Other | 2 | 1.0 ± 0.0 |" in shown(intervals=known)
+    (path.parent / "other_seed1.json").unlink()
+    for wrong in (sides, sides | {"rsum": [1]}, sides | {"rsum": ["1", "2"]}, 3):
+        path.write_text(json.dumps({"protocols": {"5k": {"metrics": GOOD, "intervals": wrong}}}))
+        assert run_here(monkeypatch, reproduce.main, ["table"]) == 2
+        assert "other_seed0.json: " in last_line(capsys)
 
 
 def test_a_deleted_file_turns_its_cell_into_not_run(small: Path) -> None:
