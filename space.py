@@ -34,6 +34,7 @@ WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of comp
 # one of the slice at work takes; and in bytes: gradients, Adam's moments, buffers of libraries.
 KEPT, AT_WORK, BESIDE = 74, 100, 500e6
 SAFE_SHARE = 0.7  # of the free memory that training takes
+LIMIT_SHARE = 0.97  # of a limit: libraries take some more at one time than at another
 
 
 class RoutingSpace(nn.Module):
@@ -157,9 +158,10 @@ class RoutingSpace(nn.Module):
         # of the compiler's own, which looks at every tensor's gradient
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
         compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+        goes_back = False  # the first step of a training may come after a validation
 
         def route(*given: Any) -> tuple[Tensor, Tensor]:
-            nonlocal compiled
+            nonlocal compiled, goes_back
             if self._compiled is None:  # has failed, and is called again by a checkpoint
                 return self._route(*given)
             try:
@@ -168,8 +170,9 @@ class RoutingSpace(nn.Module):
                 with shape_config.patch(use_duck_shape=False):
                     if compiled is None:
                         compiled = torch.compile(self._route, dynamic=True)
-                        if torch.is_grad_enabled():
-                            self._go_back(compiled, given)
+                    if torch.is_grad_enabled() and not goes_back:
+                        self._go_back(compiled, given)
+                        goes_back = True
                     return compiled(*given)
             except Exception as error:  # no compiler, or one that cannot: many types, one remedy
                 if out_of_memory(error):
@@ -223,7 +226,10 @@ class RoutingSpace(nn.Module):
         device = self.path_mapping.weight.device
         cells = len(self.merge.cells) * (1 + len(self.layers))
         size = tokens * self.norm.num_features * itemsize * cells / (LAYERS * len(CELLS))
-        room = SAFE_SHARE * free_memory(device) if limit is None else limit - used_memory(device)
+        if limit is None:
+            room = SAFE_SHARE * free_memory(device)
+        else:
+            room = LIMIT_SHARE * limit - used_memory(device)
         room -= step_memory(pairs, 0, size, device)
         self.kept_pairs = max(0, int(room / (size * KEPT)))
         if limit is not None and room < 0:
@@ -266,9 +272,9 @@ def _same(tensor: Tensor) -> Tensor:
 def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
     """Whether compiled routing is faster there and torch.compile finds what it needs.
 
-    That is Triton on a GPU, and on a processor a C++ compiler. There it saves a quarter of the time
-    and more in bfloat16; in float32 about a tenth (results/speed.json), which compiled code may
-    lose again, since it skips no closed cells.
+    That is Triton on a GPU, and on a processor a C++ compiler. There it saves a sixth of the time
+    and more in bfloat16; in float32 at most about a tenth (results/speed.json, results/scoring),
+    which compiled code may lose again, since it skips no closed cells.
     """
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None

@@ -174,11 +174,15 @@ class NoWayBack(torch.autograd.Function):
         raise RuntimeError("no code for it\nand more")
 
 
+@pytest.mark.parametrize("scored_before", [False, True])
 @pytest.mark.parametrize("kept", [0, math.inf])
 def test_a_backward_pass_that_cannot_be_compiled_is_gone_on_without(
-    kept: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kept: float,
+    scored_before: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As it is known at the first backward pass only, also of a checkpoint."""
+    """As it is known at the first backward pass only, of a checkpoint or after a validation."""
 
     def compile_(function: Callable, **options: object) -> Callable:
         return lambda *given: tuple(map(NoWayBack.apply, function(*given)))
@@ -188,6 +192,11 @@ def test_a_backward_pass_that_cannot_be_compiled_is_gone_on_without(
     model = seeded("i2t")
     model.space.kept_pairs = kept
     model.space.compile_routes()
+    if scored_before:
+        with torch.random.fork_rng(), torch.no_grad():
+            regions, ids, mask = small_batch()
+            model.eval().score(model.encode_images(regions), model.encode_captions(ids, mask), 6)
+        assert model.space.is_compiled
     scores, found = trained(model, 6)
     torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
     for name, value in found.items():
