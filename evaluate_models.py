@@ -137,11 +137,11 @@ def _evaluated(
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
     """What `evaluate` gives, the score matrix, and every query's rank: none is written yet."""
     package = published() if config.extended else None  # before the long work
-    about, scores, folder = (_of_files if config.scores else _of_models)(config)
+    about, scores, ids = (_of_files if config.scores else _of_models)(config, package)
     images, captions = scores.shape
     about |= {"images": images, "captions": captions, "extended": None}
-    if package is not None:
-        about["extended"] = _extended(package, scores, folder, about["split"])
+    if ids is not None:
+        about["extended"] = extended(package, scores, ids)
     protocols, every = {}, {}
     for protocol in config.all_protocols:
         folds = ranked(scores, protocol)
@@ -153,7 +153,9 @@ def _evaluated(
     return about | first | {"protocols": protocols}, scores, every
 
 
-def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path | None]:
+def _of_files(
+    config: EvaluateConfig, package: Any
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """Scores that were saved; what they are of is known where data is named."""
     paths = config.scores
     folder = None
@@ -167,6 +169,7 @@ def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path 
         require(matrix.shape == matrices[0].shape, f"{path}: scores of shape {shapes}")
     if "1k5" in config.all_protocols:
         check_folds(len(matrices[0]))
+    ids = _caption_ids(package, folder, config.split, len(matrices[0])) if package else None
     scores = (
         matrices[0]
         if len(matrices) == 1
@@ -174,10 +177,12 @@ def _of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path 
     )
     known = {"scores": [str(path) for path in paths], "data_name": config.data_name}
     unknown = dict.fromkeys(("models", "seconds", "closed", "shortlist"))
-    return unknown | known | {"split": config.split}, scores, folder
+    return unknown | known | {"split": config.split}, scores, ids
 
 
-def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path]:
+def _of_models(
+    config: EvaluateConfig, package: Any
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """Scores that the models give."""
     paths, device = config.model_path, pick_device(config.device)
     models = [*paths, *(json_beside(Path(path)) for path in paths)]
@@ -193,6 +198,7 @@ def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path
     inputs = [*models, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
     _check_outputs(config, inputs)
     scorers = [_scorer(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
+    ids = _caption_ids(package, folder, split, len(scorers[0].encoded.images)) if package else None
     since = time.monotonic()
     scores, limits = _scores(scorers, config.shortlist, config.compile)
     about = {
@@ -204,22 +210,21 @@ def _of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, Path
         "closed": [(scorer.closed / scorer.scored).tolist() for scorer in scorers],
         "shortlist": limits,
     }
-    return about, scores, folder
+    return about, scores, ids
 
 
-def _extended(
-    package: Any, scores: np.ndarray, folder: Path | None, split: str | None
-) -> dict[str, Any] | None:
-    """Figures that need MSCOCO's ids; None, said in a line, where there are none."""
+def _caption_ids(
+    package: Any, folder: Path | None, split: str | None, images: int
+) -> np.ndarray | None:
+    """MSCOCO's ids for the extended figures; None, said in a line, where there are none."""
     try:
         require(
             folder is not None and split is not None, "--data_path, --data_name, --split needed"
         )
-        captions = caption_ids(package, folder, split, len(scores))
+        return caption_ids(package, folder, split, images)
     except InputError as error:
         log.warning("no ECCV Caption and CxC figures: %s", error)
         return None
-    return extended(package, scores, captions)
 
 
 def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import evaluate_models
 from evaluate_models import evaluate
 from evaluation import owners, retrieval
 from options import InputError
+from space import RoutingSpace
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")
 
@@ -174,21 +176,40 @@ def test_short_captions_are_evaluated(tiny: Path, run_train: Callable[..., int])
         assert evaluate(tiny / f"runs/{direction}/model_best.pth.tar")["captions"] == 15
 
 
-@pytest.mark.parametrize("option", ["skip", "compile"])
-def test_skipping_and_compiling_are_left_off(
-    case: Case, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "skips", "choice", "paying"),
+    [
+        ({}, True, None, True),
+        ({"skip": False}, False, None, True),
+        ({"compile": False}, True, False, True),
+        ({"compile": True}, True, True, True),
+        ({"shortlist": 1000}, True, False, False),  # on request alone
+        ({"shortlist": 1000, "compile": True}, True, True, False),
+    ],
+)
+def test_skipping_and_compiling_are_as_asked_for(
+    case: Case,
+    tmp_path: Path,
+    options: dict[str, Any],
+    skips: bool,
+    choice: bool | None,
+    paying: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And change no score: the golden models have gates open and closed."""
-    monkeypatch.setattr("space.RoutingSpace.compile_routes", None)
-    path = tmp_path / "scores.npy"
+    asked, path = [], tmp_path / "scores.npy"
+
+    def compile_(space: RoutingSpace, *given: object) -> None:
+        cells = [cell for layer in (*space.layers, space.merge) for cell in layer.cells.values()]
+        asked.append((any(cell.skips for cell in cells), *given))
+
+    monkeypatch.setattr(RoutingSpace, "compile_where_it_pays", compile_)
     found = evaluate(
-        case.model_path,
-        case.data_path,
-        bert_path=case.bert_path,
-        save_scores=path,
-        **{option: False},
+        case.model_path, case.data_path, bert_path=case.bert_path, save_scores=path, **options
     )
-    np.testing.assert_allclose(np.load(path), case.expected("eval")["sims"], rtol=0, atol=1e-5)
+    expected = case.expected("eval")["sims"]
+    assert asked == [(skips, choice, expected.size if paying else 0, "fp32")]
+    np.testing.assert_allclose(np.load(path), expected, rtol=0, atol=1e-5)
     (closed,) = found["closed"]
     assert np.array(closed).shape == (3, 4) and 0 < np.max(closed) <= 1
 
