@@ -10,7 +10,8 @@ taken. The product is timed between the row's runs, since a machine may be faste
 minute later. Where the time goes is then told by kind of operation, for what is not compiled.
 Run it on an idle machine: another program beside it makes every figure worthless.
 Sizes: 256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches of 32 with 32 extra
-negatives, a BERT of MiniLM's size. Each case runs in a process of its own, whose peak memory it is.
+negatives, a BERT of MiniLM's size. Rows that share a process are run in the order of the memory
+that they take, so its peak up to then is a row's own; where time goes is recorded after them all.
 """
 
 import logging
@@ -110,7 +111,7 @@ def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     keep_memory()
     torch.manual_seed(0)
     trainer = trainer_of(case)
-    rows, profiles = [], []
+    rows, recorded = [], {}
     for kind in case.kinds:
         for bert in (False, True) if kind == "train" else (False,):
             pairs, work = KIND[kind](trainer, bert)
@@ -131,8 +132,9 @@ def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 }
             )
             if kind in MAIN and not (bert or case.compiled or case.device.type == "cuda"):
-                about_it = {key: rows[-1][key] for key in ("direction", "precision", "what")}
-                profiles.append(about_it | {"shares": shares(work)})
+                recorded[kind] = work
+    about_it = {"direction": case.direction, "precision": case.precision}
+    profiles = [about_it | {"what": kind, "shares": shares(w)} for kind, w in recorded.items()]
     return rows, profiles
 
 
@@ -194,9 +196,9 @@ def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality
 
 def scoring(trainer: Trainer, bert: bool) -> tuple[int, Work]:
     """Pairs, and what scores them."""
-    model = trainer.model.eval()
+    model = trainer.model
     images, captions = encoded(model, IMAGES, CAPTIONS)
-    return IMAGES * CAPTIONS, torch.no_grad()(lambda: model.score(images, captions))
+    return IMAGES * CAPTIONS, torch.no_grad()(lambda: model.eval().score(images, captions))
 
 
 def training(trainer: Trainer, bert: bool) -> tuple[int, Work]:

@@ -19,11 +19,11 @@ SOFTMAX, REDUCTIONS, COPIES, ELEMENTWISE = "softmax", "reductions", "copies", "e
 DISPATCH = "dispatch"  # Python, and what torch does before and after an operation
 KINDS = (WEIGHTS, BATCHED, SOFTMAX, REDUCTIONS, COPIES, ELEMENTWISE, DISPATCH)
 BY_NAME = {
-    **dict.fromkeys(("mm", "addmm"), WEIGHTS),
+    **dict.fromkeys(("mm", "addmm", "mkldnn_convolution", "convolution_backward"), WEIGHTS),
     **dict.fromkeys(("bmm", "baddbmm"), BATCHED),
     **dict.fromkeys(("_softmax", "_softmax_backward_data"), SOFTMAX),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "any", "linalg_vector_norm"), REDUCTIONS),
-    **dict.fromkeys(("copy_", "cat", "fill_"), COPIES),
+    **dict.fromkeys(("copy_", "cat", "fill_", "zero_", "index", "index_put_"), COPIES),
     # which torch does not mark as such
     **dict.fromkeys(("masked_fill_", "leaky_relu_backward"), ELEMENTWISE),
 }
