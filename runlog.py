@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import Retrieval
-from files import naming, read_json, size_of, write_bytes, write_json
+from files import naming, read_json, read_text, size_of, write_bytes, write_json
 from memory import peak_memory
-from options import InputError
+from options import InputError, require, short
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
 LOG_LINE = re.compile(rb"\S+ \S+ \[(\d{1,18})\] ")  # date, time and step
+LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e20 long
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
 
 
@@ -190,6 +191,26 @@ def earlier_sessions(path: Path) -> tuple[list[int], float]:
         return [int(step) for step in run["resumed_at"]], float(run["seconds"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged, in order. Raises InputError where a line is no event."""
+    path = folder / METRICS
+    found = []
+    for number, line in enumerate(read_text(path, "the log of a run").splitlines(), 1):
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            event = None
+        fits = isinstance(event, dict) and all(
+            type(value) in (int, float) and abs(value) <= LARGEST_NUMBER for value in event.values()
+        )
+        require(
+            fits and "step" in event, f"{path}: line {number}: {short(line)}; expected an event"
+        )
+        found.append(event)
+    require(len(found) > 0, f"{path}: is empty; expected the log of a run")
+    return found
 
 
 def cut(path: Path, kept: Callable[[bytes], bool]) -> None:

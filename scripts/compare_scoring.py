@@ -10,7 +10,7 @@ way; its shares of closed gates are told, too. Seconds are those of scoring alon
 encoding and of compiling. Run it on an idle machine.
 
 Where an evaluation of the whole split kept its scores (evaluate_models.py --save_scores), --scores
-has the differences taken to those, and no time is spent on scoring that way again.
+has the differences taken to those, and the way that they were made in can be left out of --ways.
 """
 
 import logging
@@ -64,13 +64,16 @@ class Comparison:
         self.images = min(options.images, self.split.images)
         self.first: np.ndarray | None = None  # the scores that the others are compared with
         self.closed: list[list[float]] = []  # [layers][cells] share of the first way's closed gates
+        taken = [*options.files(self.checkpoint, self.split), options.scores or options.model_path]
+        if options.json:
+            check_writable(Path(options.json), taken)
         if options.scores:
             self.first = self._saved()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Of saved scores, then of every way: all pairs, and each shortlist."""
         if self.first is not None:
-            yield _row("saved", self.first, self.first.size, None)
+            yield _row("saved", self.first, None, None)
         for way in self.options.ways or get_args(Way):
             scorer = self._scorer(way)
             if way.endswith("-compiled") and not scorer.model.space.is_compiled:
@@ -124,7 +127,7 @@ def timed(work: Any, *given: Any) -> tuple[Any, float]:
     return work(*given), time.perf_counter() - since
 
 
-def _row(way: str, scores: np.ndarray, pairs: int, seconds: float | None) -> dict[str, Any]:
+def _row(way: str, scores: np.ndarray, pairs: int | None, seconds: float | None) -> dict[str, Any]:
     found = retrieval(scores, owners(scores.shape[1]))
     return {
         "way": way,
@@ -140,8 +143,6 @@ def _row(way: str, scores: np.ndarray, pairs: int, seconds: float | None) -> dic
 
 def main() -> None:
     options = parse(Options, None, __doc__)
-    if options.json:
-        check_writable(Path(options.json), [options.model_path])
     keep_memory()
     comparison = Comparison(options)
     command = shlex.join(["python", "-m", "scripts.compare_scoring", *sys.argv[1:]])
@@ -150,6 +151,7 @@ def main() -> None:
         "split": options.split,
         "images": comparison.images,
         "cells": comparison.checkpoint.config.cell_names,
+        "closed": [],
         "rows": [],
     }
     for row in comparison.rows():
@@ -158,6 +160,7 @@ def main() -> None:
         log.info("%s", scoring_rows([row]).splitlines()[-1])
         if options.json:  # at once: the next row may take an hour
             write_json(Path(options.json), found)
+    require(bool(found["closed"]), "--ways: none of them could be taken, see above")
     say(scoring_tables(found))
 
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from bert import Bert
-from checkpoint import Checkpoint, bert_of, read_checkpoint
+from bert import Bert, bert_files
+from checkpoint import Checkpoint, bert_folder, bert_of, json_beside, read_checkpoint
 from data import Split
 from evaluate_models import common_option
-from layout import SplitName
+from layout import SplitName, files_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +29,9 @@ class ModelOnSplit:
         path = self.data_path or common_option([checkpoint], "data_path")
         folder = Path(path) / (self.data_name or common_option([checkpoint], "data_name"))
         return checkpoint, bert, Split.open(folder, self.split, checkpoint.config.img_dim)
+
+    def files(self, checkpoint: Checkpoint, split: Split) -> list[str | Path]:
+        """What was opened: nothing may be written in its place."""
+        model = [self.model_path, json_beside(checkpoint.path)]
+        bert = bert_files(bert_folder(checkpoint, self.bert_path))
+        return [*model, *files_of(split.path.parent, self.split), *bert]

@@ -6,7 +6,6 @@ Reads metrics.jsonl of each run's folder. Writes the picture as PNG, and beside 
 """
 
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from files import check_writable, read_text, write_bytes
-from options import parse, require, run, short
-from runlog import METRICS
+from files import check_writable, write_bytes
+from options import parse, require, run
+from runlog import events
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; dashes tell runs apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -28,7 +27,6 @@ DASHES = ("-", "--", "-.", ":")
 MOST_RUNS = math.lcm(len(COLOURS), len(DASHES))  # that no two look alike
 RECALLS = {"r1": "i2t R@1", "r1i": "t2i R@1", "r10": "i2t R@10", "r10i": "t2i R@10"}
 MARKERS = ("o", "^", "s", "x")  # of the recalls
-LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e20 long
 matplotlib.rcParams["svg.hashsalt"] = "dime"  # the same curves give the same file
 
 
@@ -36,26 +34,6 @@ matplotlib.rcParams["svg.hashsalt"] = "dime"  # the same curves give the same fi
 class Options:
     runs: Annotated[list[str], "folders of runs, LOGGER_NAME/DIRECTION", "RUN"]
     out: Annotated[str, "picture to write, .png; .svg is written beside it"]
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged, in order. Raises InputError where a line is no event."""
-    path = folder / METRICS
-    found = []
-    for number, line in enumerate(read_text(path, "the log of a run").splitlines(), 1):
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            event = None
-        fits = isinstance(event, dict) and all(
-            type(value) in (int, float) and abs(value) <= LARGEST_NUMBER for value in event.values()
-        )
-        require(
-            fits and "step" in event, f"{path}: line {number}: {short(line)}; expected an event"
-        )
-        found.append(event)
-    require(len(found) > 0, f"{path}: is empty; expected the log of a run")
-    return found
 
 
 def curve(found: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:

@@ -6,19 +6,18 @@
 What has not been run says so.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from files import read_text, write_text
-from options import parse, run
-from scripts.experiments import COLUMNS, REGISTRY, Registry, as_markdown, markdown
+from files import read_json, read_text, write_text
+from options import parse, run, say
+from runlog import METRICS, RUN, events
+from scripts.experiments import COLUMNS, REGISTRY, RESULTS, Registry, as_markdown, markdown
 
-RESULTS = Path("results")
 README = Path("README.md")
+REPORT = "a report under results/"
 TAGS = ("r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum")
 
 
@@ -29,10 +28,10 @@ class Options:
 
 def training(folder: Path) -> str:
     """One training run: how it came about, and its validations."""
-    session = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    events = [json.loads(line) for line in lines]
-    validations = [event for event in events if "rsum" in event]
+    session = read_json(folder / RUN, REPORT)
+    if not (folder / METRICS).exists():
+        return f"`{session['command']}`: not run.\n"
+    validations = [event for event in events(folder) if "rsum" in event]
     rows = [[str(e["step"]), *(f"{e[tag]:.1f}" for tag in TAGS)] for e in validations]
     images = session["options"]["val_captions"] // 5
     resumed = ", ".join(map(str, session["resumed_at"])) or "never"
@@ -49,14 +48,14 @@ def training(folder: Path) -> str:
 
 def results(folder: Path) -> str:
     """Our runs, and the paper's figures."""
-    runs = [training(path.parent) for path in sorted(folder.glob("*/*/metrics.jsonl"))]
+    runs = [training(path.parent) for path in sorted(folder.glob(f"*/*/{RUN}"))]
     return "\n".join([*runs, as_markdown(Registry(REGISTRY), folder)])
 
 
 def reliability(folder: Path) -> str:
     """What the programs that seek faults found."""
     path = folder / "reliability.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(path, REPORT) if path.exists() else {}
     return "\n".join([chaos(found.get("chaos")), fuzz(found.get("fuzz"))])
 
 
@@ -99,7 +98,7 @@ def speed(folder: Path) -> str:
     path = folder / "speed.json"
     if not path.exists():
         return "Benchmark: not run.\n"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, REPORT)
     ranks = found["ranks"]
     return (
         f"{speed_tables(found)}\n"
@@ -124,7 +123,7 @@ def speed_rows(rows: list[dict[str, Any]]) -> str:
             [
                 *(r["direction"], r["precision"], "compiled" if r["compiled"] else "eager"),
                 *("with" if r["bert"] else "", r["what"], f"{r['pairs_per_s']:.0f}"),
-                *(f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %", f"{r['peak_gb']:.1f}"),
+                *(f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %", f"{r['peak_gb']:.2f}"),
                 f"{r['product_gflops']:.0f}",
             ]
             for r in rows
@@ -135,7 +134,7 @@ def speed_rows(rows: list[dict[str, Any]]) -> str:
 def scoring(folder: Path) -> str:
     """What the ways of scoring cost and change on trained models."""
     files = sorted(folder.glob("scoring/*.json"))
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    found = [read_json(path, REPORT) for path in files]
     return "\n".join(map(scoring_tables, found)) or "Ways of scoring: not run.\n"
 
 
@@ -157,11 +156,13 @@ def scoring_rows(rows: list[dict[str, Any]]) -> str:
     lines = []
     for r in rows:
         difference, ceiling, metrics = r["difference"], r["ceiling"], r["metrics"]
-        time = [f"{r['seconds']:.1f}", f"{r['pairs_per_s']:.0f}"] if r["seconds"] else ["", ""]
+        length = f"best {r['shortlist']}, approximate" if r["shortlist"] else "all"
+        work = ["", "", ""]  # of scores that were saved
+        if r["seconds"] is not None:
+            work = [f"{r['pairs']:,}", f"{r['seconds']:.1f}", f"{r['pairs_per_s']:.0f}"]
         lines.append(
             [
-                *(r["way"], str(r["shortlist"] or "all"), f"{r['pairs']:,}"),
-                *time,
+                *(r["way"], length, *work),
                 " ".join(f"{difference[k]:.1e}" for k in ("mean", "largest")) if difference else "",
                 f"{metrics['rsum']:.1f}",
                 " · ".join(f"{ceiling[way]:.1f}" for way in ("i2t", "t2i")) if ceiling else "",
@@ -186,7 +187,7 @@ def demo(folder: Path) -> str:
     path = folder / "demo.json"
     if not path.exists():
         return "Demonstration: not run.\n"
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path, REPORT)
     minutes = sum(found["seconds"].values()) / 60
     return (
         f"{about(found)}, {minutes:.1f} minutes after the installation, width {found['width']} in "
@@ -229,7 +230,7 @@ def updated(readme: str, folder: Path = RESULTS) -> str:
 
 def main() -> None:
     if not parse(Options, None, __doc__).write:
-        sys.stdout.write("\n".join(block(RESULTS) for block in BLOCKS.values()))
+        say("\n".join(block(RESULTS) for block in BLOCKS.values()))
         return
     write_text(README, updated(read_text(README, "the README, in this folder")))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import GOLDEN, Case, run_here
 
-from scripts import compare_scoring, results_table
+from scripts import compare_scoring, convert_checkpoint, results_table
 
 CASE = Case(GOLDEN / "i2t")
 
@@ -38,7 +38,10 @@ def test_ways_of_scoring_a_golden_model(
     assert skipping["largest"] < 1e-5 < bf16["mean"] < bf16["largest"]
     printed = capsys.readouterr().out
     assert results_table.scoring(tmp_path) == printed
-    assert f"| fp32 | 2 | {some['pairs']:,} |" in printed and "| RIC | GLGC |" in printed
+    assert (
+        f"| fp32 | best 2, approximate | {some['pairs']:,} |" in printed
+        and "| RIC | GLGC |" in printed
+    )
     path.unlink()
     assert results_table.scoring(tmp_path) == "Ways of scoring: not run.\n"
 
@@ -65,11 +68,22 @@ def test_saved_scores_are_compared_with(
     assert run_here(monkeypatch, compare_scoring.main, argv) == 0
     saved, whole, some = json.loads(path.read_text())["rows"]
     assert (saved["way"], whole["way"], some["way"]) == ("saved", "fp32", "fp32")
-    assert saved["pairs"] == 3 * 15 and saved["seconds"] is None
+    assert saved["pairs"] is None and saved["seconds"] is None and whole["pairs"] == 3 * 15
     assert 0 < whole["difference"]["largest"] < 1e-5
     assert saved["metrics"] == whole["metrics"]
-    assert "| saved | all | 45 |  |  |" in capsys.readouterr().out
+    assert "| saved | all |  |  |  |" in capsys.readouterr().out
     assert "bf16-compiled: left out, for it could not be compiled" in caplog.text
+    alone = [*argv, "--ways", "bf16-compiled"]
+    assert run_here(monkeypatch, compare_scoring.main, alone) == 2
+    assert "--ways: none of them could be taken, see above" in capsys.readouterr().err
+    out = tmp_path / "model.safetensors"
+    model = ["--checkpoint", CASE.model_path, "--bert_path", CASE.bert_path]
+    model += ["--to", "safetensors", "--out", out]
+    assert run_here(monkeypatch, convert_checkpoint.main, model) == 0
+    for name in ("scores.npy", "model.json"):
+        taken = [*argv, "--model_path", out, "--json", tmp_path / name]
+        assert run_here(monkeypatch, compare_scoring.main, taken) == 2
+        assert f"{name}: is an input or another output" in capsys.readouterr().err
     np.save(tmp_path / "scores.npy", scores[1:, 5:])
     assert run_here(monkeypatch, compare_scoring.main, argv) == 2
     assert f"scores.npy: scores of {len(scores) - 1} images; " in capsys.readouterr().err

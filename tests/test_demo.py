@@ -13,6 +13,7 @@ from conftest import ROOT, run_here
 from PIL import Image
 
 from options import InputError, parse
+from runlog import events
 from scripts import demo_table, draw_scenes, plot_run, show_retrievals
 from scripts.experiments import REGISTRY, Registry
 from trainconfig import TrainConfig
@@ -100,7 +101,7 @@ def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Image.open(out) as picture:
         assert picture.size[0] > 1000 and len(picture.getcolors(2**20)) > 10
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
-    loss, recall = plot_run.figure({"i2t": plot_run.events(tmp_path / "i2t")}).axes
+    loss, recall = plot_run.figure({"i2t": events(tmp_path / "i2t")}).axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
     assert [line.get_ydata()[0] for line in recall.lines] == [9, 8, 40, 35]
 
@@ -117,7 +118,7 @@ def test_each_of_many_runs_is_drawn_and_named(tmp_path: Path) -> None:
     assert plot_run.labels([f"{folders[0]}/../i2t"]) == ["i2t"]
     with pytest.raises(InputError, match="seed0/i2t/: is given twice"):
         plot_run.labels([folders[0], f"{folders[0]}/"])
-    picture = plot_run.figure({name: plot_run.events(tmp_path / name) for name in names})
+    picture = plot_run.figure({name: events(tmp_path / name) for name in names})
     picture.savefig(tmp_path / "curves.png")  # a `$` of a name is no mathematics
     looks = {(line.get_color(), line.get_linestyle()) for line in picture.axes[0].lines}
     assert len(looks) == 12 == plot_run.MOST_RUNS

@@ -101,13 +101,14 @@ def test_the_readmes_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyP
     assert found == README, "run: python -m scripts.results_table --write"
 
 
-def test_a_run_without_its_log_is_in_no_table(tmp_path: Path) -> None:
+def test_a_run_without_its_log_is_not_run(tmp_path: Path) -> None:
     run = ROOT / "results/flickr8k/i2t"
     shutil.copytree(run, tmp_path / "flickr8k/i2t")
     shutil.copy(ROOT / "results/paper.json", tmp_path)
     assert "| step |" in results_table.results(tmp_path)
     (tmp_path / "flickr8k/i2t/metrics.jsonl").unlink()
-    assert "| step |" not in results_table.results(tmp_path)
+    text = results_table.results(tmp_path)
+    assert "| step |" not in text and "--resume auto`: not run.\n" in text
 
 
 def test_no_path_of_a_machine_is_in_the_project() -> None:
