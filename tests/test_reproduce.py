@@ -325,6 +325,16 @@ def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
             assert parse(TrainConfig, argv, "").direction == member.direction
 
 
+def test_results_were_made_by_the_registrys_commands() -> None:
+    """What is under results/ is what its table says that it is."""
+    registry = Registry(REGISTRY)
+    for each in registry.runs.values():
+        for seed, path in each.results(ROOT / "results").items():
+            commands = registry.commands(each, seed, {})
+            found = json.loads(path.read_text())["commands"]
+            assert found == [f"python {shlex.join(command)}" for command in commands], path.name
+
+
 @pytest.mark.parametrize("figures", [{}, [], {"DIME": PAPER[:5]}, {"DIME": [*PAPER[:5], "6"]}])
 def test_figures_of_the_paper_that_are_damaged(
     figures: object, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
