@@ -47,9 +47,9 @@ def training(folder: Path) -> str:
 
 
 def results(folder: Path) -> str:
-    """Our runs, and the paper's figures."""
+    """The paper's figures and ours, then the trainings whose logs are kept."""
     runs = [training(path.parent) for path in sorted(folder.glob(f"*/*/{RUN}"))]
-    return "\n".join([*runs, as_markdown(Registry(REGISTRY), folder)])
+    return "\n".join([as_markdown(Registry(REGISTRY), folder), *runs])
 
 
 def reliability(folder: Path) -> str:
