@@ -64,11 +64,12 @@ class Comparison:
         self.images = min(options.images, self.split.images)
         self.first: np.ndarray | None = None  # the scores that the others are compared with
         self.closed: list[list[float]] = []  # [layers][cells] share of the first way's closed gates
-        taken = [*options.files(self.checkpoint, self.split), options.scores or options.model_path]
-        if options.json:
-            check_writable(Path(options.json), taken)
+        taken = options.files(self.checkpoint, self.split)
         if options.scores:
             self.first = self._saved()
+            taken.append(options.scores)
+        if options.json:
+            check_writable(Path(options.json), taken)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Of saved scores, then of every way: all pairs, and each shortlist."""
