@@ -156,10 +156,11 @@ def test_bad_matrices_are_one_line(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     make, said = FAULTS[fault]
+    argv = make(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert run_here(monkeypatch, evaluate_models.main, make(tmp_path)) == 2
+    assert run_here(monkeypatch, evaluate_models.main, argv) == 2
     assert said in last_line(capsys)
-    assert all(path.read_bytes() == data for path, data in before.items())
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_split_that_selected_the_model_is_told(
