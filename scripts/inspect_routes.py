@@ -29,7 +29,7 @@ from torch import Tensor
 
 from checkpoint import build_model
 from files import check_writable, map_array, naming, write_text
-from layout import CAPTIONS_PER_IMAGE
+from layout import CAPTIONS_PER_IMAGE, boxes_file
 from options import check_range, parse, pick_device, require, run, say
 from pictures import read_picture
 from regions import REGIONS, grid_boxes
@@ -130,7 +130,7 @@ def seen_pair(pairs: Pairs, files: Sequence[Path], options: Options) -> figures.
     """
     image, caption = options.pair
     split = pairs.split
-    path = split.path.with_name(f"{options.split}_boxes.npy")
+    path = boxes_file(split.path.parent, options.split)
     needed = {
         "--images": files,
         f"{path} or --grid": options.grid or path.exists(),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from files import read_json, read_text, write_text
+from layout import CAPTIONS_PER_IMAGE
 from options import parse, run, say
 from runlog import METRICS, RUN, events
 from scripts.experiments import COLUMNS, REGISTRY, RESULTS, Registry, as_markdown, markdown
@@ -33,7 +34,7 @@ def training(folder: Path) -> str:
         return f"`{session['command']}`: not run.\n"
     validations = [event for event in events(folder) if "rsum" in event]
     rows = [[str(e["step"]), *(f"{e[tag]:.1f}" for tag in TAGS)] for e in validations]
-    images = session["options"]["val_captions"] // 5
+    images = session["options"]["val_captions"] // CAPTIONS_PER_IMAGE
     resumed = ", ".join(map(str, session["resumed_at"])) or "never"
     gigabytes = session["peak_memory_bytes"] / 1e9
     commit = (session["commit"] or "unknown")[:12]
