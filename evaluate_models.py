@@ -167,6 +167,7 @@ def _of_files(
     for path, matrix in zip(paths, matrices, strict=True):
         shapes = f"{matrix.shape}; {paths[0]} has {matrices[0].shape}"
         require(matrix.shape == matrices[0].shape, f"{path}: scores of shape {shapes}")
+        warn_of_selection(path, config.split)  # of what model they are is not known
     if "1k5" in config.all_protocols:
         check_folds(len(matrices[0]))
     ids = _caption_ids(package, folder, config.split, len(matrices[0])) if package else None
@@ -252,11 +253,7 @@ def _scorer(
 ) -> Scorer:
     """One model with a split's images and captions, encoded by it."""
     split = Split.open(folder, name, checkpoint.config.img_dim)
-    same = checkpoint.state.get("dev_data") == split.fingerprint
-    if same or name == "dev":  # the same pictures may be stored in another way
-        where = "this split, so" if same else "a dev split; if it is this one,"
-        advice = f"was selected on {where} its figures are too good; a test split tells"
-        log.warning("%s: %s", checkpoint.path, advice)
+    warn_of_selection(checkpoint.path, name, checkpoint.state.get("dev_data"), split)
     if "1k5" in config.all_protocols:
         check_folds(split.images)  # before the long work, not after it
     bert = bert_of(checkpoint, config.bert_path)
@@ -277,6 +274,20 @@ def _scorer(
     words, workers = checkpoint.config.max_words, config.workers
     encoded = encode_split(model, split, bert.vocabulary, words, device=device, workers=workers)
     return Scorer(model, encoded, device, str(checkpoint.path))
+
+
+def warn_of_selection(
+    path: str | Path, name: SplitName | None, dev_data: Any = None, split: Split | None = None
+) -> None:
+    """Say so where figures are of the split that selected a model, or of one named dev.
+
+    `dev_data` is the fingerprint of the split that did, where it is known.
+    """
+    same = split is not None and dev_data == split.fingerprint
+    if same or name == "dev":  # the same pictures may be stored in another way
+        where = "this split, so" if same else "a dev split; if it is this one,"
+        advice = f"was selected on {where} its figures are too good; a test split tells"
+        log.warning("%s: %s", path, advice)
 
 
 def _scores(

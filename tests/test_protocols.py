@@ -204,6 +204,19 @@ def test_it_is_told_by_the_data_and_for_certain_or_by_the_name(
     assert "if it is this one" in caplog.text
 
 
+def test_saved_scores_of_a_dev_split_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody knows which model they are of."""
+    paths = [saved(tmp_path, name) for name in ("a.npy", "b.npy")]
+    for split in (None, "test"):
+        evaluate(scores=paths, split=split)
+    assert "too good" not in caplog.text
+    evaluate(scores=paths, split="dev")
+    for path in paths:
+        assert f"{path}: was selected on a dev split; if it is this one, its" in caplog.text
+
+
 def test_doubles_stay_doubles(tmp_path: Path) -> None:
     """Scores that float32 cannot tell apart, of one file, and of a mean of files."""
     path = tmp_path / "doubles.npy"
