@@ -1,12 +1,13 @@
 """scripts/compare_scoring.py: ways of scoring a golden model, and the tables made of them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, Case, run_here
+from conftest import GOLDEN, Case, run_here, tiny_train
 
 from scripts import compare_scoring, convert_checkpoint, results_table
 
@@ -87,3 +88,26 @@ def test_saved_scores_are_compared_with(
     np.save(tmp_path / "scores.npy", scores[1:, 5:])
     assert run_here(monkeypatch, compare_scoring.main, argv) == 2
     assert f"scores.npy: scores of {len(scores) - 1} images; " in capsys.readouterr().err
+
+
+def test_a_split_that_selected_the_model_is_told(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(compare_scoring, "keep_memory", lambda: None)
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    own = ["--model_path", tiny / "runs/i2t/model_best.pth.tar"]
+    theirs = ["--model_path", CASE.model_path, "--data_path", CASE.data_path]
+    theirs += ["--bert_path", CASE.bert_path]
+    few = ["--ways", "fp32", "--images", "2", "--shortlist", "1"]
+    for model, split, said in (
+        (own, "test", None),
+        (own, "dev", "model_best.pth.tar: was selected on this split, so its figures are too good"),
+        (theirs, "dev", "was selected on a dev split; if it is this one, its figures are too good"),
+    ):
+        caplog.clear()
+        argv = [*model, "--split", split, *few]
+        assert run_here(monkeypatch, compare_scoring.main, argv) == 0
+        assert said in caplog.text if said else "too good" not in caplog.text
