@@ -141,7 +141,8 @@ def scoring(folder: Path) -> str:
 
 def scoring_tables(found: dict[str, Any]) -> str:
     """A comparison of ways of scoring: its rows, and which gates are closed."""
-    size = f"{found['images']} images of {found['split']} with their captions"
+    split = "dev, which selects models," if found["split"] == "dev" else found["split"]
+    size = f"{found['images']} images of {split} with their captions"
     layers = [
         [f"layer {number}", *(f"{100 * share:.1f} %" for share in shares)]
         for number, shares in enumerate(found["closed"], 1)

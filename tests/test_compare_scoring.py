@@ -43,6 +43,10 @@ def test_ways_of_scoring_a_golden_model(
         f"| fp32 | best 2, approximate | {some['pairs']:,} |" in printed
         and "| RIC | GLGC |" in printed
     )
+    assert f"; i2t, {found['images']} images of test with their captions:\n" in printed
+    assert " images of dev, which selects models, with" in results_table.scoring_tables(
+        found | {"split": "dev"}
+    )
     path.unlink()
     assert results_table.scoring(tmp_path) == "Ways of scoring: not run.\n"
 
