@@ -125,7 +125,7 @@ def _check_bert_is_elsewhere(bert: Bert) -> None:
 
 
 def write_own(path: Path, checkpoint: Checkpoint, model: DIME, bert: Bert) -> None:
-    state = _counts(checkpoint)
+    state = _of_run(checkpoint)
     if "published" in checkpoint.state:
         state["published"] = checkpoint.state["published"]
     write_checkpoint(path, model, checkpoint.options, bert, **state)
@@ -135,7 +135,7 @@ def write_arrays(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:
     """Weights and, last, what names their SHA-256: the two cannot be mixed up."""
     about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
     digest = write_safetensors(path, checkpoint.weights)
-    write_json(json_beside(path), about | _counts(checkpoint) | {"sha256": digest})
+    write_json(json_beside(path), about | _of_run(checkpoint) | {"sha256": digest})
 
 
 def halved(weights: Weights) -> Weights:
@@ -150,6 +150,12 @@ def _counts(checkpoint: Checkpoint) -> dict[str, int | float]:
     if checkpoint.bert_weights is not None and "epoch" in found:
         found["epoch"] -= 1  # REFERENCE: the published trainer counts them from 1
     return found
+
+
+def _of_run(checkpoint: Checkpoint) -> dict[str, int | float | str]:
+    """Counts, and which dev split selected the model, so that evaluating on it can be told."""
+    dev_data = checkpoint.state.get("dev_data")
+    return _counts(checkpoint) | ({"dev_data": dev_data} if type(dev_data) is str else {})
 
 
 def write_published(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:

@@ -11,6 +11,7 @@ from conftest import GOLDEN, Case, run_here, same, tiny_train
 
 from bert import load_bert
 from checkpoint import json_beside, load_model, read_checkpoint, write_checkpoint
+from evaluate_models import evaluate
 from model import DIME, ModelConfig
 from scoring import score_split
 from scripts import convert_checkpoint
@@ -176,6 +177,31 @@ def test_a_checkpoint_of_ones_own_training_goes_there_and_back(
     assert (published["epoch"], published["Eiters"]) == (mine["epoch"] + 1, mine["step"])
     assert not published["model"][1]["bert.pooler.dense.weight"].any()
     assert published["model"][0]["bn.weight"].eq(1).all()
+
+
+def test_the_split_that_selected_the_model_is_known_in_other_forms(
+    tiny: Path,
+    run_train: Callable[..., int],
+    convert: Callable[..., int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its fingerprint goes along, if it is one; the published form has no place for it."""
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    best, arrays = tiny / "runs/i2t/model_best.pth.tar", tiny / "x.safetensors"
+    own, theirs = tiny / "own.pth.tar", tiny / "theirs.pth.tar"
+    for source, out, to, known in (
+        (best, arrays, "safetensors", "this split, so"),
+        (arrays, own, "own", "this split, so"),
+        (own, theirs, "published", "a dev split; if it is this one,"),
+    ):
+        assert convert(source, out, to) == 0
+        caplog.clear()
+        evaluate(out, split="dev", workers=0)
+        assert f"{out}: was selected on {known} its figures" in caplog.text
+    assert read_torch(own)["dev_data"] == read_torch(best)["dev_data"]
+    write_torch(own, read_torch(own) | {"dev_data": 3})
+    assert convert(own, tiny / "again.pth.tar", "own") == 0
+    assert "dev_data" not in read_torch(tiny / "again.pth.tar")
 
 
 def test_names_of_bert_come_back(tmp_path: Path, convert: Callable[..., int]) -> None:
