@@ -8,6 +8,7 @@ import torch
 from conftest import GOLDEN
 
 from evaluation import (
+    Retrieval,
     ceiling,
     folds,
     intervals,
@@ -147,20 +148,30 @@ def test_intervals_of_a_matrix_worked_out_by_hand() -> None:
     assert intervals(found, 50) == intervals(found, 50)
 
 
+def test_intervals_are_as_wide_as_a_binomial_says() -> None:
+    """Of 1,000 images half are found at once, and their captions with them."""
+    found = [(np.repeat([0, 20], 500), np.repeat([0, 20], 2500))]
+    between, half = intervals(found, 2000), 196 * np.sqrt(0.25 / 1000)  # 3.1 %
+    for side in ("i2t", "t2i"):
+        assert between[side]["r1"] == pytest.approx([50 - half, 50 + half], abs=0.4)
+    assert between["rsum"] == pytest.approx([300 - 6 * half, 300 + 6 * half], abs=2.4)
+
+
 def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     """Captions of an image are alike: one that is hard has hard captions."""
-    rng = np.random.default_rng(0)
+    rng, owner = np.random.default_rng(0), owners(500)
 
-    def drawn(images: int) -> list:
-        hard = rng.normal(size=images)
-        of_images = np.floor(np.exp(1 + hard + rng.normal(size=images))).astype(int)
-        captions = 1 + hard[:, None] + 0.5 * rng.normal(size=(images, 5))
-        return [(of_images, np.floor(np.exp(captions)).astype(int).ravel())]
+    def drawn() -> list:
+        scores = rng.standard_normal((100, 500), dtype=np.float32)
+        easy = 1.5 + rng.standard_normal(100, dtype=np.float32)
+        scores[owner, np.arange(500)] += easy[owner]
+        return ranked(scores, "5k")
 
-    truth = measured(drawn(200_000), "5k", 0)["metrics"]
+    trials = [drawn() for _ in range(1000)]
+    truth = mean_of([Retrieval.of(*whole) for (whole,) in trials]).as_dict()
     hits = {"i2t": [], "t2i": [], "rsum": []}
-    for _ in range(150):
-        between = intervals(drawn(100), 200)
+    for found in trials[:150]:
+        between = intervals(found, 200)
         for name, marks in hits.items():
             low, high = between[name] if name == "rsum" else between[name]["r5"]
             right = truth[name] if name == "rsum" else truth[name]["r5"]
