@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evalconfig import EvaluateConfig
 from files import read_json
-from options import InputError, require, short
+from options import InputError, parse, require, short
+from trainconfig import TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -77,7 +79,7 @@ class Run:
 
 
 class Registry:
-    """All runs, tables and data. Raises InputError where the file is no registry."""
+    """All runs, tables and data. Raises InputError where the file is no registry, or has a slip."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -91,6 +93,22 @@ class Registry:
             known = set(run.tables) <= set(self.tables) and set(run.of) <= set(self.runs)
             known &= bool(run.of) != (run.data in self.data)
             require(known, f"{path}: run.{run.name} names a table, data or a run that is not there")
+        for run in self.runs.values():
+            try:
+                self._check(run)
+            except (InputError, ValueError, TypeError) as error:
+                raise InputError(f"{path}: run.{run.name}: {error}") from error
+
+    def _check(self, run: Run) -> None:
+        """Raise an error where a run would come to no figures, before it is begun."""
+        no_models = [name for name in run.of if self.runs[name].of]
+        require(not no_models, f"of {', '.join(no_models)}, an ensemble; expected models")
+        if not run.of:
+            parse(TrainConfig, self.train(run, 0, {})[1:], "")
+        given = parse(EvaluateConfig, self.evaluate(run, 0, {})[1:], "").all_protocols
+        for table, protocol in run.tables.items():
+            found = f"table {table} takes protocol {protocol}"
+            require(protocol in given, f"{found}; its evaluation gives {', '.join(given)}")
 
     def run(self, name: str) -> Run:
         """The run of that name."""

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -293,19 +294,31 @@ def test_help_teaches(
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "said"),
     [
-        ('data = "tiny"', 'data = "none"'),
-        ('of = ["one"', 'of = ["none"'),
-        ('first = "First"', 'third = "First"'),
-        ("title", "tittle"),
-        ("[run.one]", "[run.one"),
+        ('data = "tiny"', 'data = "none"', "run.one names a table, data or a run"),
+        ('of = ["one"', 'of = ["none"', "run.both names a table, data or a run"),
+        ('first = "First"', 'third = "First"', "run.one names a table, data or a run"),
+        ("title", "tittle", "no registry of runs: TypeError"),
+        ("[run.one]", "[run.one", "no registry of runs: TOMLDecodeError"),
+        ('five = "1k5"', 'five = "1k"', "run.one: table five takes protocol 1k; its evaluation"),
+        (" --protocols 1k5 5k", "", "run.one: table five takes protocol 1k5; its evaluation gives"),
+        ("--protocols 1k5", "--protocols 1k", "run.one: argument --protocols: invalid choice"),
+        ("--split test", "--split 'test", "run.one: No closing quotation"),
+        ('direction = "i2t"', 'direction = "it2"', "run.one: argument --direction: invalid choice"),
+        ('direction = "t2i"\n', "", "run.other: argument --direction: invalid choice"),
+        ('direction = "t2i"', "direction = 2", "run.other: "),
+        ("--extra_stc 1", "--extra_img 1", "run.one: --extra_img goes with --direction t2i alone"),
+        ("--max_steps 2", "--max_step 2", "run.one: unrecognized arguments: --max_step 2"),
+        ('of = ["one", "other"]', 'of = ["both", "one"]', "run.both: of both, an ensemble"),
+        ("--split test", "--split test --workers 0", "run.both: --workers goes with --model_path"),
     ],
 )
-def test_a_registry_with_a_slip_is_told(old: str, new: str, small: Path) -> None:
+def test_a_registry_with_a_slip_is_told(old: str, new: str, said: str, small: Path) -> None:
+    """Before a training, not after it, when nothing can be evaluated."""
     path = small / "small.toml"
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(InputError, match=r"small\.toml: "):
+    with pytest.raises(InputError, match=re.escape(f"small.toml: {said}")):
         Registry(path)
 
 
