@@ -14,8 +14,11 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 KILOBYTE = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
-# What libraries call it: torch, Python's threads, oneDNN.
-NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread", "could not create a primitive")
+# What libraries call it: torch, Python's threads, oneDNN, CUDA, cuBLAS and cuDNN, Metal.
+NO_MEMORY = (
+    *("DefaultCPUAllocator", "can't start new thread", "could not create a primitive"),
+    *("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "MPS backend out of memory"),
+)
 # Pairs worked on at a time: a slice's tensors should fit a processor's caches, and fill a GPU.
 CPU_PAIRS, GPU_PAIRS = 96, 8192
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits

@@ -33,6 +33,7 @@ WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of comp
 # What training takes, in tensors [L, D] a pair: what is kept of one for the backward pass, and what
 # one of the slice at work takes; and in bytes: gradients, Adam's moments, buffers of libraries.
 KEPT, AT_WORK, BESIDE = 74, 100, 500e6
+COMPILER = 250e6  # bytes of what compiles, and of what it made
 SAFE_SHARE = 0.7  # of the free memory that training takes
 LIMIT_SHARE = 0.97  # of a limit: libraries take some more at one time than at another
 
@@ -67,7 +68,7 @@ class RoutingSpace(nn.Module):
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
         columns = []
-        for some, width in self._parts(context, pairs):
+        for some, width in self._parts(context, pairs // self._least):
             views = [layer.views(some) for layer in layers]
             rows = []
             for part, height in self._parts(query, pairs // len(some)):
@@ -82,14 +83,18 @@ class RoutingSpace(nn.Module):
 
     def _parts(self, items: Modality, size: int) -> Iterator[tuple[Modality, int]]:
         """Items by parts of that many, the last one smaller, and how many of a part count."""
-        least = 2 if self._compiled else 1  # its code is bound to sizes of 1: one is made two
-        size = max(least, size)
+        size = max(self._least, size)
         for first in range(0, len(items), size):
             part = items[first : first + size]
             count = len(part)
             if self._compiled:  # its code is bound to what inputs are views of
-                part = part[torch.arange(max(least, count)) % count].copied()
+                part = part[torch.arange(max(self._least, count)) % count].copied()
             yield part, count
+
+    @property
+    def _least(self) -> int:
+        """Queries and contexts of a slice, at least: compiled code is bound to sizes of 1."""
+        return 2 if self._compiled else 1
 
     def _slice(
         self, tokens: Tensor, views: Sequence[Views], contexts: int, keep: bool
@@ -157,6 +162,8 @@ class RoutingSpace(nn.Module):
         """Compile the routing at its first use; go on without where that fails."""
         # of the compiler's own, which looks at every tensor's gradient
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+        # and of an older one's, which would have products rounded that are to be exact
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
         compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
         goes_back = False  # the first step of a training may come after a validation
 
@@ -230,7 +237,7 @@ class RoutingSpace(nn.Module):
             room = SAFE_SHARE * free_memory(device)
         else:
             room = LIMIT_SHARE * limit - used_memory(device)
-        room -= step_memory(pairs, 0, size, device)
+        room -= step_memory(pairs, 0, size, device) + COMPILER * self.is_compiled
         self.kept_pairs = max(0, int(room / (size * KEPT)))
         if limit is not None and room < 0:
             log.warning("training will take about %.1f GB all the same", (limit - room) / 1e9)
@@ -272,10 +279,11 @@ def _same(tensor: Tensor) -> Tensor:
 def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
     """Whether compiled routing is faster there and torch.compile finds what it needs.
 
-    That is Triton on a GPU, and on a processor a C++ compiler. There it saves a sixth of the time
-    and more in bfloat16; in float32 at most about a tenth (results/speed.json, results/scoring),
-    which compiled code may lose again, since it skips no closed cells.
+    That is Triton on a GPU, and on a processor a C++ compiler. There it saves a seventh of the time
+    and more in bfloat16; in float32 less than a tenth (results/speed.json, results/scoring), and
+    compiled code skips no closed cells.
     """
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
-    return precision == "bf16" and shutil.which(os.environ.get("CXX", "g++")) is not None
+    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    return compiler and device.type == "cpu" and precision == "bf16"

@@ -1,4 +1,4 @@
-"""memory.py: a process tells of itself."""
+"""memory.py: a process tells of itself, and which errors say that memory is used up."""
 
 import subprocess
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+
+from memory import out_of_memory
 
 OWN = """
 import torch
@@ -24,3 +26,22 @@ def test_a_peak_is_not_that_of_the_process_that_started_it() -> None:
     done = subprocess.run([sys.executable, "-c", OWN], cwd=ROOT, capture_output=True, check=True)
     used, peak = map(int, done.stdout.split())
     assert used > 0 and 0.9 * used < peak < 1.5 * used < held.nbytes
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("MPS backend out of memory (MPS allocated: 17 GB)", True),
+        ("could not create a primitive", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED", False),
+    ],
+)
+def test_what_libraries_say_of_memory_that_is_used_up(said: str, found: bool) -> None:
+    assert out_of_memory(RuntimeError(said)) == found
+    wrapped = ValueError("of something else")
+    wrapped.__cause__ = RuntimeError(said)
+    assert out_of_memory(wrapped) == found

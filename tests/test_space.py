@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import space
 from model import DIME
+from options import Signals, Stopped
 from router import Views
 from space import KEPT, gains_by_compiling
 
@@ -150,6 +152,19 @@ def test_compiled_once_for_every_number_of_images_captions_and_words(
     assert compiled_frames.frame_count == once
 
 
+def test_a_signal_is_no_failure_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes while compiled code runs, in work that is left at once."""
+    monkeypatch.setattr(
+        torch, "compile", lambda *_, **__: lambda *given: signal.raise_signal(signal.SIGTERM)
+    )
+    model = small_model("i2t").eval()
+    regions, ids, mask = small_batch()
+    model.space.compile_routes()
+    with Signals() as signals, pytest.raises(Stopped), signals.at_once(), torch.no_grad():
+        model.score(model.encode_images(regions), model.encode_captions(ids, mask))
+    assert model.space.is_compiled
+
+
 def test_compiled_training_has_the_same_gradients(compiled_frames: CompileCounter) -> None:
     expected = trained(seeded("i2t"), 6)
     model = seeded("i2t")
@@ -242,6 +257,7 @@ def test_a_processor_compiles_in_bfloat16_only(
     assert gains_by_compiling(torch.device("cuda"), "fp32") == bool(found)
     assert gains_by_compiling(CPU, "bf16") == bool(found)
     assert not gains_by_compiling(CPU, "fp32")
+    assert not gains_by_compiling(torch.device("mps"), "bf16")  # torch.device opens none
 
 
 def test_a_compiled_batch_is_not_worked_on_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,4 +273,4 @@ def test_a_compiled_batch_is_not_worked_on_twice(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(model.space, "_compiled", route)
     model.score(images, captions, 8)
-    assert sum(done) == 8 * 8
+    assert sum(done) == 8 * 8 and max(done) == 8
