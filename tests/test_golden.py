@@ -38,7 +38,7 @@ def encoded(case: Case, model: DIME, vocabulary) -> tuple[Modality, Modality]:
 
 
 def close(found: Tensor, expected: np.ndarray, tolerance: float) -> None:
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=0, atol=tolerance)
 
 
 def test_encoders(case: Case) -> None:
@@ -130,9 +130,15 @@ def check_gradients(model: DIME, arrays: dict[str, np.ndarray]) -> None:
 
 
 def test_three_training_steps(case: Case) -> None:
+    three_steps(case, torch.device("cpu"))
+
+
+def three_steps(case: Case, device: torch.device, compiled: bool = False) -> None:
     """The trainer's own step, from the options of the published checkpoint."""
     model, bert, checkpoint = case.load()
-    arrays, device = case.expected("train"), torch.device("cpu")
+    model, arrays = model.to(device), case.expected("train")
+    if compiled:
+        model.space.compile_routes()
     known = {field.name for field in fields(TrainConfig)} & checkpoint.options.keys()
     config = TrainConfig(**{name: checkpoint.options[name] for name in known})
     trainer = Trainer(config, model, bert, batches=None, dev=None, device=device)
@@ -141,12 +147,14 @@ def test_three_training_steps(case: Case) -> None:
         regions, ids, mask = (torch.tensor(arrays[f"step{k}.{name}"]) for name in names)
         assert not arrays[f"step{k}.token_type_ids"].any()
         pairs = min(len(regions), len(ids))
-        figures = trainer.step(Batch(regions, ids, mask.bool(), torch.arange(len(ids)), pairs))
+        batch = Batch(regions, ids, mask.bool(), torch.arange(len(ids)), pairs)
+        figures = trainer.step(batch.to(device))
         for name, tag in (("rank_loss", "Rank"), ("path_loss", "Path"), ("loss", "Le")):
             expected = arrays[f"step{k}.{name}"].item()
             assert figures[tag].item() == pytest.approx(expected, rel=LOSS), name
         if k == 0:
             check_gradients(model, arrays)
+    assert model.space.is_compiled == compiled, "the compiler has failed"
     check_final(model, arrays)
 
 
@@ -156,7 +164,7 @@ def check_final(model: DIME, arrays: dict[str, np.ndarray]) -> None:
         final["img_enc"] = {k: v for k, v in final["img_enc"].items() if not k.startswith("bn.")}
     state = model.state_dict()
     gaps = {
-        name: (state[name].double() - expected.double()).abs()
+        name: (state[name].cpu().double() - expected.double()).abs()
         for name, expected in own_names(final, "final").items()
     }
     for name in gaps:
