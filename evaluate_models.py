@@ -48,7 +48,7 @@ from options import (
     say,
     warn_of_slow,
 )
-from scoring import Scorer, behind, encode_split, shortlist
+from scoring import Scorer, behind, encode_split, shortlist, shortlisted
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,8 @@ def _of_files(
         shapes = f"{matrix.shape}; {paths[0]} has {matrices[0].shape}"
         require(matrix.shape == matrices[0].shape, f"{path}: scores of shape {shapes}")
         warn_of_selection(path, config.split)  # of what model they are is not known
+        if shortlisted(matrix):
+            log.warning("%s: if these are scores of a shortlist, the results are approximate", path)
     if "1k5" in config.all_protocols:
         check_folds(len(matrices[0]))
     ids = _caption_ids(package, folder, config.split, len(matrices[0])) if package else None

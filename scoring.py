@@ -261,6 +261,11 @@ def shortlist(products: np.ndarray, count: int) -> np.ndarray:
     return chosen
 
 
+def shortlisted(scores: np.ndarray) -> bool:
+    """Whether a matrix has what lies `behind`, far below scores of unit vectors."""
+    return bool(scores.min() < -BEHIND / 2)
+
+
 def behind(scores: np.ndarray, products: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The scores of pairs that are wanted, and for the others their product, below them all."""
     # Scores and products of unit vectors are within ±1; of others (--no_imgnorm) they may not be.

@@ -32,7 +32,7 @@ from files import check_writable, write_json
 from layout import CAPTIONS_PER_IMAGE
 from memory import keep_memory
 from options import check_range, parse, pick_device, require, run, say, warn_of_slow
-from scoring import Scorer, behind, encode_split, shortlist
+from scoring import Scorer, behind, encode_split, shortlist, shortlisted
 from scripts.opened import ModelOnSplit
 from scripts.results_table import scoring_rows, scoring_tables
 
@@ -105,6 +105,8 @@ class Comparison:
         fits = len(scores) == self.split.images
         found = f"{self.options.scores}: scores of {len(scores)} images"
         require(fits, f"{found}; {self.split.path} has {self.split.images}")
+        all_pairs = not shortlisted(scores)
+        require(all_pairs, f"{self.options.scores}: scores of a shortlist; expected all pairs'")
         return scores[: self.images, : CAPTIONS_PER_IMAGE * self.images]
 
     def _scorer(self, way: Way) -> Scorer:

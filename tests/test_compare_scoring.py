@@ -89,6 +89,9 @@ def test_saved_scores_are_compared_with(
         taken = [*argv, "--model_path", out, "--json", tmp_path / name]
         assert run_here(monkeypatch, compare_scoring.main, taken) == 2
         assert f"{name}: is an input or another output" in capsys.readouterr().err
+    np.save(tmp_path / "scores.npy", np.where(scores < np.median(scores), scores - 4, scores))
+    assert run_here(monkeypatch, compare_scoring.main, argv) == 2
+    assert "scores.npy: scores of a shortlist; expected all pairs'" in capsys.readouterr().err
     np.save(tmp_path / "scores.npy", scores[1:, 5:])
     assert run_here(monkeypatch, compare_scoring.main, argv) == 2
     assert f"scores.npy: scores of {len(scores) - 1} images; " in capsys.readouterr().err

@@ -235,7 +235,11 @@ def test_a_shortlist_of_all_changes_nothing(tiny: Path, run_train, fold5: bool) 
 
 
 def test_a_shortlist_is_called_approximate(
-    tiny: Path, run_train: Callable[..., int], run_evaluate, capsys: pytest.CaptureFixture
+    tiny: Path,
+    run_train: Callable[..., int],
+    run_evaluate: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
     capsys.readouterr()
@@ -253,6 +257,11 @@ def test_a_shortlist_is_called_approximate(
     assert limits["ceiling"]["i2t"] == pytest.approx(100 * own.reshape(10, 5).any(1).mean())
     assert said.startswith("Approximate: only the best 1 each way")
     assert f"{limits['ceiling']['i2t']:.1f} % of the images" in said
+    for name, told in (("scores.npy", True), ("whole.npy", False)):
+        np.save(tiny / "whole.npy", np.where(known, scores, -1))
+        caplog.clear()
+        assert run_evaluate("--scores", tiny / name) == 0
+        assert (f"{name}: if these are scores of a shortlist, the results" in caplog.text) == told
 
 
 def no_model(tmp_path: Path) -> list[str]:
