@@ -153,8 +153,8 @@ def test_intervals_are_as_wide_as_a_binomial_says() -> None:
     found = [(np.repeat([0, 20], 500), np.repeat([0, 20], 2500))]
     between, half = intervals(found, 2000), 196 * np.sqrt(0.25 / 1000)  # 3.1 %
     for side in ("i2t", "t2i"):
-        assert between[side]["r1"] == pytest.approx([50 - half, 50 + half], abs=0.4)
-    assert between["rsum"] == pytest.approx([300 - 6 * half, 300 + 6 * half], abs=2.4)
+        assert between[side]["r1"] == pytest.approx([50 - half, 50 + half], abs=0.3)
+    assert between["rsum"] == pytest.approx([300 - 6 * half, 300 + 6 * half], abs=1.8)
 
 
 def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
@@ -170,14 +170,14 @@ def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     trials = [drawn() for _ in range(1000)]
     truth = mean_of([Retrieval.of(*whole) for (whole,) in trials]).as_dict()
     hits = {"i2t": [], "t2i": [], "rsum": []}
-    for found in trials[:150]:
+    for found in trials[:500]:
         between = intervals(found, 200)
         for name, marks in hits.items():
             low, high = between[name] if name == "rsum" else between[name]["r5"]
             right = truth[name] if name == "rsum" else truth[name]["r5"]
             marks.append(low <= right <= high)
     for name, marks in hits.items():
-        assert 0.88 <= np.mean(marks) <= 0.99, name
+        assert 0.92 <= np.mean(marks) <= 0.98, name  # 3 deviations of 500 trials
 
 
 def test_folds_are_resampled_each_for_itself() -> None:
