@@ -257,12 +257,16 @@ def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
 
 
 def provenance(command: str, device: torch.device | None = None) -> dict[str, Any]:
-    """How figures came about: the command, and on what; `device` if it is not the processor."""
+    """How figures came about: the command, and where it was run."""
+    return {"command": command} | surroundings(device)
+
+
+def surroundings(device: torch.device | None = None) -> dict[str, Any]:
+    """Machine, torch and commit; `device` if it is not the processor."""
     machine = f"{processor()}, {os.cpu_count()} cores"
     if device is not None and device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    about = {"command": command, "machine": machine, "torch": torch.__version__}
-    return about | {"commit": commit()}
+    return {"machine": machine, "torch": torch.__version__, "commit": commit()}
 
 
 def processor() -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from evalconfig import EvaluateConfig
 from files import read_json
 from options import InputError, parse, require, short
+from runfolder import BEST
 from trainconfig import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -25,6 +26,7 @@ else:
 REGISTRY = Path(__file__).with_suffix(".toml")
 RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
+RESULT = "the results of an evaluation"
 METRICS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
 COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
 NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
@@ -58,6 +60,10 @@ class Run:
     def folder(self, seed: int) -> Path:
         """Where its checkpoints are."""
         return RUNS / self.name / f"seed{seed}"
+
+    def model(self, seed: int) -> Path:
+        """The checkpoint that is evaluated."""
+        return self.folder(seed) / self.direction / BEST
 
     def scores(self, seed: int) -> Path:
         """The matrix that its evaluation keeps, of which ensembles are evaluated."""
@@ -124,17 +130,20 @@ class Registry:
         return self.data[self.members(run)[0].data]
 
     def commands(self, run: Run, seed: int, paths: dict[str, str]) -> list[list[str]]:
-        """All commands of a run, without those of an ensemble's members."""
-        training = [] if run.of else [self.train(run, seed, paths)]
-        return [*training, self.evaluate(run, seed, paths)]
+        """All commands of a run, of an ensemble those of its members first."""
+        if run.of:
+            every = [self.commands(member, seed, paths) for member in self.members(run)]
+            before = [command for commands in every for command in commands]
+        else:
+            before = [self.train(run, seed, paths)]
+        return [*before, self.evaluate(run, seed, paths)]
 
     def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
         """The command that trains a model, or goes on with it."""
-        data = self.data[run.data]
-        where = {"data_path": data.data_path, "bert_path": data.bert_path} | paths
-        options = ["--direction", run.direction, *shlex.split(f"{data.train} {run.train}")]
+        text = f"{self.data[run.data].train} {run.train}"
+        options = ["--direction", run.direction, *shlex.split(text)]
         more = ["--seed", str(seed), "--logger_name", str(run.folder(seed)), "--resume", "auto"]
-        return ["train.py", *_given(where | {"data_name": data.data_name}), *options, *more]
+        return ["train.py", *self._data(run, paths), *options, *more]
 
     def evaluate(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
         """The command that evaluates a model or an ensemble; it names no results file to write.
@@ -144,14 +153,16 @@ class Registry:
         if run.of:
             what = ["--scores", *(str(member.scores(seed)) for member in self.members(run))]
         else:
-            model = run.folder(seed) / run.direction / "model_best.pth.tar"
-            what = ["--model_path", str(model), *_given(paths)]
+            what = ["--model_path", str(run.model(seed)), *self._data(run, paths)]
             what += ["--save_scores", str(run.scores(seed))]
         return ["evaluate_models.py", *what, *shlex.split(self.data_of(run).evaluate)]
 
-
-def _given(options: dict[str, str]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+    def _data(self, run: Run, paths: dict[str, str]) -> list[str]:
+        """The options that name a run's data, wherever its model was trained."""
+        data = self.data[run.data]
+        where = {"data_path": data.data_path, "bert_path": data.bert_path} | paths
+        options = where | {"data_name": data.data_name}
+        return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 @dataclass(frozen=True)
@@ -222,7 +233,7 @@ def figures_of(path: Path, protocol: str) -> list[float]:
 
 def intervals_of(path: Path, protocol: str) -> list[list[float]] | None:
     """The 95 % intervals of these figures, `[7][2]`; None where the evaluation made none."""
-    content: Any = read_json(path, "the results of an evaluation")
+    content: Any = read_json(path, RESULT)
     if content["protocols"][protocol].get("intervals") is None:
         return None
     found = _seven(path, protocol, "intervals")
@@ -234,7 +245,7 @@ def intervals_of(path: Path, protocol: str) -> list[list[float]] | None:
 
 def _seven(path: Path, protocol: str, kind: str) -> list[Any]:
     """Of an evaluation, what it holds of that kind for six recalls and rsum."""
-    content: Any = read_json(path, "the results of an evaluation")
+    content: Any = read_json(path, RESULT)
     try:
         values = content["protocols"][protocol][kind]
         return [*(values[way][name] for way, name in METRICS), values["rsum"]]

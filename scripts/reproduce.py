@@ -22,17 +22,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import torch
+from typing import Annotated, Any, Literal
 
 import runlog
-from files import read_json, write_json
+from files import read_json, sha256_of, write_json
 from options import InputError, Stopped, parse, require, run, say
 from scripts.experiments import (
     COLUMNS,
     NAMES,
     REGISTRY,
+    RESULT,
     Registry,
     Row,
     Run,
@@ -46,6 +45,7 @@ from scripts.experiments import (
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
+TRAINING = ("command", "commit", "device", "versions", "seconds", "resumed_at")  # of run.json
 
 
 @dataclass(frozen=True)
@@ -104,45 +104,86 @@ def check_figures(each: Run, path: Path) -> None:
         figures_of(path, protocol)
 
 
-def reproduce(registry: Registry, each: Run, seed: int, options: RunOptions) -> None:
-    """Do what is missing of a run: its members, its training, its evaluation."""
+def reproduce(
+    registry: Registry, each: Run, seed: int, options: RunOptions, of_ensemble: bool = False
+) -> None:
+    """Do what is missing of a run: its members, its training, its evaluation.
+
+    Of a member of an ensemble so are the scores that gave its results.
+    """
     path, paths = each.result(seed), options.paths
     if os.path.lexists(path):
         check_result(registry, each, seed, paths)
-        log.info("%s, seed %d: done, %s", each.name, seed, path)
-        return
-    for member in registry.members(each) if each.of else []:
-        reproduce(registry, member, seed, options)
-        if not member.scores(seed).exists():  # its results may have come without
-            _call(registry.evaluate(member, seed, paths))
-    *training, evaluation = registry.commands(each, seed, paths)
-    for command in training if options.train else []:
-        _call(command)
+        if not of_ensemble or has_scores(each, seed):
+            log.info("%s, seed %d: done, %s", each.name, seed, path)
+            return
+        log.info("%s: done again, %s has not its scores", path, each.scores(seed))
+    if each.of:
+        for member in registry.members(each):
+            reproduce(registry, member, seed, options, of_ensemble=True)
+    else:
+        if options.train:
+            _call(registry.train(each, seed, paths))
+        model = each.model(seed)
+        require(model.exists(), f"{model}: not found; expected the model that is to be evaluated")
+    evaluation = registry.evaluate(each, seed, paths)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     _call([*evaluation, "--json", str(part)])
-    about = {
-        "commands": [f"python {shlex.join(command)}" for command in [*training, evaluation]],
-        "machine": runlog.processor(),
-        "torch": torch.__version__,
-        "commit": runlog.commit(),
-    }
-    write_json(path, about | read_json(part, "the results of an evaluation"))
+    write_json(path, origin(registry, each, seed, evaluation) | read_json(part, RESULT))
     part.unlink()
     log.info("%s, seed %d: %s", each.name, seed, path)
 
 
+def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> dict[str, Any]:
+    """How results came about: the commands that were run, where, the trainings, the scores.
+
+    A model that came without its run.json has null for its training, and no command of it.
+    """
+    if each.of:
+        parts = [read_json(member.result(seed), RESULT) for member in registry.members(each)]
+        commands = [command for part in parts for command in part["commands"]]
+        trainings = [training for part in parts for training in part["trainings"]]
+        scores = [member.scores(seed) for member in registry.members(each)]
+    else:
+        path = each.model(seed).parent / runlog.RUN
+        found = read_json(path, "how a model was trained") if path.exists() else {}
+        trainings = [{name: found.get(name) for name in TRAINING} if found else None]
+        commands, scores = [found["command"]] if "command" in found else [], [each.scores(seed)]
+    about = {"commands": [*commands, f"python {shlex.join(evaluation)}"]} | runlog.surroundings()
+    read = {str(path): sha256_of(path) for path in scores}
+    return about | {"trainings": trainings, "matrices": read}
+
+
+def has_scores(each: Run, seed: int) -> bool:
+    """Whether the scores that gave a model's results are there."""
+    path = each.scores(seed)
+    return path.exists() and matrices(each.result(seed)) == {str(path): sha256_of(path)}
+
+
+def matrices(path: Path) -> dict[str, str]:
+    """The score matrices that results are of, and their SHA-256; none where it is not told."""
+    found = read_json(path, RESULT).get("matrices")
+    return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
+
+
 def check_result(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
-    """Raise InputError where a results file is damaged; warn where other commands made it."""
+    """Raise InputError where a results file is damaged; warn where it is of something else.
+
+    That is where other commands made it, or of an ensemble other scores than its members' now.
+    """
     path = each.result(seed)
     try:
         check_figures(each, path)
     except InputError as error:
         raise InputError(f"{error}; delete it to have the run done again") from error
     now = [f"python {shlex.join(command)}" for command in registry.commands(each, seed, paths)]
-    then = read_json(path, "the results of an evaluation").get("commands")
-    if then != now:
+    if read_json(path, RESULT).get("commands") != now:
         log.warning("%s: was made by other commands than now; delete it to run them", path)
+        return
+    members = [member.result(seed) for member in registry.members(each)]
+    if not all(matrices(m).items() <= matrices(path).items() for m in members if m.exists()):
+        log.warning("%s: was made of other scores than its models' now; delete it", path)
 
 
 def _call(command: list[str]) -> None:

@@ -81,7 +81,12 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
 ) -> None:
     """The story of a user, its programs in this process."""
     mains = {"train.py": train.main, "evaluate_models.py": evaluate_models.main}
-    monkeypatch.setattr(reproduce, "_call", lambda command: mains[command[0]](command[1:]))
+
+    def call(command: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", command)
+        mains[command[0]](command[1:])
+
+    monkeypatch.setattr(reproduce, "_call", call)
 
     def program(*argv: str) -> str:
         assert run_here(monkeypatch, reproduce.main, argv) == 0
@@ -102,9 +107,15 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     models = [small / f"runs/reproduce/{n}/seed1/{w}/model_best.pth.tar" for n, w in MEMBERS]
     again = evaluate(models, protocols=["1k5", "5k"], workers=0)
     assert found["metrics"] == again["metrics"]
-    assert len(found["commands"]) == 1 and "--json" not in found["commands"][0]
+    programs = [command.split()[1] for command in found["commands"]]
+    assert programs == ["train.py", "evaluate_models.py"] * 2 + ["evaluate_models.py"]
+    assert not any("--json" in command for command in found["commands"])
+    one, other = (json.loads((results / f"{n}_seed1.json").read_text()) for n in ("one", "other"))
+    assert found["matrices"] == one["matrices"] | other["matrices"]
+    assert found["trainings"] == [*one["trainings"], *other["trainings"]]
     one = json.loads((results / "one_seed0.json").read_text())
-    assert "train.py" in one["commands"][0] and one["machine"] and "commit" in one
+    assert one["machine"] and "commit" in one and one["trainings"][0]["seconds"] > 0
+    assert one["commands"][0] == one["trainings"][0]["command"]
 
     figures = list(csv.DictReader(io.StringIO(program("table", "--format", "csv"))))
     assert figures == [
@@ -134,17 +145,29 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     program("run", "one")  # its model is there, and is evaluated alone
     assert json.loads((results / "one_seed0.json").read_text())["metrics"] == one["metrics"]
     (results / "one_seed0.json").unlink()
-    (small / "runs/reproduce/one/seed0/i2t/checkpoint.pth.tar").unlink()
+    folder = small / "runs/reproduce/one/seed0/i2t"
+    (folder / "checkpoint.pth.tar").unlink()
+    (folder / "run.json").unlink()
     program("run", "one", "--no-train")  # which brought its best model alone from elsewhere
-    assert json.loads((results / "one_seed0.json").read_text())["metrics"] == one["metrics"]
-    assert not (small / "runs/reproduce/one/seed0/i2t/checkpoint.pth.tar").exists()
+    alone = json.loads((results / "one_seed0.json").read_text())
+    assert alone["metrics"] == one["metrics"]
+    assert alone["trainings"] == [None] and len(alone["commands"]) == 1
+    assert not (folder / "checkpoint.pth.tar").exists()
 
     (results / "both_seed0.json").unlink()
     scores = small / "runs/reproduce/other/seed0/scores.npy"
     kept = scores.read_bytes()
-    scores.unlink()  # as where its results alone were brought here
-    program("run", "both")
-    assert scores.read_bytes() == kept and (results / "both_seed0.json").exists()
+    for wrong in (None, (small / "runs/reproduce/other/seed1/scores.npy").read_bytes()):
+        scores.unlink() if wrong is None else scores.write_bytes(wrong)
+        program("run", "both")  # its results alone were brought here, or are others'
+        assert scores.read_bytes() == kept and (results / "both_seed0.json").exists()
+        (results / "both_seed0.json").unlink()
+
+    scores.unlink()
+    (small / "runs/reproduce/other/seed0/t2i/model_best.pth.tar").unlink()
+    assert run_here(monkeypatch, reproduce.main, ["run", "both", "--no-train"]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "other/seed0/t2i/model_best.pth.tar: not found; expected the model" in said
 
 
 MEMBERS = (("one", "i2t"), ("other", "t2i"))
@@ -231,6 +254,34 @@ def test_results_of_other_commands_are_told(
         assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 0
         assert ("one_seed0.json: was made by other commands than now" in caplog.text) == told
     assert registry.run("one").results() == {0: path.relative_to(small)}
+
+
+def test_an_ensemble_of_older_scores_is_told(
+    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (small / "results/reproduce").mkdir()
+    content = {"protocols": {name: {"metrics": GOOD} for name in ("5k", "1k5")}}
+    registry = Registry(reproduce.REGISTRY)
+    of_one, of_other = ({f"{name}.npy": name} for name in ("one", "other"))
+    for both, told in ((of_one | of_other, False), (of_one | {"other.npy": "old"}, True)):
+        for name, digests in (("one", of_one), ("other", of_other), ("both", both)):
+            commands = registry.commands(registry.run(name), 0, {})
+            made = {"commands": [f"python {shlex.join(command)}" for command in commands]}
+            path = registry.run(name).result(0)
+            path.write_text(json.dumps(content | made | {"matrices": digests}))
+        caplog.clear()
+        assert run_here(monkeypatch, reproduce.main, ["run", "both"]) == 0
+        assert ("both_seed0.json: was made of other scores" in caplog.text) == told
+
+
+def test_a_run_is_evaluated_on_the_registrys_data(small: Path) -> None:
+    """Wherever its model was trained."""
+    registry = Registry(reproduce.REGISTRY)
+    for paths in ({}, {"data_path": "elsewhere"}):
+        (_, evaluation) = registry.commands(registry.run("one"), 0, paths)
+        options = dict(zip(evaluation[1::2], evaluation[2::2], strict=False))
+        assert options["--data_path"] == paths.get("data_path", "data")
+        assert options["--data_name"] == "tiny" and options["--bert_path"] == "bert"
 
 
 LONG_WORK = """
@@ -344,8 +395,12 @@ def test_results_were_made_by_the_registrys_commands() -> None:
     for each in registry.runs.values():
         for seed, path in each.results(ROOT / "results").items():
             commands = registry.commands(each, seed, {})
-            found = json.loads(path.read_text())["commands"]
-            assert found == [f"python {shlex.join(command)}" for command in commands], path.name
+            found = json.loads(path.read_text())
+            expected = [f"python {shlex.join(command)}" for command in commands]
+            assert found["commands"] == expected, path.name
+            for member in registry.members(each):  # of itself, or of those now beside it
+                now = json.loads(member.result(seed, ROOT / "results").read_text())["matrices"]
+                assert now.items() <= found["matrices"].items(), path.name
 
 
 @pytest.mark.parametrize("figures", [{}, [], {"DIME": PAPER[:5]}, {"DIME": [*PAPER[:5], "6"]}])
