@@ -15,6 +15,7 @@ that they take, so its peak up to then is a row's own; where time goes is record
 """
 
 import logging
+import math
 import multiprocessing
 import shlex
 import statistics
@@ -37,13 +38,14 @@ from transformers import BertConfig, BertModel
 import runlog
 from data import Batch, end_with_parent
 from evaluation import owners, retrieval
-from files import check_writable, read_json, write_blocks, write_json
+from files import check_writable, write_blocks, write_json
 from memory import keep_memory, peak_memory
 from model import DIME, Direction
 from options import SLOW, Precision, parse, pick_device, run, say, slowness
 from router import CLOSED, EPSILON, Modality
 from scripts.operators import shares
 from scripts.results_table import speed_rows, speed_tables
+from space import gains_by_compiling
 from trainconfig import TrainConfig
 from trainer import Trainer
 
@@ -58,7 +60,7 @@ PRODUCT = (36 * 1024, 256, 256)
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 BATCH = 32
 WIDTH = 2048  # of region features
-IMAGES, CAPTIONS = 32, 48  # scored at a time
+QUERIES, CONTEXTS = 16, 96  # scored at a time, in slices like those of a large set
 RANKED = (5000, 25000)  # images and captions of MSCOCO
 PLAIN = 24  # images and captions of the plain formulation
 LIMIT_GB = 2.5
@@ -74,7 +76,7 @@ Work = Callable[[], Any]  # what is timed
 class Options:
     only: Annotated[list[Word] | None, "some of the rows"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
-    json: Annotated[str, "write the rows here; what else the file holds stays"] = ""
+    json: Annotated[str, "write the rows here"] = ""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,9 @@ def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
         if any(group & set(asked) and not group & set(asked) & words for group in groups):
             continue
         named = [kind for kind in KINDS if kind in (only or KINDS)] or KINDS
-        # compiled code keeps more of a pair: it is not what one trains with in little memory
-        chosen = tuple(k for k in kinds if k in named and (k in MAIN or not compiled))
+        # these are made in one way, that which training and scoring take by themselves
+        usual = {"plain": False, "train_under_2.5GB": gains_by_compiling(device, precision)}
+        chosen = tuple(k for k in kinds if k in named and usual.get(k, compiled) == compiled)
         if chosen:
             yield Case(direction, precision, compiled, chosen, device)
 
@@ -116,12 +119,14 @@ def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         for bert in (False, True) if kind == "train" else (False,):
             pairs, work = KIND[kind](trainer, bert)
             seconds, rate = paced(work, case, case.compiled and not bert)
+            if case.compiled and not trainer.model.space.is_compiled:
+                return [], []  # or rows would stand under another's name
             flops = FLOPS[case.direction] * pairs * (TRAINING if kind.startswith("train") else 1)
             rows.append(
                 {
                     "direction": case.direction,
                     "precision": case.precision,
-                    "compiled": trainer.model.space.is_compiled,
+                    "compiled": case.compiled,
                     "bert": bert,
                     "what": kind,
                     "pairs_per_s": round(pairs / seconds, 1),
@@ -197,8 +202,10 @@ def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality
 def scoring(trainer: Trainer, bert: bool) -> tuple[int, Work]:
     """Pairs, and what scores them."""
     model = trainer.model
-    images, captions = encoded(model, IMAGES, CAPTIONS)
-    return IMAGES * CAPTIONS, torch.no_grad()(lambda: model.eval().score(images, captions))
+    i2t = trainer.config.direction == "i2t"
+    sizes = (QUERIES, CONTEXTS) if i2t else (CONTEXTS, QUERIES)
+    images, captions = encoded(model, *sizes)
+    return math.prod(sizes), torch.no_grad()(lambda: model.eval().score(images, captions))
 
 
 def training(trainer: Trainer, bert: bool) -> tuple[int, Work]:
@@ -319,34 +326,35 @@ def main() -> None:
     chosen = parse(Options, None, __doc__)
     device = pick_device(chosen.device)
     path = Path(chosen.json)
-    before = read_json(path, "an earlier report") if chosen.json and path.exists() else {}
     if chosen.json:
         check_writable(path)
     keep_memory()
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
-    factor = slowness(device)
+    missing: list[str] = []
+    factor, since = slowness(device), time.monotonic()
+    if factor > SLOW:
+        missing.append(f"bfloat16, whose products take {factor:.0f} times float32's time here")
     ranks = apart(ranking)
     for case in cases(chosen.only, device):
         if case.precision == "bf16" and factor > SLOW:
             continue
         new, recorded = apart(measured, case)
         rows, profiles = [*rows, *new], [*profiles, *recorded]
-        for line in speed_rows(new).splitlines()[-len(new) :]:
+        if not new:
+            missing.append(f"{case.direction} {case.precision} compiled, which failed to compile")
+        for line in speed_rows(new).splitlines()[2:]:
             log.info("%s", line)
-    missing = (
-        f"bfloat16: not run, its products are {factor:.0f} times slower than float32's on this "
-        "processor"
-    )
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
     found = runlog.provenance(command, device) | {
-        "not_run": missing if factor > SLOW else "",
+        "minutes": round((time.monotonic() - since) / 60, 1),
+        "not_run": missing,
         "ranks": ranks,
         "rows": rows,
         "profiles": profiles,
     }
     if chosen.json:
-        write_json(path, before | found)
+        write_json(path, found)
     say(speed_tables(found))
 
 

@@ -6,6 +6,7 @@
 What has not been run says so.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def training(folder: Path) -> str:
 
 def results(folder: Path) -> str:
     """The paper's figures and ours, then the trainings whose logs are kept."""
-    runs = [training(path.parent) for path in sorted(folder.glob(f"*/*/{RUN}"))]
+    runs = [training(path.parent) for path in sorted(folder.glob(f"flickr8k/*/{RUN}"))]
     return "\n".join([as_markdown(Registry(REGISTRY), folder), *runs])
 
 
@@ -110,9 +111,9 @@ def speed(folder: Path) -> str:
 
 def speed_tables(found: dict[str, Any]) -> str:
     """The benchmark's report: its rows, what was not run, where the time goes."""
-    missing = [f"{found['not_run']}\n"] if found["not_run"] else []
-    tables = [speed_rows(found["rows"]), *missing, operator_rows(found.get("profiles", []))]
-    return f"{about(found)}:\n\n" + "\n".join(tables)
+    missing = [f"Not run: {'; '.join(found['not_run'])}.\n"] if found["not_run"] else []
+    tables = [speed_rows(found["rows"]), *missing, operator_rows(found["profiles"])]
+    return f"{about(found)}, {found['minutes']} minutes:\n\n" + "\n".join(tables)
 
 
 def speed_rows(rows: list[dict[str, Any]]) -> str:
@@ -130,6 +131,20 @@ def speed_rows(rows: list[dict[str, Any]]) -> str:
             for r in rows
         ],
     )
+
+
+def text_cache(folder: Path) -> str:
+    """What a training step takes where BERT reads in every step, and where it has read once."""
+    rows = []
+    for path in sorted(folder.glob(f"cache_text/*/{RUN}")):
+        session = read_json(path, REPORT)
+        times = [event["batch_time"] for event in events(path.parent) if "batch_time" in event]
+        seconds = statistics.median(times[1:])  # the first ones compile
+        about = [session["device"], (session["commit"] or "unknown")[:12]]
+        rows.append([f"`{session['command']}`", f"{seconds:.2f}", *about])
+    if not rows:
+        return "With and without `--cache_text`: not run.\n"
+    return markdown(["", "seconds a step, median", "machine", "commit"], rows)
 
 
 def scoring(folder: Path) -> str:
@@ -214,6 +229,7 @@ def about(found: dict[str, Any]) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "demo": demo,
+    "cache": text_cache,
     "results": results,
     "reliability": reliability,
     "speed": speed,

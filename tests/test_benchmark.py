@@ -1,6 +1,7 @@
 """scripts/benchmark.py: what a pair costs, and the rows of a small run."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -55,27 +56,29 @@ def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> No
     assert found == pytest.approx(FLOPS[direction], rel=0.03)
 
 
+SMALL = {
+    "RANKED": (30, 150),
+    "BATCH": 2,
+    "QUERIES": 2,
+    "CONTEXTS": 3,
+    "PLAIN": 2,
+    "RUNS": 1,
+    "PRODUCT": (64, 8, 8),
+}
+
+
 def test_rows_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    sizes = {
-        "RANKED": (30, 150),
-        "BATCH": 2,
-        "IMAGES": 2,
-        "CAPTIONS": 3,
-        "PLAIN": 2,
-        "RUNS": 1,
-        "PRODUCT": (64, 8, 8),
-    }
-    for name, value in sizes.items():
+    for name, value in SMALL.items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(benchmark, "SLOW", 10**9)
     path = tmp_path / "speed.json"
-    path.write_text(json.dumps({"kept": 1}))
     assert run_here(monkeypatch, benchmark.main, ["--only", "eager", "fp32", "--json", path]) == 0
     found = json.loads(path.read_text())
     assert found["ranks"]["images"] == 30 and found["ranks"]["seconds"] > 0
-    assert found["kept"] == 1 and found["machine"] and "--only eager fp32" in found["command"]
+    assert found["machine"] and "--only eager fp32" in found["command"]
+    assert found["minutes"] >= 0 and found["not_run"] == []
     kinds = {(r["direction"], r["precision"], r["what"], r["bert"]) for r in found["rows"]}
     assert len(kinds) == len(found["rows"]) == 2 * 5
     names = {"direction", "precision", "compiled", "bert", "what", "pairs_per_s", "seconds"}
@@ -138,7 +141,8 @@ def test_a_processor_without_bfloat16_leaves_it_out(
     monkeypatch.setattr(benchmark, "slowness", lambda device: 50)
     monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
     assert run_here(monkeypatch, benchmark.main, ["--only", "bf16", "score"]) == 0
-    assert "bfloat16: not run, its products are 50 times slower" in capsys.readouterr().out
+    said = "Not run: bfloat16, whose products take 50 times float32's time here.\n"
+    assert said in capsys.readouterr().out
 
 
 def test_some_cases() -> None:
@@ -146,4 +150,38 @@ def test_some_cases() -> None:
         Case("i2t", "fp32", False, ("score",), CPU),
         Case("i2t", "fp32", True, ("score",), CPU),
     ]
-    assert len(list(cases(None, CPU))) == 8 + 4
+
+
+@pytest.mark.parametrize("compiler", [False, True])
+def test_every_row_there_is(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training within a limit of memory is told of as it is done: compiled where that pays."""
+    monkeypatch.setattr(
+        benchmark, "gains_by_compiling", lambda device, precision: compiler and precision == "bf16"
+    )
+    found = {
+        (c.direction, c.precision, c.compiled, kind) for c in cases(None, CPU) for kind in c.kinds
+    }
+    every = set(product(("i2t", "t2i"), ("fp32", "bf16"), (False, True), ("score", "train")))
+    every |= set(product(("i2t", "t2i"), ("fp32", "bf16"), (False,), ("plain",)))
+    for precision in ("fp32", "bf16"):
+        usual = compiler and precision == "bf16"
+        every |= {(d, precision, usual, "train_under_2.5GB") for d in ("i2t", "t2i")}
+    assert found == every
+
+
+def test_what_failed_to_compile_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def broken(*given: object, **more: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
+    asked = ["--only", "i2t", "fp32", "score"]
+    assert run_here(monkeypatch, benchmark.main, asked) == 0
+    said = capsys.readouterr().out
+    assert said.count("| score |") == 1 and "| eager |" in said
+    assert "Not run: i2t fp32 compiled, which failed to compile.\n" in said
