@@ -279,7 +279,7 @@ def _same(tensor: Tensor) -> Tensor:
 def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
     """Whether compiled routing is faster there and torch.compile finds what it needs.
 
-    That is Triton on a GPU, and on a processor a C++ compiler. There it saves a seventh of the time
+    That is Triton on a GPU, and on a processor a C++ compiler. There it saves an eighth of the time
     and more in bfloat16; in float32 less than a tenth (results/speed.json, results/scoring), and
     compiled code skips no closed cells.
     """
