@@ -80,8 +80,13 @@ def listed(registry: Registry) -> str:
         lines.append(f"  tables: {'; '.join(registry.tables[name] for name in each.tables)}")
         lines.append(f"  needs: {', '.join(each.of) or registry.data_of(each).needs}")
         for command in registry.commands(each, 0, {}):
-            lines.append(f"  python {shlex.join(command)}")
+            lines.append(f"  {shown(command)}")
     return "\n".join(lines) + "\n"
+
+
+def shown(command: list[str]) -> str:
+    """A command of the registry as it is typed."""
+    return f"python {shlex.join(command)}"
 
 
 def state(each: Run) -> str:
@@ -144,14 +149,14 @@ def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> d
         parts = [read_json(member.result(seed), RESULT) for member in registry.members(each)]
         commands = [command for part in parts for command in part["commands"]]
         trainings = [training for part in parts for training in part["trainings"]]
-        scores = [member.scores(seed) for member in registry.members(each)]
+        read = {path: digest for part in parts for path, digest in part["matrices"].items()}
     else:
         path = each.model(seed).parent / runlog.RUN
         found = read_json(path, "how a model was trained") if path.exists() else {}
         trainings = [{name: found.get(name) for name in TRAINING} if found else None]
-        commands, scores = [found["command"]] if "command" in found else [], [each.scores(seed)]
-    about = {"commands": [*commands, f"python {shlex.join(evaluation)}"]} | runlog.surroundings()
-    read = {str(path): sha256_of(path) for path in scores}
+        commands = [found["command"]] if "command" in found else []
+        read = {str(each.scores(seed)): sha256_of(each.scores(seed))}
+    about = {"commands": [*commands, shown(evaluation)]} | runlog.surroundings()
     return about | {"trainings": trainings, "matrices": read}
 
 
@@ -177,12 +182,12 @@ def check_result(registry: Registry, each: Run, seed: int, paths: dict[str, str]
         check_figures(each, path)
     except InputError as error:
         raise InputError(f"{error}; delete it to have the run done again") from error
-    now = [f"python {shlex.join(command)}" for command in registry.commands(each, seed, paths)]
+    now = [shown(command) for command in registry.commands(each, seed, paths)]
     if read_json(path, RESULT).get("commands") != now:
         log.warning("%s: was made by other commands than now; delete it to run them", path)
         return
-    members = [member.result(seed) for member in registry.members(each)]
-    if not all(matrices(m).items() <= matrices(path).items() for m in members if m.exists()):
+    members, held = [m.result(seed) for m in registry.members(each)], matrices(path).items()
+    if not all(matrices(member).items() <= held for member in members if member.exists()):
         log.warning("%s: was made of other scores than its models' now; delete it", path)
 
 
@@ -191,7 +196,7 @@ def _call(command: list[str]) -> None:
 
     Signals are handed on to it, which saves before it ends, and are waited out.
     """
-    log.info("python %s", shlex.join(command))
+    log.info("%s", shown(command))
     programs: list[subprocess.Popen] = []
     told: list[int] = []
 

@@ -38,12 +38,11 @@ def training(folder: Path) -> str:
     images = session["options"]["val_captions"] // CAPTIONS_PER_IMAGE
     resumed = ", ".join(map(str, session["resumed_at"])) or "never"
     gigabytes = session["peak_memory_bytes"] / 1e9
-    commit = (session["commit"] or "unknown")[:12]
     return (
         f"`{session['command']}`\n\n"
         f"First {images} dev images; {session['options']['precision']}, {session['device']}, "
         f"{session['seconds'] / 60:.0f} minutes, {gigabytes:.1f} GB at most, cut off and resumed "
-        f"at step: {resumed}; commit {commit}; all figures in `{folder}`.\n\n"
+        f"at step: {resumed}; commit {commit_of(session)}; all figures in `{folder}`.\n\n"
         f"{markdown(['step', *COLUMNS], rows)}"
     )
 
@@ -88,7 +87,7 @@ def fuzz(found: dict[str, Any] | None) -> str:
             *(name, f"{r['inputs']:,}", f"{r['read']:,}", f"{r['refused']:,}"),
             *(f"{r['slowest_seconds']:.2f}", f"{r['seconds'] / 60:.0f}", str(len(r["faults"]))),
             "; ".join(r["mended"]) or "none found",
-            *((r.get("commit") or "unknown")[:12], r.get("torch", "unknown")),
+            *(commit_of(r), r.get("torch", "unknown")),
         ]
         for name, r in found["readers"].items()
     ]
@@ -140,7 +139,7 @@ def text_cache(folder: Path) -> str:
         session = read_json(path, REPORT)
         times = [event["batch_time"] for event in events(path.parent) if "batch_time" in event]
         seconds = statistics.median(times[1:])  # the first ones compile
-        about = [session["device"], (session["commit"] or "unknown")[:12]]
+        about = [session["device"], commit_of(session)]
         rows.append([f"`{session['command']}`", f"{seconds:.2f}", *about])
     if not rows:
         return "With and without `--cache_text`: not run.\n"
@@ -223,8 +222,13 @@ def demo_rows(found: dict[str, Any]) -> str:
 
 def about(found: dict[str, Any]) -> str:
     """How a report came about."""
-    commit = (found["commit"] or "unknown")[:12]
-    return f"`{found['command']}` ({found['machine']}, torch {found['torch']}, commit {commit})"
+    where = f"{found['machine']}, torch {found['torch']}, commit {commit_of(found)}"
+    return f"`{found['command']}` ({where})"
+
+
+def commit_of(found: dict[str, Any]) -> str:
+    """The commit of a report or of a run, as long as one is shown."""
+    return (found.get("commit") or "unknown")[:12]
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
