@@ -19,8 +19,9 @@ NO_MEMORY = (
     *("DefaultCPUAllocator", "can't start new thread", "could not create a primitive"),
     *("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "MPS backend out of memory"),
 )
-# Pairs worked on at a time: a slice's tensors should fit a processor's caches, and fill a GPU.
-CPU_PAIRS, GPU_PAIRS = 96, 8192
+# Numbers of a token of all pairs worked on at a time: a slice's tensors should fit a processor's
+# caches, and fill a GPU. In a model of the published width 96 and 8,192 pairs.
+CPU_SLICE, GPU_SLICE = 96 * 256, 8192 * 256
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
@@ -54,9 +55,9 @@ def no_memory(error: BaseException) -> str:
     return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
-def most_pairs(device: torch.device) -> int:
-    """Pairs of an image and a caption that are best worked on at a time."""
-    return CPU_PAIRS if device.type == "cpu" else GPU_PAIRS
+def most_pairs(device: torch.device, dim: int) -> int:
+    """Pairs of an image and a caption that are best worked on at a time, by a token's width."""
+    return max(1, (CPU_SLICE if device.type == "cpu" else GPU_SLICE) // dim)
 
 
 def peak_memory(device: torch.device) -> int:

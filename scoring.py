@@ -162,7 +162,7 @@ class Scorer:
         queries = encoded.images if model.direction == "i2t" else encoded.captions
         size = queries.tokens[0].numel() * queries.tokens.element_size()
         fits = free_memory(device) // 2 // (TENSORS * size)
-        self.pairs = max(1, min(most_pairs(device), fits))
+        self.pairs = max(1, min(most_pairs(device, queries.tokens.shape[-1]), fits))
         self.scored = 0
         self.closed: Tensor | int = 0  # [layers, N] scored pairs with all gates of a cell closed
 
@@ -227,7 +227,8 @@ def scoring_memory(
     items = images * regions + captions * words  # tokens, whose pooled vectors come beside
     encoded = (items + images + captions) * dim * FLOAT + items
     matrices = (models + 1) * images * captions * FLOAT  # one of distinct captions among them
-    routed = most_pairs(torch.device("cpu")) * TENSORS * max(regions, words) * dim * FLOAT
+    pairs = most_pairs(torch.device("cpu"), dim)
+    routed = pairs * TENSORS * max(regions, words) * dim * FLOAT
     return models * encoded + matrices + routed + BESIDE
 
 

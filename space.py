@@ -64,7 +64,7 @@ class RoutingSpace(nn.Module):
         self, query: Modality, context: Modality, pairs: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scores `[Q, C]` and path vectors `[Q, C, K]`, both float32; about `pairs` at a time."""
-        pairs = pairs or most_pairs(query.tokens.device)
+        pairs = pairs or most_pairs(query.tokens.device, query.tokens.shape[-1])
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
         columns = []
@@ -230,14 +230,16 @@ class RoutingSpace(nn.Module):
         `tokens` tokens, whose numbers take `itemsize` bytes. What is not kept is computed again, to
         the same gradients.
         """
-        device = self.path_mapping.weight.device
+        device, dim = self.path_mapping.weight.device, self.norm.num_features
         cells = len(self.merge.cells) * (1 + len(self.layers))
-        size = tokens * self.norm.num_features * itemsize * cells / (LAYERS * len(CELLS))
+        size = tokens * dim * itemsize * cells / (LAYERS * len(CELLS))
         if limit is None:
             room = SAFE_SHARE * free_memory(device)
         else:
             room = LIMIT_SHARE * limit - used_memory(device)
-        room -= step_memory(pairs, 0, size, device) + COMPILER * self.is_compiled
+        room -= (
+            step_memory(min(pairs, most_pairs(device, dim)), 0, size) + COMPILER * self.is_compiled
+        )
         self.kept_pairs = max(0, int(room / (size * KEPT)))
         if limit is not None and room < 0:
             log.warning("training will take about %.1f GB all the same", (limit - room) / 1e9)
@@ -264,12 +266,12 @@ class RoutingSpace(nn.Module):
         return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
 
 
-def step_memory(pairs: int, kept: int, size: int, device: torch.device) -> float:
-    """Bytes that training on batches of `pairs` takes beside what was there before it.
+def step_memory(at_once: int, kept: int, size: int) -> float:
+    """Bytes that training takes beside what was there before it, `at_once` pairs worked on at once.
 
     The activations of `kept` pairs are kept; a pair's refined tokens `[L, D]` take `size` bytes.
     """
-    return min(pairs, most_pairs(device)) * size * AT_WORK + BESIDE + kept * size * KEPT
+    return at_once * size * AT_WORK + BESIDE + kept * size * KEPT
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from layout import (
     rows_per_image,
     split_files,
 )
-from memory import free_memory, used_memory
+from memory import free_memory, most_pairs, used_memory
 from model import DIME
 from options import InputError, check_range, parse, progress, require, run, say, some
 from scoring import scoring_memory
@@ -387,8 +387,9 @@ def of_training(
     regions, img_dim = split.shape[1:]
     config = TrainConfig(direction=direction, img_dim=img_dim, max_words=max_words, **extra)
     pairs = 2 * config.batch_size**2
+    at_once = min(pairs, most_pairs(CPU, config.embed_size))
     size = (regions if direction == "i2t" else max_words) * config.embed_size * FLOAT
-    least, most = (base + int(step_memory(pairs, kept, size, CPU)) for kept in (0, pairs))
+    least, most = (base + int(step_memory(at_once, kept, size)) for kept in (0, pairs))
     return {
         "what": f"training {direction}",
         "least": least,
