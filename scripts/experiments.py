@@ -109,6 +109,11 @@ class Registry:
         """Raise an error where a run would come to no figures, before it is begun."""
         no_models = [name for name in run.of if self.runs[name].of]
         require(not no_models, f"of {', '.join(no_models)}, an ensemble; expected models")
+        data = {member.data for member in self.members(run)}
+        require(len(data) == 1, f"of models on {', '.join(sorted(data))}; expected one")
+        fields = vars(run) | vars(self.data_of(run))
+        other = [k for k, v in fields.items() if k not in ("of", "tables") and type(v) is not str]
+        require(not other, f"{', '.join(other)}: expected text")
         if not run.of:
             parse(TrainConfig, self.train(run, 0, {})[1:], "")
         given = parse(EvaluateConfig, self.evaluate(run, 0, {})[1:], "").all_protocols

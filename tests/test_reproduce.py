@@ -57,6 +57,18 @@ title = "Both"
 of = ["one", "other"]
 tables = {{ first = "5k" }}
 """
+OTHER_DATA = """
+[data.more]
+needs = "other data"
+data_path = "data"
+data_name = "more"
+bert_path = "bert"
+evaluate = "--split test"
+
+[run.other]
+title = "Other"
+data = "more"
+"""
 PAPER = [10.0, 20.0, 30.0, 1.0, 2.0, 3.0]
 
 
@@ -358,7 +370,13 @@ def test_help_teaches(
         ("--split test", "--split 'test", "run.one: No closing quotation"),
         ('direction = "i2t"', 'direction = "it2"', "run.one: argument --direction: invalid choice"),
         ('direction = "t2i"\n', "", "run.other: argument --direction: invalid choice"),
-        ('direction = "t2i"', "direction = 2", "run.other: "),
+        ('direction = "t2i"', "direction = 2", "run.other: direction: expected text"),
+        ('evaluate = "--split test --protocols 1k5 5k"', "evaluate = 5", "run.one: evaluate: expe"),
+        (
+            '[run.other]\ntitle = "Other"\ndata = "tiny"',
+            OTHER_DATA,
+            "run.both: of models on more, ",
+        ),
         ("--extra_stc 1", "--extra_img 1", "run.one: --extra_img goes with --direction t2i alone"),
         ("--max_steps 2", "--max_step 2", "run.one: unrecognized arguments: --max_step 2"),
         ('of = ["one", "other"]', 'of = ["both", "one"]', "run.both: of both, an ensemble"),
