@@ -24,7 +24,7 @@ class EvaluateConfig:
     bert_path: Annotated[str | None, "folder of the BERT that the models were trained with"] = None
     split: Annotated[
         Literal["dev", "test", "testall"] | None,
-        "default: test, or for five folds testall where there is one",
+        "default: test; for --fold5, --protocols and --extended testall where there is one",
     ] = None
     fold5: Annotated[bool, "average over five slices of the images (MSCOCO 1K)"] = False
     precision: Annotated[Precision | None, "bf16 computes products in bfloat16"] = None
@@ -79,6 +79,11 @@ class EvaluateConfig:
             require(unused, f"--{name} goes with --model_path, not with --scores")
         several = not 0 < self.bootstrap < LEAST_SAMPLES
         require(several, f"--bootstrap {self.bootstrap}: expected 0, or {LEAST_SAMPLES} or more")
+
+    @property
+    def of_whole_split(self) -> bool:
+        """Whether what is asked for is of MSCOCO's 5,000 test images, where they are there."""
+        return self.fold5 or self.extended or self.protocols is not None
 
     @property
     def all_protocols(self) -> list[Protocol]:

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,7 +37,7 @@ from evaluation import (
     ranked,
 )
 from files import check_writable, write_array, write_arrays, write_json
-from layout import SplitName, files_of
+from layout import SplitName, count_images, files_of, read_captions, split_files
 from mscoco import caption_ids, extended, published
 from options import (
     InputError,
@@ -66,22 +67,23 @@ def _write(
     printed: bool,
 ) -> None:
     """Write what was asked for. Raises InputError, once all of it was tried."""
-    problems = []
-    for write, path, content in (
+    files = (
         (write_array, config.save_scores, scores),
         (write_arrays, config.ranks, found),
         (write_json, config.json, result),
-        (_print, "standard output" if printed else None, result),
-    ):
+    )
+    works = [partial(write, Path(path), content) for write, path, content in files if path]
+    works += [partial(_print, result)] if printed else []
+    problems = []
+    for work in works:
         try:
-            if path:
-                write(Path(path), content)
+            work()
         except InputError as error:  # which loses no other output
             problems.append(str(error))
     require(not problems, "; ".join(problems))
 
 
-def _print(path: Path, result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     """Print the results. Raises InputError where nobody takes them."""
     text = [_approximate(result["shortlist"])] if result["shortlist"] else []
     every = result["protocols"]
@@ -121,8 +123,19 @@ def evaluate(
     InputError where a file or a combination cannot be used.
     """
     paths, more["scores"] = _several(model_paths), _several(more.get("scores"))
-    given = (paths, data_path, data_name, bert_path, split, fold5, precision, device, workers)
-    config = EvaluateConfig(*given, save_scores=save_scores, **more)
+    config = EvaluateConfig(
+        model_path=paths,
+        data_path=data_path,
+        data_name=data_name,
+        bert_path=bert_path,
+        split=split,
+        fold5=fold5,
+        precision=precision,
+        device=device,
+        workers=workers,
+        save_scores=save_scores,
+        **more,
+    )
     result, scores, found = _evaluated(config)
     _write(config, result, scores, found, printed=False)
     return result
@@ -164,6 +177,9 @@ def _of_files(
     data = files_of(folder, config.split) if folder and config.split else []
     _check_outputs(config, [*paths, *data])
     matrices = [map_scores(Path(path)) for path in paths]
+    if data and (captions := split_files(folder, config.split)[1]).exists():
+        images, found = count_images(captions, read_captions(captions)), len(matrices[0])
+        require(images == found, f"{paths[0]}: scores of {found} images; {captions} has {images}")
     for path, matrix in zip(paths, matrices, strict=True):
         shapes = f"{matrix.shape}; {paths[0]} has {matrices[0].shape}"
         require(matrix.shape == matrices[0].shape, f"{path}: scores of shape {shapes}")
@@ -195,7 +211,7 @@ def _of_models(
     folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
     split = config.split
     if split is None:
-        whole = "1k5" in config.all_protocols and os.path.isfile(folder / "testall_ims.npy")
+        whole = config.of_whole_split and os.path.isfile(folder / "testall_ims.npy")
         split = "testall" if whole else "test"
     berts = [bert_folder(checkpoint, config.bert_path) for checkpoint in checkpoints]
     inputs = [*models, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
@@ -283,13 +299,14 @@ def warn_of_selection(
 ) -> None:
     """Say so where figures are of the split that selected a model, or of one named dev.
 
-    `dev_data` is the fingerprint of the split that did, where it is known.
+    `path` is the model's, or its scores'; `dev_data` the fingerprint of the split that selected it,
+    where it is known.
     """
     same = split is not None and dev_data == split.fingerprint
     if same or name == "dev":  # the same pictures may be stored in another way
-        where = "this split, so" if same else "a dev split; if it is this one,"
-        advice = f"was selected on {where} its figures are too good; a test split tells"
-        log.warning("%s: %s", path, advice)
+        certain = "the model was selected on this split, so"
+        where = certain if same else "if the model was selected on this dev split,"
+        log.warning("%s: %s its figures are too good; a test split tells", path, where)
 
 
 def _scores(

@@ -240,15 +240,21 @@ def said(line: bytes, step: int) -> bool:
     return match is not None and int(match[1]) <= step
 
 
+CODE = (".", ":!results", ":!README.md")  # as git names files
+
+
 def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The folder's commit, with a + where tracked files differ from it; None without git."""
+    """The folder's commit, with a + where tracked files differ from it; None without git.
+
+    Results and the README's tables do not count: they are what is written of that commit.
+    """
     try:
         head = _git(folder, "rev-parse", "HEAD")
     except OSError:
         return None
     if head.returncode:
         return None
-    changed = _git(folder, "diff", "--quiet", "HEAD").returncode
+    changed = _git(folder, "diff", "--quiet", "HEAD", "--", *CODE).returncode
     return head.stdout.decode().strip() + "+" * (changed != 0)
 
 

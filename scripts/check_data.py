@@ -54,7 +54,7 @@ from memory import free_memory, most_pairs, used_memory
 from model import DIME
 from options import InputError, check_range, parse, progress, require, run, say, some
 from scoring import scoring_memory
-from scripts.experiments import markdown
+from scripts.paper_table import markdown
 from space import step_memory
 from trainconfig import TrainConfig
 from vocab import Vocabulary

@@ -1,22 +1,20 @@
-"""experiments.py — the registry of runs (scripts/experiments.toml) and what came of them.
+"""experiments.py — the registry of runs: scripts/experiments.toml.
 
-Read by scripts/reproduce.py, which runs them, and scripts/results_table.py, which fills the README.
+Read by scripts/reproduce.py, which runs them, and scripts/paper_table.py.
 """
 
 import re
 import shlex
-import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from evalconfig import EvaluateConfig
-from files import read_json
-from options import InputError, parse, require, short
+from files import read_json, read_text
+from options import InputError, parse, require
 from runfolder import BEST
-from trainconfig import TrainConfig
+from trainconfig import FREE, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,13 +25,26 @@ REGISTRY = Path(__file__).with_suffix(".toml")
 RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
 RESULT = "the results of an evaluation"
-METRICS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
-COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
-NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
+# What results may differ in from the registry: where files are, and what figures do not depend on.
+ELSEWHERE = {
+    "train.py": FREE - {"num_epochs", "max_steps", "val_step"},
+    "evaluate_models.py": {"data_path", "bert_path", "device", "workers", "compile"},
+}
+CONFIGS = {"train.py": TrainConfig, "evaluate_models.py": EvaluateConfig}
+
+
+class Entry:
+    """Part of the registry. Raises TypeError where it holds another kind than it should."""
+
+    def __post_init__(self) -> None:
+        for field_ in fields(self):
+            kind, value = get_origin(field_.type) or field_.type, getattr(self, field_.name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{field_.name} is {value!r}; expected {kind.__name__}")
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Entry):
     """What a run needs, and the options that all runs on it share."""
 
     needs: str
@@ -45,7 +56,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Entry):
     """One row of a table: a model of one direction, or an ensemble of other runs."""
 
     name: str
@@ -89,31 +100,31 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = tomllib.loads(read_text(path, "a registry of runs"))
             self.tables: dict[str, str] = content["tables"]
-            self.data = {name: Data(**fields) for name, fields in content["data"].items()}
-            self.runs = {name: Run(name, **fields) for name, fields in content["run"].items()}
-        except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+            self.data = {name: Data(**entry) for name, entry in content["data"].items()}
+            self.runs = {name: Run(name, **entry) for name, entry in content["run"].items()}
+        except (tomllib.TOMLDecodeError, AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{path}: no registry of runs: {error!r}") from error
-        for run in self.runs.values():
-            known = set(run.tables) <= set(self.tables) and set(run.of) <= set(self.runs)
-            known &= bool(run.of) != (run.data in self.data)
-            require(known, f"{path}: run.{run.name} names a table, data or a run that is not there")
-        for run in self.runs.values():
-            try:
-                self._check(run)
-            except (InputError, ValueError, TypeError) as error:
-                raise InputError(f"{path}: run.{run.name}: {error}") from error
+        for check in (self._check_names, self._check_commands):
+            for run in self.runs.values():
+                try:
+                    check(run)
+                except (InputError, ValueError, TypeError) as error:
+                    raise InputError(f"{path}: run.{run.name}: {error}") from error
 
-    def _check(self, run: Run) -> None:
+    def _check_names(self, run: Run) -> None:
+        """Raise InputError where a run names what is not there."""
+        known = set(run.tables) <= set(self.tables) and set(run.of) <= set(self.runs)
+        known &= bool(run.of) != (run.data in self.data)
+        require(known, "names a table, data or a run that is not there")
+
+    def _check_commands(self, run: Run) -> None:
         """Raise an error where a run would come to no figures, before it is begun."""
         no_models = [name for name in run.of if self.runs[name].of]
         require(not no_models, f"of {', '.join(no_models)}, an ensemble; expected models")
         data = {member.data for member in self.members(run)}
         require(len(data) == 1, f"of models on {', '.join(sorted(data))}; expected one")
-        fields = vars(run) | vars(self.data_of(run))
-        other = [k for k, v in fields.items() if k not in ("of", "tables") and type(v) is not str]
-        require(not other, f"{', '.join(other)}: expected text")
         if not run.of:
             parse(TrainConfig, self.train(run, 0, {})[1:], "")
         given = parse(EvaluateConfig, self.evaluate(run, 0, {})[1:], "").all_protocols
@@ -143,6 +154,21 @@ class Registry:
             before = [self.train(run, seed, paths)]
         return [*before, self.evaluate(run, seed, paths)]
 
+    def has_made(self, run: Run, seed: int, path: Path) -> bool:
+        """Whether a run's results came of what the registry has now, wherever the files were.
+
+        Of a model whose training is not known the evaluation alone is compared.
+        """
+        content = read_json(path, RESULT)
+        now = [works(shown(command)) for command in self.commands(run, seed, {})]
+        try:
+            found = [works(command) for command in content["commands"]]
+            if None in content["trainings"]:
+                now, found = ([w for w in all_ if w[0] != "train.py"] for all_ in (now, found))
+        except (AttributeError, InputError, KeyError, TypeError, ValueError):
+            return False  # not commands of these programs
+        return found == now
+
     def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
         """The command that trains a model, or goes on with it."""
         text = f"{self.data[run.data].train} {run.train}"
@@ -170,124 +196,13 @@ class Registry:
         return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A run's figures in a table: six recalls and rsum, the paper's and ours."""
-
-    title: str
-    paper: list[float] | None
-    ours: list[list[float]]  # by seed
-    interval: list[list[float]] | None = None  # of a single seed's figures, low and high
-
-    @property
-    def mean(self) -> list[float] | None:
-        """Over seeds."""
-        return [statistics.mean(column) for column in zip(*self.ours, strict=True)] or None
-
-    @property
-    def deviation(self) -> list[float] | None:
-        """Over seeds; None for one seed."""
-        several = len(self.ours) > 1
-        columns = zip(*self.ours, strict=True)
-        return [statistics.stdev(column) for column in columns] if several else None
-
-    @property
-    def difference(self) -> list[float] | None:
-        """Ours less the paper's."""
-        if self.paper is None or self.mean is None:
-            return None
-        return [ours - paper for ours, paper in zip(self.mean, self.paper, strict=True)]
+def shown(command: list[str]) -> str:
+    """A command of the registry as it is typed."""
+    return f"python {shlex.join(command)}"
 
 
-def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
-    """The rows of a table, from the files under `results`. Raises InputError on damaged ones."""
-    papers = read_json(results / "paper.json", "the paper's figures")
-    found = []
-    for run in registry.runs.values():
-        if table in run.tables:
-            paper = None
-            if run.paper:
-                recalls = (
-                    papers[table].get(run.paper) if isinstance(papers.get(table), dict) else None
-                )
-                six = isinstance(recalls, list) and [type(r) in (int, float) for r in recalls]
-                where = f"{results / 'paper.json'}: {run.paper} in {table} is {short(recalls)}"
-                require(six == [True] * len(METRICS), f"{where}; expected six recalls")
-                paper = [*recalls, sum(recalls)]
-            files, protocol = [*run.results(results).values()], run.tables[table]
-            ours = [figures_of(path, protocol) for path in files]
-            interval = intervals_of(files[0], protocol) if len(files) == 1 else None
-            found.append(Row(run.title, paper, ours, interval))
-    return found
-
-
-def papers_source(results: Path = RESULTS) -> str:
-    """Where the paper's figures are from."""
-    found = read_json(results / "paper.json", "the paper's figures").get("source", "not named")
-    return " ".join(str(found).split())
-
-
-def figures_of(path: Path, protocol: str) -> list[float]:
-    """Six recalls and rsum of an evaluation. Raises InputError where the file has none."""
-    found = _seven(path, protocol, "metrics")
-    fits = all(type(value) in (int, float) and 0 <= value <= 600 for value in found)
-    fits = fits and abs(sum(found[:-1]) - found[-1]) < 1e-6
-    require(fits, f"{path}: {short(found)}; expected six recalls and their sum, rsum")
-    return found
-
-
-def intervals_of(path: Path, protocol: str) -> list[list[float]] | None:
-    """The 95 % intervals of these figures, `[7][2]`; None where the evaluation made none."""
-    content: Any = read_json(path, RESULT)
-    if content["protocols"][protocol].get("intervals") is None:
-        return None
-    found = _seven(path, protocol, "intervals")
-    fits = all(isinstance(ends, list) and len(ends) == 2 for ends in found)
-    fits = fits and all(type(end) in (int, float) for ends in found for end in ends)
-    require(fits, f"{path}: intervals {short(found)}; expected low and high of each figure")
-    return found
-
-
-def _seven(path: Path, protocol: str, kind: str) -> list[Any]:
-    """Of an evaluation, what it holds of that kind for six recalls and rsum."""
-    content: Any = read_json(path, RESULT)
-    try:
-        values = content["protocols"][protocol][kind]
-        return [*(values[way][name] for way, name in METRICS), values["rsum"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: holds no {kind} of protocol {protocol}: {error!r}") from error
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    every = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
-
-
-def cells(row: Row) -> list[str]:
-    """A row's cells: the paper's figure · ours, with deviation or interval · the difference."""
-    texts = []
-    for k in range(len(COLUMNS)):
-        paper = f"{row.paper[k]:.1f}" if row.paper else ""
-        ours = f"{row.mean[k]:.1f}" if row.mean else "not run"
-        ours += f" ± {row.deviation[k]:.1f}" if row.deviation else ""
-        ours += " [{:.1f}, {:.1f}]".format(*row.interval[k]) if row.interval else ""
-        difference = f"{row.difference[k]:+.1f}" if row.difference else ""
-        texts.append(" · ".join(part for part in (paper, ours, difference) if part))
-    return texts
-
-
-def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
-    """Every table."""
-    parts = []
-    for name, title in registry.tables.items():
-        lines = [
-            [row.title, str(len(row.ours) or ""), *cells(row)]
-            for row in rows(registry, name, results)
-        ]
-        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
-    about = (
-        "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds, or\n"
-        "of one seed, where it is known, its 95 % interval over images · the difference.\n"
-    )
-    return "\n".join([*parts, f"{about}The paper's: {papers_source(results)}\n"])
+def works(command: str) -> tuple[str, dict[str, Any]]:
+    """A command's program, and the options that its figures depend on."""
+    _, program, *words = shlex.split(command)
+    options = asdict(parse(CONFIGS[program], words, ""))
+    return program, {k: v for k, v in options.items() if k not in ELSEWHERE[program]}

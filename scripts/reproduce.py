@@ -11,12 +11,8 @@ six recalls and rsum a row: the paper's, ours as mean and deviation over seeds, 
 was not run says so. An ensemble is evaluated from its models' scores, kept beside them.
 """
 
-import csv
-import io
-import json
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,20 +23,8 @@ from typing import Annotated, Any, Literal
 import runlog
 from files import read_json, sha256_of, write_json
 from options import InputError, Stopped, parse, require, run, say
-from scripts.experiments import (
-    COLUMNS,
-    NAMES,
-    REGISTRY,
-    RESULT,
-    Registry,
-    Row,
-    Run,
-    as_markdown,
-    cells,
-    figures_of,
-    papers_source,
-    rows,
-)
+from scripts.experiments import REGISTRY, RESULT, Registry, Run, shown
+from scripts.paper_table import FORMATS, figures_of
 
 log = logging.getLogger(__name__)
 
@@ -76,29 +60,24 @@ def listed(registry: Registry) -> str:
     """Every run: what it needs, its commands, and whether it is done."""
     lines = []
     for each in registry.runs.values():
-        lines.append(f"{each.name}: {each.title}; {state(each)}")
+        lines.append(f"{each.name}: {each.title}; {state(registry, each)}")
         lines.append(f"  tables: {'; '.join(registry.tables[name] for name in each.tables)}")
-        lines.append(f"  needs: {', '.join(each.of) or registry.data_of(each).needs}")
+        lines.append(f"  needs: {'; '.join([*each.of, registry.data_of(each).needs])}")
         for command in registry.commands(each, 0, {}):
             lines.append(f"  {shown(command)}")
     return "\n".join(lines) + "\n"
 
 
-def shown(command: list[str]) -> str:
-    """A command of the registry as it is typed."""
-    return f"python {shlex.join(command)}"
-
-
-def state(each: Run) -> str:
-    """Which seeds of a run are done, and whose results are damaged."""
+def state(registry: Registry, each: Run) -> str:
+    """Which seeds of a run are done, by other commands than now, or whose results are damaged."""
     seeds: dict[str, list[str]] = {}
     for seed, path in each.results().items():
         try:
             check_figures(each, path)
+            word = "done" if registry.has_made(each, seed, path) else "done by other commands"
         except InputError:
-            seeds.setdefault("damaged", []).append(str(seed))
-        else:
-            seeds.setdefault("done", []).append(str(seed))
+            word = "damaged"
+        seeds.setdefault(word, []).append(str(seed))
     told = (f"{word} for seed {', '.join(found)}" for word, found in seeds.items())
     return ", ".join(told) or "not run"
 
@@ -118,7 +97,7 @@ def reproduce(
     """
     path, paths = each.result(seed), options.paths
     if os.path.lexists(path):
-        check_result(registry, each, seed, paths)
+        check_result(registry, each, seed)
         if not of_ensemble or has_scores(each, seed):
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return
@@ -172,20 +151,18 @@ def matrices(path: Path) -> dict[str, str]:
     return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
 
 
-def check_result(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
+def check_result(registry: Registry, each: Run, seed: int) -> None:
     """Raise InputError where a results file is damaged; warn where it is of something else.
 
-    That is where other commands made it, or of an ensemble other scores than its members' now.
+    That is where other options made it, or of an ensemble other scores than its members' now.
     """
     path = each.result(seed)
     try:
         check_figures(each, path)
     except InputError as error:
         raise InputError(f"{error}; delete it to have the run done again") from error
-    now = [shown(command) for command in registry.commands(each, seed, paths)]
-    if read_json(path, RESULT).get("commands") != now:
+    if not registry.has_made(each, seed, path):
         log.warning("%s: was made by other commands than now; delete it to run them", path)
-        return
     members, held = [m.result(seed) for m in registry.members(each)], matrices(path).items()
     if not all(matrices(member).items() <= held for member in members if member.exists()):
         log.warning("%s: was made of other scores than its models' now; delete it", path)
@@ -220,80 +197,6 @@ def _call(command: list[str]) -> None:
     if told or status > 128:
         raise Stopped(told[0] if told else status - 128)
     require(status == 0, f"{command[0]} ended with status {status}, see above")
-
-
-def as_csv(registry: Registry) -> str:
-    """One line a figure, its mean `not run` where it has none."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    head = ["table", "model", "metric", "paper", "mean", "sd", "low", "high", "seeds", "difference"]
-    writer.writerow(head)
-    for line in _figures(registry):
-        known = line | ({"mean": "not run"} if line["mean"] is None else {})
-        writer.writerow(["" if value is None else value for value in known.values()])
-    return text.getvalue()
-
-
-def as_json(registry: Registry) -> str:
-    """The same figures, a list; null where there is none."""
-    return json.dumps(list(_figures(registry)), indent=1) + "\n"
-
-
-def _figures(registry: Registry) -> list[dict[str, object]]:
-    return [
-        _figure(name, row, k)
-        for name in registry.tables
-        for row in rows(registry, name)
-        for k in range(len(COLUMNS))
-    ]
-
-
-def _figure(table: str, row: Row, k: int) -> dict[str, object]:
-    def at(values: list[float] | None) -> float | None:
-        return None if values is None else round(values[k], 4)
-
-    low, high = row.interval[k] if row.interval else (None, None)
-    return {
-        "table": table,
-        "model": row.title,
-        "metric": NAMES[k],
-        "paper": at(row.paper),
-        "mean": at(row.mean),
-        "sd": at(row.deviation),
-        "low": low,
-        "high": high,
-        "seeds": len(row.ours),
-        "difference": at(row.difference),
-    }
-
-
-def as_latex(registry: Registry) -> str:
-    """Tables for a paper."""
-    parts = []
-    for name, title in registry.tables.items():
-        lines = [" & ".join(map(_tex, ["", "seeds", *COLUMNS])) + r" \\ \hline"]
-        for row in rows(registry, name):
-            texts = [row.title, str(len(row.ours) or ""), *cells(row)]
-            lines.append(" & ".join(map(_tex, texts)) + r" \\")
-        body = "\n".join(lines)
-        columns = "lr" + "r" * len(COLUMNS)
-        parts.append(
-            f"\\begin{{table}}\n\\caption{{{_tex(title)}}}\n\\begin{{tabular}}{{{columns}}}\n"
-            f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
-        )
-    return "\n".join([*parts, f"% The paper's figures: {papers_source()}\n"])
-
-
-def _tex(text: str) -> str:
-    return text.replace("--", "-\0-").translate(TEX)
-
-
-TEX = str.maketrans(
-    {mark: f"\\{mark}" for mark in "_%&#${}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"\0": "{}", "±": r"$\pm$", "·": r"$\cdot$", "`": ""}
-)
-FORMATS = {"md": as_markdown, "latex": as_latex, "csv": as_csv, "json": as_json}
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from files import read_json, read_text, write_text
 from layout import CAPTIONS_PER_IMAGE
 from options import parse, run, say
 from runlog import METRICS, RUN, events
-from scripts.experiments import COLUMNS, REGISTRY, RESULTS, Registry, as_markdown, markdown
+from scripts.experiments import REGISTRY, RESULTS, Registry
+from scripts.paper_table import COLUMNS, as_markdown, markdown
 
 README = Path("README.md")
 REPORT = "a report under results/"
@@ -227,8 +228,9 @@ def about(found: dict[str, Any]) -> str:
 
 
 def commit_of(found: dict[str, Any]) -> str:
-    """The commit of a report or of a run, as long as one is shown."""
-    return (found.get("commit") or "unknown")[:12]
+    """The commit of a report or of a run, as long as one is shown; + where files differed."""
+    commit = found.get("commit") or "unknown"
+    return commit[:12] + "+" * commit.endswith("+")
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {

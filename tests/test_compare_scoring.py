@@ -111,8 +111,12 @@ def test_a_split_that_selected_the_model_is_told(
     few = ["--ways", "fp32", "--images", "2", "--shortlist", "1"]
     for model, split, said in (
         (own, "test", None),
-        (own, "dev", "model_best.pth.tar: was selected on this split, so its figures are too good"),
-        (theirs, "dev", "was selected on a dev split; if it is this one, its figures are too good"),
+        (
+            own,
+            "dev",
+            "model_best.pth.tar: the model was selected on this split, so its figures are too good",
+        ),
+        (theirs, "dev", "if the model was selected on this dev split, its figures are too good"),
     ):
         caplog.clear()
         argv = [*model, "--split", split, *few]

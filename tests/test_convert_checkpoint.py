@@ -190,14 +190,14 @@ def test_the_split_that_selected_the_model_is_known_in_other_forms(
     best, arrays = tiny / "runs/i2t/model_best.pth.tar", tiny / "x.safetensors"
     own, theirs = tiny / "own.pth.tar", tiny / "theirs.pth.tar"
     for source, out, to, known in (
-        (best, arrays, "safetensors", "this split, so"),
-        (arrays, own, "own", "this split, so"),
-        (own, theirs, "published", "a dev split; if it is this one,"),
+        (best, arrays, "safetensors", "the model was selected on this split, so"),
+        (arrays, own, "own", "the model was selected on this split, so"),
+        (own, theirs, "published", "if the model was selected on this dev split,"),
     ):
         assert convert(source, out, to) == 0
         caplog.clear()
         evaluate(out, split="dev", workers=0)
-        assert f"{out}: was selected on {known} its figures" in caplog.text
+        assert f"{out}: {known} its figures" in caplog.text
     assert read_torch(own)["dev_data"] == read_torch(best)["dev_data"]
     write_torch(own, read_torch(own) | {"dev_data": 3})
     assert convert(own, tiny / "again.pth.tar", "own") == 0

@@ -156,16 +156,17 @@ def test_precision_comes_from_the_checkpoint(tiny: Path, run_train: Callable[...
     assert not np.array_equal(matrices[0], matrices[2])
 
 
-def test_fold5_takes_testall_where_there_is_one(
-    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("asked", [{"fold5": True}, {"protocols": ["5k"]}])
+def test_mscocos_protocols_take_testall_where_there_is_one(
+    asked: dict[str, Any], tiny: Path, run_train: Callable[..., int]
 ) -> None:
     assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
     model = tiny / "runs/i2t/model_best.pth.tar"
-    assert evaluate(model, fold5=True)["split"] == "test"
+    assert evaluate(model, **asked)["split"] == "test"
     write_split(tiny / "data/tiny", "testall", 15, repeat=True)
-    assert evaluate(model, fold5=True)["images"] == 15
+    assert evaluate(model, **asked)["images"] == 15
     assert evaluate(model)["split"] == "test"
-    assert evaluate(model, split="test", fold5=True)["images"] == 10
+    assert evaluate(model, split="test", **asked)["images"] == 10
 
 
 def test_short_captions_are_evaluated(tiny: Path, run_train: Callable[..., int]) -> None:

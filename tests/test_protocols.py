@@ -24,6 +24,12 @@ def saved(folder: Path, name: str, images: int = 10, seed: int = 0) -> Path:
     return folder / name
 
 
+def captions(folder: Path, count: int) -> str:
+    """Make the folder a data set of that many captions, and no features; its name."""
+    (folder / "test_caps.txt").write_text("a\n" * count)
+    return folder.name
+
+
 def test_an_ensemble_of_files_is_that_of_models(
     tiny: Path, tmp_path: Path, run_train: Callable[..., int]
 ) -> None:
@@ -128,6 +134,20 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         for option in ("--device cpu", "--workers 1", "--no-skip")
     },
     "folds": (lambda t: ["--scores", saved(t, "a.npy", 4), "--fold5"], "4 images"),
+    "other data": (
+        lambda t: [
+            *(
+                "--scores",
+                saved(t, "a.npy"),
+                "--data_path",
+                t.parent,
+                "--data_name",
+                captions(t, 45),
+            ),
+            *("--split", "test"),
+        ],
+        "a.npy: scores of 10 images; ",
+    ),
     "over itself": (
         lambda t: ["--scores", saved(t, "a.npy"), "--save_scores", t / "a.npy"],
         "another output",
@@ -171,7 +191,7 @@ def test_a_split_that_selected_the_model_is_told(
     evaluate(model, split="test", workers=0)
     assert "too good" not in caplog.text
     evaluate(model, split="dev", workers=0)
-    assert "model_best.pth.tar: was selected on this split" in caplog.text
+    assert "model_best.pth.tar: the model was selected on this split" in caplog.text
 
 
 def test_it_is_told_by_the_data_and_for_certain_or_by_the_name(
@@ -185,7 +205,7 @@ def test_it_is_told_by_the_data_and_for_certain_or_by_the_name(
         (data / f"test_{kind}").rename(data / f"dev_{kind}")
         (tiny / kind).rename(data / f"test_{kind}")
     evaluate(model, split="dev", workers=0)
-    assert "was selected on a dev split; if it is this one, its" in caplog.text
+    assert "if the model was selected on this dev split, its" in caplog.text
     caplog.clear()
     evaluate(model, split="test", workers=0)
     assert "was selected on this split, so its figures are too good" in caplog.text
@@ -195,13 +215,13 @@ def test_it_is_told_by_the_data_and_for_certain_or_by_the_name(
     where = {"data_path": tiny / "data", "data_name": "tiny", "bert_path": GOLDEN / "i2t/bert"}
     caplog.clear()
     evaluate(published, split="dev", workers=0, **where)
-    assert "was selected on a dev split; if it is this one, its" in caplog.text
+    assert "if the model was selected on this dev split, its" in caplog.text
     caplog.clear()
     features = np.load(data / "test_ims.npy").astype(np.float16)
     np.save(data / "dev_ims.npy", features)
     shutil.copy(data / "test_caps.txt", data / "dev_caps.txt")
     evaluate(model, split="dev", workers=0)
-    assert "if it is this one" in caplog.text
+    assert "if the model was selected on this dev split" in caplog.text
 
 
 def test_saved_scores_of_a_dev_split_are_told(
@@ -214,7 +234,7 @@ def test_saved_scores_of_a_dev_split_are_told(
     assert "too good" not in caplog.text
     evaluate(scores=paths, split="dev")
     for path in paths:
-        assert f"{path}: was selected on a dev split; if it is this one, its" in caplog.text
+        assert f"{path}: if the model was selected on this dev split, its" in caplog.text
 
 
 def test_doubles_stay_doubles(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -21,8 +20,9 @@ import evaluate_models
 import train
 from evaluate_models import evaluate
 from options import InputError, parse
-from scripts import reproduce
-from scripts.experiments import COLUMNS, REGISTRY, Registry, as_markdown, rows
+from scripts import paper_table, reproduce
+from scripts.experiments import REGISTRY, Registry, shown
+from scripts.paper_table import COLUMNS, as_markdown, rows
 from trainconfig import TrainConfig
 
 TINY = """
@@ -161,6 +161,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     (folder / "checkpoint.pth.tar").unlink()
     (folder / "run.json").unlink()
     program("run", "one", "--no-train")  # which brought its best model alone from elsewhere
+    assert program("list").count("done for seed") == 3  # none by other commands than now
     alone = json.loads((results / "one_seed0.json").read_text())
     assert alone["metrics"] == one["metrics"]
     assert alone["trainings"] == [None] and len(alone["commands"]) == 1
@@ -258,13 +259,33 @@ def test_results_of_other_commands_are_told(
         (path.parent / f"one_seed{name}.json").write_text("{}")  # is no result
     content = {"protocols": {name: {"metrics": GOOD} for name in ("5k", "1k5")}}
     registry = Registry(reproduce.REGISTRY)
-    commands = registry.commands(registry.run("one"), 0, {})
-    for shown, told in ((commands, False), (commands[1:], True)):
-        made = {"commands": [f"python {shlex.join(command)}" for command in shown]}
-        path.write_text(json.dumps(content | made))
+    training, evaluation = map(shown, registry.commands(registry.run("one"), 0, {}))
+    elsewhere = shown(registry.train(registry.run("one"), 0, {"data_path": "d", "bert_path": "b"}))
+    known = [{"seconds": 1}]
+    for commands, trainings, told in (
+        ([training, evaluation], known, False),
+        ([elsewhere.replace("--workers 0", "--workers 2"), evaluation], known, False),
+        ([training.replace("--max_steps 2", "--max_steps=2"), evaluation], known, False),
+        ([evaluation], [None], False),  # of a model whose training nobody knows
+        ([evaluation], known, True),
+        ([training.replace("--max_steps 2", "--max_steps 3"), evaluation], known, True),
+        ([training.replace("--extra_stc 1", "--extra_stc 2"), evaluation], known, True),
+        ([training.replace("--seed 0", "--seed 1"), evaluation], known, True),
+        ([training, evaluation.replace("--split test", "--split dev")], known, True),
+        ([training, evaluation.replace("python ", "python other_")], known, True),
+        ([training, "'"], known, True),
+        ([3], known, True),
+        (3, known, True),
+    ):
+        path.write_text(json.dumps(content | {"commands": commands, "trainings": trainings}))
         caplog.clear()
         assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 0
         assert ("one_seed0.json: was made by other commands than now" in caplog.text) == told
+        caplog.clear()
+        rows(registry, "first")
+        assert ("one_seed0.json: was made by other commands" in caplog.text) == told
+        word = "done by other commands for seed 0" if told else "done for seed 0"
+        assert f"One; {word}\n" in reproduce.listed(registry)
     assert registry.run("one").results() == {0: path.relative_to(small)}
 
 
@@ -278,7 +299,7 @@ def test_an_ensemble_of_older_scores_is_told(
     for both, told in ((of_one | of_other, False), (of_one | {"other.npy": "old"}, True)):
         for name, digests in (("one", of_one), ("other", of_other), ("both", both)):
             commands = registry.commands(registry.run(name), 0, {})
-            made = {"commands": [f"python {shlex.join(command)}" for command in commands]}
+            made = {"commands": [shown(command) for command in commands], "trainings": []}
             path = registry.run(name).result(0)
             path.write_text(json.dumps(content | made | {"matrices": digests}))
         caplog.clear()
@@ -341,10 +362,10 @@ def test_signals_reach_the_training_and_let_it_save(
 
 
 def test_latex_keeps_what_is_written() -> None:
-    assert reproduce._tex("a `--routing hard` & 5 % of x_1 #2") == (
+    assert paper_table._tex("a `--routing hard` & 5 % of x_1 #2") == (
         r"a -{}-routing hard \& 5 \% of x\_1 \#2"
     )
-    assert reproduce._tex("${}^~\\") == (
+    assert paper_table._tex("${}^~\\") == (
         r"\$\{\}\textasciicircum{}\textasciitilde{}\textbackslash{}"
     )
 
@@ -359,19 +380,34 @@ def test_help_teaches(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('data = "tiny"', 'data = "none"', "run.one names a table, data or a run"),
-        ('of = ["one"', 'of = ["none"', "run.both names a table, data or a run"),
-        ('first = "First"', 'third = "First"', "run.one names a table, data or a run"),
+        ('data = "tiny"', 'data = "none"', "run.one: names a table, data or a run"),
+        ('of = ["one"', 'of = ["none"', "run.both: names a table, data or a run"),
+        ('first = "First"', 'third = "First"', "run.one: names a table, data or a run"),
         ("title", "tittle", "no registry of runs: TypeError"),
         ("[run.one]", "[run.one", "no registry of runs: TOMLDecodeError"),
+        ("[run.one]", "[run]\nnone = 3\n[run.one]", "no registry of runs: TypeError"),
+        (
+            'tables = { first = "5k" }',
+            'tables = ["first"]',
+            'no registry of runs: TypeError("tables',
+        ),
+        (
+            'of = ["one", "other"]',
+            "of = 3",
+            "no registry of runs: TypeError('of is 3; expected lis",
+        ),
         ('five = "1k5"', 'five = "1k"', "run.one: table five takes protocol 1k; its evaluation"),
         (" --protocols 1k5 5k", "", "run.one: table five takes protocol 1k5; its evaluation gives"),
         ("--protocols 1k5", "--protocols 1k", "run.one: argument --protocols: invalid choice"),
         ("--split test", "--split 'test", "run.one: No closing quotation"),
         ('direction = "i2t"', 'direction = "it2"', "run.one: argument --direction: invalid choice"),
         ('direction = "t2i"\n', "", "run.other: argument --direction: invalid choice"),
-        ('direction = "t2i"', "direction = 2", "run.other: direction: expected text"),
-        ('evaluate = "--split test --protocols 1k5 5k"', "evaluate = 5", "run.one: evaluate: expe"),
+        ('direction = "t2i"', "direction = 2", "no registry of runs: TypeError('direction"),
+        (
+            'evaluate = "--split test --protocols 1k5 5k"',
+            "evaluate = 5",
+            "no registry of runs: TypeEr",
+        ),
         (
             '[run.other]\ntitle = "Other"\ndata = "tiny"',
             OTHER_DATA,
@@ -412,10 +448,8 @@ def test_results_were_made_by_the_registrys_commands() -> None:
     registry = Registry(REGISTRY)
     for each in registry.runs.values():
         for seed, path in each.results(ROOT / "results").items():
-            commands = registry.commands(each, seed, {})
+            assert registry.has_made(each, seed, path), path.name
             found = json.loads(path.read_text())
-            expected = [f"python {shlex.join(command)}" for command in commands]
-            assert found["commands"] == expected, path.name
             for member in registry.members(each):  # of itself, or of those now beside it
                 now = json.loads(member.result(seed, ROOT / "results").read_text())["matrices"]
                 assert now.items() <= found["matrices"].items(), path.name

@@ -1,0 +1,225 @@
+"""paper_table.py — recalls of every run beside the paper's, as Markdown, LaTeX, CSV and JSON.
+
+From results/paper.json and the results files of the registry's runs. What was not run says so.
+"""
+
+import csv
+import io
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from files import read_json
+from options import InputError, require, short
+from scripts.experiments import RESULT, RESULTS, Registry
+
+log = logging.getLogger(__name__)
+
+METRICS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
+COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
+NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run's figures in a table: six recalls and rsum, the paper's and ours."""
+
+    title: str
+    paper: list[float] | None
+    ours: list[list[float]]  # by seed
+    interval: list[list[float]] | None = None  # of a single seed's figures, low and high
+
+    @property
+    def mean(self) -> list[float] | None:
+        """Over seeds."""
+        return [statistics.mean(column) for column in zip(*self.ours, strict=True)] or None
+
+    @property
+    def deviation(self) -> list[float] | None:
+        """Over seeds; None for one seed."""
+        several = len(self.ours) > 1
+        columns = zip(*self.ours, strict=True)
+        return [statistics.stdev(column) for column in columns] if several else None
+
+    @property
+    def difference(self) -> list[float] | None:
+        """Ours less the paper's."""
+        if self.paper is None or self.mean is None:
+            return None
+        return [ours - paper for ours, paper in zip(self.mean, self.paper, strict=True)]
+
+
+def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
+    """The rows of a table, from the files under `results`. Raises InputError on damaged ones."""
+    papers = read_json(results / "paper.json", "the paper's figures")
+    found = []
+    for run in registry.runs.values():
+        if table in run.tables:
+            paper = None
+            if run.paper:
+                recalls = (
+                    papers[table].get(run.paper) if isinstance(papers.get(table), dict) else None
+                )
+                six = isinstance(recalls, list) and [type(r) in (int, float) for r in recalls]
+                where = f"{results / 'paper.json'}: {run.paper} in {table} is {short(recalls)}"
+                require(six == [True] * len(METRICS), f"{where}; expected six recalls")
+                paper = [*recalls, sum(recalls)]
+            seeds, protocol = run.results(results), run.tables[table]
+            for seed, path in seeds.items():
+                if not registry.has_made(run, seed, path):
+                    log.warning("%s: was made by other commands than the registry's now", path)
+            files = [*seeds.values()]
+            ours = [figures_of(path, protocol) for path in files]
+            interval = intervals_of(files[0], protocol) if len(files) == 1 else None
+            found.append(Row(run.title, paper, ours, interval))
+    return found
+
+
+def papers_source(results: Path = RESULTS) -> str:
+    """Where the paper's figures are from."""
+    found = read_json(results / "paper.json", "the paper's figures").get("source", "not named")
+    return " ".join(str(found).split())
+
+
+def figures_of(path: Path, protocol: str) -> list[float]:
+    """Six recalls and rsum of an evaluation. Raises InputError where the file has none."""
+    found = _seven(path, protocol, "metrics")
+    fits = all(type(value) in (int, float) and 0 <= value <= 600 for value in found)
+    fits = fits and abs(sum(found[:-1]) - found[-1]) < 1e-6
+    require(fits, f"{path}: {short(found)}; expected six recalls and their sum, rsum")
+    return found
+
+
+def intervals_of(path: Path, protocol: str) -> list[list[float]] | None:
+    """The 95 % intervals of these figures, `[7][2]`; None where the evaluation made none."""
+    content: Any = read_json(path, RESULT)
+    if content["protocols"][protocol].get("intervals") is None:
+        return None
+    found = _seven(path, protocol, "intervals")
+    fits = all(isinstance(ends, list) and len(ends) == 2 for ends in found)
+    fits = fits and all(type(end) in (int, float) for ends in found for end in ends)
+    require(fits, f"{path}: intervals {short(found)}; expected low and high of each figure")
+    return found
+
+
+def _seven(path: Path, protocol: str, kind: str) -> list[Any]:
+    """Of an evaluation, what it holds of that kind for six recalls and rsum."""
+    content: Any = read_json(path, RESULT)
+    try:
+        values = content["protocols"][protocol][kind]
+        return [*(values[way][name] for way, name in METRICS), values["rsum"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: holds no {kind} of protocol {protocol}: {error!r}") from error
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    every = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
+
+
+def texts(row: Row) -> list[str]:
+    """A row's cells: the paper's figure · ours, with deviation or interval · the difference."""
+    found = []
+    for k in range(len(COLUMNS)):
+        paper = f"{row.paper[k]:.1f}" if row.paper else ""
+        ours = f"{row.mean[k]:.1f}" if row.mean else "not run"
+        ours += f" ± {row.deviation[k]:.1f}" if row.deviation else ""
+        ours += " [{:.1f}, {:.1f}]".format(*row.interval[k]) if row.interval else ""
+        difference = f"{row.difference[k]:+.1f}" if row.difference else ""
+        found.append(" · ".join(part for part in (paper, ours, difference) if part))
+    return found
+
+
+def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
+    """Every table."""
+    parts = []
+    for name, title in registry.tables.items():
+        lines = [
+            [row.title, str(len(row.ours) or ""), *texts(row)]
+            for row in rows(registry, name, results)
+        ]
+        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
+    about = (
+        "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds, or\n"
+        "of one seed, where it is known, its 95 % interval over images · the difference.\n"
+    )
+    return "\n".join([*parts, f"{about}The paper's: {papers_source(results)}\n"])
+
+
+def as_csv(registry: Registry) -> str:
+    """One line a figure, its mean `not run` where it has none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    head = ["table", "model", "metric", "paper", "mean", "sd", "low", "high", "seeds", "difference"]
+    writer.writerow(head)
+    for line in _figures(registry):
+        known = line | ({"mean": "not run"} if line["mean"] is None else {})
+        writer.writerow(["" if value is None else value for value in known.values()])
+    return text.getvalue()
+
+
+def as_json(registry: Registry) -> str:
+    """The same figures, a list; null where there is none."""
+    return json.dumps(list(_figures(registry)), indent=1) + "\n"
+
+
+def _figures(registry: Registry) -> list[dict[str, object]]:
+    return [
+        _figure(name, row, k)
+        for name in registry.tables
+        for row in rows(registry, name)
+        for k in range(len(COLUMNS))
+    ]
+
+
+def _figure(table: str, row: Row, k: int) -> dict[str, object]:
+    def at(values: list[float] | None) -> float | None:
+        return None if values is None else round(values[k], 4)
+
+    low, high = row.interval[k] if row.interval else (None, None)
+    return {
+        "table": table,
+        "model": row.title,
+        "metric": NAMES[k],
+        "paper": at(row.paper),
+        "mean": at(row.mean),
+        "sd": at(row.deviation),
+        "low": low,
+        "high": high,
+        "seeds": len(row.ours),
+        "difference": at(row.difference),
+    }
+
+
+def as_latex(registry: Registry) -> str:
+    """Tables for a paper."""
+    parts = []
+    for name, title in registry.tables.items():
+        lines = [" & ".join(map(_tex, ["", "seeds", *COLUMNS])) + r" \\ \hline"]
+        for row in rows(registry, name):
+            line = [row.title, str(len(row.ours) or ""), *texts(row)]
+            lines.append(" & ".join(map(_tex, line)) + r" \\")
+        body = "\n".join(lines)
+        columns = "lr" + "r" * len(COLUMNS)
+        parts.append(
+            f"\\begin{{table}}\n\\caption{{{_tex(title)}}}\n\\begin{{tabular}}{{{columns}}}\n"
+            f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
+        )
+    return "\n".join([*parts, f"% The paper's figures: {papers_source()}\n"])
+
+
+def _tex(text: str) -> str:
+    return text.replace("--", "-\0-").translate(TEX)
+
+
+TEX = str.maketrans(
+    {mark: f"\\{mark}" for mark in "_%&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"\0": "{}", "±": r"$\pm$", "·": r"$\cdot$", "`": ""}
+)
+FORMATS = {"md": as_markdown, "latex": as_latex, "csv": as_csv, "json": as_json}
