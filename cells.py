@@ -48,9 +48,9 @@ class GlobalLocalGuidance(Cell):
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
         # REFERENCE: norm_L(fc(x) * guide), over tokens and not over channels. The guide is
         # constant along L, so only its sign is left, and no gradient reaches it.
-        x = x.contiguous()  # so that the product adds the bias
+        x = x.contiguous()  # so that one call multiplies and adds the bias
         scaled = self.fc(x)
-        scale = guide.to(x.dtype) * _over_token_length(scaled)  # [Q, C, 1, D]
+        scale = guide.to(x.dtype) * _inverse_length(scaled)  # [Q, C, 1, D]
         return torch.addcmul(x, scaled * scale, x)  # (1 + guide * unit) * x
 
 
@@ -117,10 +117,10 @@ class CrossModalRefinement(Cell):
 
 def _unit_over_tokens(x: Tensor) -> Tensor:
     """`x` with unit length along the token axis L."""
-    return x * _over_token_length(x)
+    return x * _inverse_length(x)
 
 
-def _over_token_length(x: Tensor) -> Tensor:
+def _inverse_length(x: Tensor) -> Tensor:
     """One over the length of `x` along the token axis L; the sum of squares is kept in float32."""
     squares = x.float().square().sum(-2, keepdim=True)
     return squares.clamp_min(NO_LENGTH**2).rsqrt().to(x.dtype)

@@ -90,9 +90,10 @@ def opened(options: Options) -> Pairs:
 def write_tables(pairs: Pairs, paths: Tensor, clusters: Clusters | None, out: Path) -> None:
     """The three CSV files."""
     means, shared, columns = [], [], []
-    for layer, gates in enumerate(pairs.model.space.gates(paths), 1):
+    layers = pairs.model.space.gates(paths)
+    for layer, gates in enumerate(layers, 1):
         closed = (gates == 0).float()
-        for o, path in enumerate(pairs.cells if gates.shape[1] > 1 else ["score"]):
+        for o, path in enumerate(pairs.cells if layer < len(layers) else ["score"]):
             of_path = [entropies(gates)[:, o].mean(), closed[:, o].amin(-1).mean()]
             shared.append([layer, path, *rounded(of_path)])
             for n, cell in enumerate(pairs.cells):

@@ -26,7 +26,7 @@ ENTRY = -0.8  # where the query stands, in layers
 GREY = "#555555"
 NOTE = (
     "Widths are gates. The gates of a path to a cell are shares of it: they sum to 1, or are all "
-    "closed. The gates to the score are what the routers give, each 0 to 1."
+    "closed. The gates to the score are each from 0 to 1."
 )
 SMALLEST_LIMIT = 0.01  # of the scale of differences: less is no difference to look at
 COLUMNS = 5  # of words

@@ -233,6 +233,7 @@ ABLATIONS = {
     "uniform": {"routing": "uniform"},
     "one layer": {"num_layer_routing": 1},
     "two cells": {"cells": "RIC,IMRC"},
+    "one cell": {"cells": "CMRC"},
 }
 
 
@@ -258,7 +259,9 @@ def test_ablated_models_are_drawn_as_far_as_they_go(
     layers, cells = model.config.num_layer_routing, len(model.config.cell_names)
     said = texts(drawn["space.png"])
     assert f"layer {layers}" in said and f"layer {layers + 1}" not in said
-    assert len(table(tmp_path / "gates.csv")) == 1 + (layers - 1) * cells**2 + cells
+    gates = table(tmp_path / "gates.csv")[1:]
+    assert len(gates) == (layers - 1) * cells**2 + cells
+    assert [row[1] == "score" for row in gates] == [row[0] == str(layers) for row in gates]
     assert ("words_0_3.png" in drawn) == (name != "two cells")
     assert ("which needs a model with CMRC" in caplog.text) == (name == "two cells")
     routes = sum("caption" in text for text in texts(drawn["different.png"]))
