@@ -14,10 +14,10 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 KILOBYTE = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
-# What libraries call it: torch, Python's threads, oneDNN, CUDA, cuBLAS and cuDNN, Metal.
+# What libraries call it: torch, Python's threads, oneDNN, CUDA, cuBLAS and cuDNN.
 NO_MEMORY = (
     *("DefaultCPUAllocator", "can't start new thread", "could not create a primitive"),
-    *("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "MPS backend out of memory"),
+    *("CUDA error: out of memory", "STATUS_ALLOC_FAILED"),
 )
 # Numbers of a token of all pairs worked on at a time: a slice's tensors should fit a processor's
 # caches, and fill a GPU. In a model of the published width 96 and 8,192 pairs.

@@ -31,7 +31,7 @@ Options = TypeVar("Options")
 Precision = Literal["fp32", "bf16"]
 PLAIN = str | int | float | None  # what an option can be
 
-DEVICES = ("cpu", "cuda", "mps")  # kinds that torch has autocast for
+DEVICES = ("cpu", "cuda")
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
 tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
 LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip

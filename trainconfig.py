@@ -56,7 +56,9 @@ class TrainConfig(DataConfig, ModelConfig):
         "fp32"
     )
     cache_text: Annotated[
-        bool, "let BERT read the captions once, without its dropout: faster, not the paper's method"
+        bool,
+        "let BERT read the captions once, without its dropout, and not in every step: not the "
+        "paper's method",
     ] = False
     compile: Annotated[bool | None, "compile the routing (default: where it pays)"] = None
     memory: Annotated[

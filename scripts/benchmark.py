@@ -112,6 +112,7 @@ def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
 def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A case's rows, and where their time goes; called in a new process."""
     keep_memory()
+    pick_device(str(case.device))  # which sets torch up for it
     torch.manual_seed(0)
     trainer = trainer_of(case)
     rows, recorded = [], {}

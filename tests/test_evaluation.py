@@ -169,18 +169,39 @@ def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
     trials = [drawn() for _ in range(1000)]
     truth = mean_of([Retrieval.of(*whole) for (whole,) in trials]).as_dict()
-    hits = {"i2t": [], "t2i": [], "rsum": []}
+    figures = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "meanr")]
+    hits = {figure: [] for figure in [*figures, "rsum"]}
     for found in trials[:500]:
         between = intervals(found, 200)
         for name, marks in hits.items():
-            low, high = between[name] if name == "rsum" else between[name]["r5"]
-            right = truth[name] if name == "rsum" else truth[name]["r5"]
+            low, high = between[name] if name == "rsum" else between[name[0]][name[1]]
+            right = truth[name] if name == "rsum" else truth[name[0]][name[1]]
             marks.append(low <= right <= high)
     for name, marks in hits.items():
         assert 0.92 <= np.mean(marks) <= 0.98, name  # 3 deviations of 500 trials
 
 
-def test_folds_are_resampled_each_for_itself() -> None:
+def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
+    """Ten images, two a fold. In the first fold each image has the other one's captions."""
+    owner = owners(50)
+    owner[:10] = owner[:10][::-1]  # 1 1 1 1 1 0 0 0 0 0
+    scores = (owner == np.arange(10)[:, None]).astype(np.float32)
+    found = measured(ranked(scores, "1k5"), "1k5", 0)["metrics"]
+    # there its own captions rank 5 to 9, a caption's image 1; in the four others all rank 0
+    assert found["i2t"] == {"r1": 80, "r5": 80, "r10": 100, "medr": 2, "meanr": 2}
+    assert found["t2i"] == {"r1": 80, "r5": 100, "r10": 100, "medr": 1.2, "meanr": 1.2}
+    assert found["rsum"] == 540
+
+
+def test_each_fold_is_resampled_for_itself() -> None:
+    """One fold finds all at once and four find nothing, however their images are drawn."""
+    ends = [(np.full(20, rank), np.full(100, rank)) for rank in (0, 20, 20, 20, 20)]
+    between = intervals(ends, 200)
+    assert between["i2t"]["r1"] == between["t2i"]["r10"] == [20, 20]
+    assert between["rsum"] == [120, 120]
+
+
+def test_folds_have_the_spread_of_as_many_images() -> None:
     """The spread of a mean of five folds is that of as many images in one."""
     rng = np.random.default_rng(0)
     whole = (rng.integers(0, 12, 500), rng.integers(0, 12, 2500))

@@ -83,6 +83,7 @@ def test_ranks_of_every_query_are_written(tmp_path: Path) -> None:
         assert np.array_equal(found["t2i"], of_captions)
         block = retrieval(np.load(path)[2:4, 10:20], owners(10))
         assert 100 * np.mean(found["1k5.t2i"][10:20] < 1) == pytest.approx(block.t2i.r1)
+        assert 1 + np.mean(found["1k5.i2t"][2:4]) == pytest.approx(block.i2t.meanr)
 
 
 def test_intervals_hold_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

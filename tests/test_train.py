@@ -478,7 +478,7 @@ REFUSED = {
     "negative": (lambda t: ["--margin", "-1"], "--margin"),
     "infinite": (lambda t: ["--margin", "inf"], "invalid finite number value: 'inf'"),
     "seed": (lambda t: ["--seed", "9" * 20], "--seed 9999"),
-    "vulkan": (lambda t: ["--device", "vulkan"], "expected one of auto, cpu, cuda, mps"),
+    "vulkan": (lambda t: ["--device", "vulkan"], "expected one of auto, cpu, cuda"),
     "nowhere": (lambda t: ["--logger_name", ""], "--logger_name is empty"),
     "huge": (lambda t: ["--extra_stc", "4611686018427387904"], "--extra_stc 4611686018427387904"),
     "wide": (lambda t: ["--hid_router", "999999999999"], "--hid_router 999999999999"),
