@@ -1,13 +1,16 @@
-"""evalconfig.py — every option of evaluation (SPEC §9, §10).
+"""evalconfig.py — every option of evaluation (SPEC §9, §10), and whether its outputs can be.
 
 Kept apart from evaluate_models.py, so that either can be read at one go.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from evaluation import Protocol
-from options import Precision, check_range, require
+from files import check_writable
+from options import InputError, Precision, check_range, require
 
 LEAST_SAMPLES = 100  # of the bootstrap: fewer have no 2.5 % at either end
 
@@ -89,3 +92,19 @@ class EvaluateConfig:
     def all_protocols(self) -> list[Protocol]:
         """The protocols, each once, in the order given."""
         return list(dict.fromkeys(self.protocols or ["1k5" if self.fold5 else "5k"]))
+
+
+def check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:
+    """Raise InputError before the long work where a result could not be written.
+
+    So it is where it would take the place of an input or of another result.
+    """
+    outputs = {name: getattr(config, name) for name in ("save_scores", "ranks", "json")}
+    for name, path in outputs.items():
+        if not path:
+            continue
+        others = [other for key, other in outputs.items() if key != name and other]
+        try:
+            check_writable(Path(path), [*inputs, *others])
+        except InputError as error:
+            raise InputError(f"--{name} {error}") from error

@@ -24,21 +24,20 @@ from checkpoint import (
     read_checkpoint,
 )
 from data import Split
-from evalconfig import EvaluateConfig
+from evalconfig import EvaluateConfig, check_outputs
 from evaluation import (
-    FOLDS,
+    as_text,
     ceiling,
     check_folds,
-    lines,
     map_scores,
     mean_matrix,
     measured,
     owners,
     ranked,
 )
-from files import check_writable, write_array, write_arrays, write_json
+from files import write_array, write_arrays, write_json
 from layout import SplitName, count_images, files_of, read_captions, split_files
-from mscoco import caption_ids, extended, published
+from mscoco import extended, known_ids, published
 from options import (
     InputError,
     Precision,
@@ -73,7 +72,7 @@ def _write(
         (write_json, config.json, result),
     )
     works = [partial(write, Path(path), content) for write, path, content in files if path]
-    works += [partial(_print, result)] if printed else []
+    works += [partial(say, as_text(result))] if printed else []
     problems = []
     for work in works:
         try:
@@ -81,23 +80,6 @@ def _write(
         except InputError as error:  # which loses no other output
             problems.append(str(error))
     require(not problems, "; ".join(problems))
-
-
-def _print(result: dict[str, Any]) -> None:
-    """Print the results. Raises InputError where nobody takes them."""
-    text = [_approximate(result["shortlist"])] if result["shortlist"] else []
-    every = result["protocols"]
-    for protocol, part in every.items():
-        if len(every) > 1 and protocol == "5k":
-            text.append("All images\n")
-        for number, fold in enumerate(part["folds"], 1):
-            text.append(f"Fold {number}\n{lines({'metrics': fold, 'intervals': None})}")
-        if part["folds"]:
-            text.append(f"Mean of {FOLDS} folds\n")
-        text.append(lines(part))
-    for name, ways in (result["extended"] or {}).items():
-        text.append(f"{name}: i2t {ways['i2t']:.1f}, t2i {ways['t2i']:.1f}\n")
-    say("".join(text))
 
 
 def evaluate(
@@ -175,7 +157,7 @@ def _of_files(
     if config.data_path and config.data_name:
         folder = Path(config.data_path) / config.data_name
     data = files_of(folder, config.split) if folder and config.split else []
-    _check_outputs(config, [*paths, *data])
+    check_outputs(config, [*paths, *data])
     matrices = [map_scores(Path(path)) for path in paths]
     if data and (captions := split_files(folder, config.split)[1]).exists():
         images, found = count_images(captions, read_captions(captions)), len(matrices[0])
@@ -188,7 +170,7 @@ def _of_files(
             log.warning("%s: if these are scores of a shortlist, the results are approximate", path)
     if "1k5" in config.all_protocols:
         check_folds(len(matrices[0]))
-    ids = _caption_ids(package, folder, config.split, len(matrices[0])) if package else None
+    ids = known_ids(package, folder, config.split, len(matrices[0])) if package else None
     scores = (
         matrices[0]
         if len(matrices) == 1
@@ -205,7 +187,7 @@ def _of_models(
     """Scores that the models give."""
     paths, device = config.model_path, pick_device(config.device)
     models = [*paths, *(json_beside(Path(path)) for path in paths)]
-    _check_outputs(config, models)  # before they are read
+    check_outputs(config, models)  # before they are read
     checkpoints = [read_checkpoint(path) for path in paths]
     data_name = config.data_name or common_option(checkpoints, "data_name")
     folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
@@ -215,9 +197,9 @@ def _of_models(
         split = "testall" if whole else "test"
     berts = [bert_folder(checkpoint, config.bert_path) for checkpoint in checkpoints]
     inputs = [*models, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
-    _check_outputs(config, inputs)
+    check_outputs(config, inputs)
     scorers = [_scorer(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
-    ids = _caption_ids(package, folder, split, len(scorers[0].encoded.images)) if package else None
+    ids = known_ids(package, folder, split, len(scorers[0].encoded.images)) if package else None
     since = time.monotonic()
     scores, limits = _scores(scorers, config.shortlist, config.compile)
     about = {
@@ -230,36 +212,6 @@ def _of_models(
         "shortlist": limits,
     }
     return about, scores, ids
-
-
-def _caption_ids(
-    package: Any, folder: Path | None, split: str | None, images: int
-) -> np.ndarray | None:
-    """MSCOCO's ids for the extended figures; None, said in a line, where there are none."""
-    try:
-        require(
-            folder is not None and split is not None, "--data_path, --data_name, --split needed"
-        )
-        return caption_ids(package, folder, split, images)
-    except InputError as error:
-        log.warning("no ECCV Caption and CxC figures: %s", error)
-        return None
-
-
-def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:
-    """Raise InputError before the long work where a result could not be written.
-
-    So it is where it would take the place of an input or of another result.
-    """
-    outputs = {name: getattr(config, name) for name in ("save_scores", "ranks", "json")}
-    for name, path in outputs.items():
-        if not path:
-            continue
-        others = [other for key, other in outputs.items() if key != name and other]
-        try:
-            check_writable(Path(path), [*inputs, *others])
-        except InputError as error:
-            raise InputError(f"--{name} {error}") from error
 
 
 def _scorer(
@@ -325,17 +277,6 @@ def _scores(
     scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
     limits = {"count": count, "share": float(wanted.mean())}
     return scores, limits | {"ceiling": ceiling(wanted, owners(wanted.shape[1]))}
-
-
-def _approximate(limits: dict[str, Any]) -> str:
-    """What is said of results by a shortlist."""
-    best = limits["ceiling"]
-    return (
-        f"Approximate: only the best {limits['count']} each way by pooled vectors were scored, "
-        f"{100 * limits['share']:.1f} % of all pairs; a right answer is among them for "
-        f"{best['i2t']:.1f} % of the images and {best['t2i']:.1f} % of the captions, which no R@k "
-        f"of the whole split with k up to {limits['count']} can exceed\n"
-    )
 
 
 def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:

@@ -230,6 +230,34 @@ def lines(result: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
+def as_text(result: dict[str, Any]) -> str:
+    """The lines that an evaluation prints: every protocol's, and the extended figures."""
+    text = [_approximate(result["shortlist"])] if result["shortlist"] else []
+    every = result["protocols"]
+    for protocol, part in every.items():
+        if len(every) > 1 and protocol == "5k":
+            text.append("All images\n")
+        for number, fold in enumerate(part["folds"], 1):
+            text.append(f"Fold {number}\n{lines({'metrics': fold, 'intervals': None})}")
+        if part["folds"]:
+            text.append(f"Mean of {FOLDS} folds\n")
+        text.append(lines(part))
+    for name, ways in (result["extended"] or {}).items():
+        text.append(f"{name}: i2t {ways['i2t']:.1f}, t2i {ways['t2i']:.1f}\n")
+    return "".join(text)
+
+
+def _approximate(limits: dict[str, Any]) -> str:
+    """What is said of results by a shortlist."""
+    best = limits["ceiling"]
+    return (
+        f"Approximate: only the best {limits['count']} each way by pooled vectors were scored, "
+        f"{100 * limits['share']:.1f} % of all pairs; a right answer is among them for "
+        f"{best['i2t']:.1f} % of the images and {best['t2i']:.1f} % of the captions, which no R@k "
+        f"of the whole split with k up to {limits['count']} can exceed\n"
+    )
+
+
 def map_scores(path: Path) -> np.ndarray:
     """A score matrix `[I, 5 I]` by memory map. Raises InputError where it is none."""
     matrix = map_array(path, "a score matrix, a .npy file")

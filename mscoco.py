@@ -5,6 +5,7 @@ ECCV 2022) and CxC (Parekh et al., EACL 2021) count more right answers, that peo
 """
 
 import importlib.util
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 
 from evaluation import best_items
 from layout import CAPTIONS_PER_IMAGE, ids_file, names_file, read_ids, read_names
-from options import require
+from options import InputError, require
+
+log = logging.getLogger(__name__)
 
 LIST = 64  # best answers of a query that are looked at; none has more than 48 right ones
 FIGURES = ("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_recalls")
@@ -48,6 +51,20 @@ def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarr
     fits = fits and len({int(row[0]) for row in wanted}) == images
     require(fits, f"{path}: expected the ids of MSCOCO's {len(known)} test images")
     return np.stack(wanted)
+
+
+def known_ids(
+    metrics: Any, folder: Path | None, split: str | None, images: int
+) -> np.ndarray | None:
+    """MSCOCO's ids for the extended figures; None, said in a line, where there are none."""
+    try:
+        require(
+            folder is not None and split is not None, "--data_path, --data_name, --split needed"
+        )
+        return caption_ids(metrics, folder, split, images)
+    except InputError as error:
+        log.warning("no ECCV Caption and CxC figures: %s", error)
+        return None
 
 
 def extended(metrics: Any, scores: np.ndarray, captions: np.ndarray) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """options.py — what every program shares with its user, and nothing of the model.
 
 A frozen dataclass is the command line (`parse`), one error type ends a program with one line and
-exit status 2 (`InputError`, `run`), a signal lets it finish what is begun (`Signals`), `--device`
-is looked up (`pick_device`), and long work tells how far it is (`progress`).
+exit status 2 (`InputError`, `run`), `--device` is looked up (`pick_device`), and long work tells
+how far it is (`progress`).
 """
 
 import argparse
@@ -12,11 +12,9 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from memory import keep_memory, no_memory, out_of_memory
+from signals import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +34,8 @@ DEVICES = ("cpu", "cuda")
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
 tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
 LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip
-FINISHING = "finishing what is begun; a second signal, a second later, ends at once"
 SLOW = 4.0  # times that a product in bfloat16 may take of one in float32 before it is said
 PRODUCTS = 5  # of which the quickest tells
-SAME_SECONDS = 1.0  # a launcher that passes a signal on may double it
 LARGEST_FLOAT = 1e30  # whose products still are numbers
 LONGEST_LINE = 4000  # characters of an error's text
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
@@ -196,69 +193,6 @@ def slowness(device: torch.device) -> float:
             times.append(time.perf_counter() - since)
         seconds[dtype] = min(times)  # another program may have come between
     return seconds[torch.bfloat16] / seconds[torch.float32]
-
-
-class Stopped(BaseException):  # no Exception: what goes on after a failure must not go on after it
-    """A signal ended a program that has left everything in order."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-class Signals:
-    """SIGINT, SIGTERM and SIGHUP are noted, not obeyed at once, so that work can be finished.
-
-    `obey` raises Stopped for a signal that came; within `at_once` it is raised as one comes. A
-    second signal has its usual effect. Elsewhere than in the main thread nothing is noted.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.process = os.getpid()
-        self.waits = True
-        self.usual: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # nohup has SIGHUP ignored, and means it
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self.usual[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if os.getpid() != self.process:  # a worker, which is told to end
-            os._exit(128 + number)
-        if self.number is None:
-            self.number, self.since = number, time.monotonic()
-            if not self.waits:
-                self.obey()
-            with suppress(OSError):  # nobody reads it any more: the terminal is closed, tee gone
-                os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
-        elif time.monotonic() - self.since > SAME_SECONDS:
-            self.__exit__()
-            signal.raise_signal(number)
-
-    def obey(self) -> None:
-        """Raise Stopped where a signal has come."""
-        if self.number is not None:
-            raise Stopped(self.number)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Work that may be left in the middle."""
-        self.obey()
-        self.waits = False
-        try:
-            yield
-        finally:
-            self.waits = True
-        self.obey()
 
 
 def run(program: Callable[[], None]) -> None:

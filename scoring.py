@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import ImageBlocks, Split, load
+from data import ImageBlocks, Split
 from evaluation import best_items
 from layout import CAPTIONS_PER_IMAGE
+from loader import load
 from memory import free_memory, most_pairs, no_memory, out_of_memory
 from options import InputError, progress
 from router import Modality

@@ -28,9 +28,10 @@ from evaluation import owners, retrieval
 from layout import CAPTIONS_PER_IMAGE
 from memory import no_memory, out_of_memory
 from model import DIME, path_loss, triplet_loss
-from options import InputError, Signals, Stopped, warn_of_slow
+from options import InputError, warn_of_slow
 from runfolder import BEST, NEWEST, PREVIOUS, Place
 from scoring import BadScores, score_split
+from signals import Signals, Stopped
 from snapshots import Snapshots
 from trainconfig import TrainConfig
 

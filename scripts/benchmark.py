@@ -31,19 +31,20 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import runlog
-from data import Batch, end_with_parent
+from data import Batch
 from evaluation import owners, retrieval
 from files import check_writable, write_blocks, write_json
+from loader import end_with_parent
 from memory import keep_memory, peak_memory
 from model import DIME, Direction
 from options import SLOW, Precision, parse, pick_device, run, say, slowness
-from router import CLOSED, EPSILON, Modality
+from router import Modality
 from scripts.operators import shares
+from scripts.plain import plain_scores
 from scripts.results_table import speed_rows, speed_tables
 from space import gains_by_compiling
 from trainconfig import TrainConfig
@@ -255,65 +256,6 @@ def ranking() -> dict[str, float]:
         seconds = timed(lambda: retrieval(scores, owners(captions)), torch.device("cpu"))
     peak = peak_memory(torch.device("cpu")) / 1e9
     return {"images": images, "captions": captions, "seconds": seconds, "peak_gb": peak}
-
-
-# The plain formulation: for each item of the context, every cell on every query anew.
-
-
-def plain_scores(model: DIME, images: Modality, captions: Modality) -> Tensor:
-    """Scores `[I, T]`."""
-    i2t = model.direction == "i2t"
-    queries, contexts = (images, captions) if i2t else (captions, images)
-    columns = []
-    for words, pooled, mask in zip(contexts.tokens, contexts.pooled, contexts.mask, strict=True):
-        columns.append(plain_column(model.space, queries.tokens, words[mask], pooled))
-    scores = torch.stack(columns, 1)
-    return scores if i2t else scores.T
-
-
-def plain_column(space: torch.nn.Module, tokens: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
-    """Scores `[Q]` of all queries with one context."""
-    xs = [tokens] * 4
-    for layer in space.layers:
-        cells = list(layer.cells.values())
-        ys = [plain_cell(cell, x, words, pooled) for cell, x in zip(cells, xs, strict=True)]
-        gates = torch.stack([cell.router(x) for cell, x in zip(cells, xs, strict=True)], 2)
-        total = gates.sum(2)  # [Q, O]
-        shares = gates / (total[:, :, None] + EPSILON)
-        mixed = []
-        for k in range(4):
-            y = (total[:, k] < CLOSED)[:, None, None] * ys[0]
-            for j in range(4):
-                y = y + shares[:, k, j, None, None] * ys[j]
-            mixed.append(y)
-        xs = mixed
-    cells = list(space.merge.cells.values())
-    gates = torch.cat([cell.router(x) for cell, x in zip(cells, xs, strict=True)], 1)
-    dead = (gates < CLOSED / 4).float()
-    z = 0
-    for j, cell in enumerate(cells):
-        y = plain_cell(cell, xs[j], words, pooled)
-        z = z + gates[:, j, None, None] * y + dead[:, j, None, None] * xs[j]
-    z = z / (gates + dead).sum(1)[:, None, None]
-    z = space.norm(z.float().flatten(0, 1)).view_as(z)
-    return (F.normalize(z.mean(1) + z.amax(1), dim=-1) * pooled).sum(-1)
-
-
-def plain_cell(cell: torch.nn.Module, x: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
-    """A cell's output `[Q, L, D]`, its products made pair by pair."""
-    if hasattr(cell, "qkv"):
-        parts = cell.qkv(x).chunk(3, -1)
-        heads = [part.unflatten(-1, (cell.heads, -1)).transpose(1, 2) for part in parts]
-        y = x + F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return y + cell.fc2(cell.fc1(y).relu())
-    if hasattr(cell, "scale_shift"):
-        affinity = F.normalize(F.leaky_relu(x @ words.T, 0.1), dim=1)
-        attended = (cell.smooth * affinity).softmax(-1) @ words  # [Q, L, D]
-        scale, shift = cell.scale_shift(attended).chunk(2, -1)
-        return x + cell.fc2(cell.fc1(x * scale.tanh() + shift).relu())
-    if hasattr(cell, "fc"):
-        return (1 + F.normalize(cell.fc(x) * pooled, dim=1)) * x
-    return x.relu()
 
 
 def apart(work: Callable[..., Any], *given: Any) -> Any:

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from torch.utils.data import Dataset
 
-from data import load
 from files import map_array, naming, read_json, write_blocks, write_json, write_lines
 from layout import (
     CAPTIONS_PER_IMAGE,
@@ -38,11 +37,11 @@ from layout import (
     read_names,
     split_files,
 )
+from loader import load
 from locking import LOCK, only_writer
 from options import (
     LARGEST,
     InputError,
-    Signals,
     check_range,
     parse,
     pick_device,
@@ -53,7 +52,9 @@ from options import (
     say,
     some,
 )
-from regions import REGIONS, Detector, Grid, Source, Tsv
+from regions import REGIONS, Detector, Grid, Source
+from scripts.tsv_regions import Tsv
+from signals import Signals
 
 log = logging.getLogger(__name__)
 

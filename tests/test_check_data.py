@@ -15,7 +15,7 @@ from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 import layout
 import space
 from bert import bert_config, bert_parameters
-from scripts import check_data
+from scripts import check_data, data_faults, data_needs
 
 GROWTH = 500e6  # bytes
 SCAN = (113_287, 36, 2048)  # MSCOCO's training features: 31 GiB
@@ -227,7 +227,7 @@ def test_ids_of_captions_and_ids_five_times_are_read(
 def test_rows_between_the_samples_are_read_in_full(
     folder: Path, check: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check_data, "SAMPLE", 3)
+    monkeypatch.setattr(data_faults, "SAMPLE", 3)
     change("train", put((1, 0, 0), np.nan))(folder)
     assert check(folder)[0] == 0
     status, report = check(folder, "--full")
@@ -253,9 +253,9 @@ def test_remarks_are_no_faults(folder: Path, check: Callable[..., tuple[int, dic
 def test_published_counts_are_known() -> None:
     flickr = {"train": 29_000, "dev": 1_014, "test": 1_000}
     coco = {"train": 113_287, "dev": 1_000, "test": 1_000, "testall": 5_000}
-    assert check_data.counts_remark(flickr) == "the numbers of images are Flickr30K's"
-    assert check_data.counts_remark(coco) == "the numbers of images are MSCOCO's"
-    assert "not Flickr30K's" in check_data.counts_remark(flickr | {"train": 28_999})
+    assert data_faults.counts_remark(flickr) == "the numbers of images are Flickr30K's"
+    assert data_faults.counts_remark(coco) == "the numbers of images are MSCOCO's"
+    assert "not Flickr30K's" in data_faults.counts_remark(flickr | {"train": 28_999})
 
 
 def test_captions_are_held_to_a_vocabulary(
@@ -388,7 +388,7 @@ def test_memory_of_a_program_that_ran(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "train.py", *where, *bert, *options.split()]
     subprocess.run([*map(str, command)], cwd=ROOT, check=True, capture_output=True)
     peak = json.loads((tmp_path / "i2t/run.json").read_text())["peak_memory_bytes"]
-    assert 0.6 * peak < check_data.PROGRAM < 1.6 * peak
+    assert 0.6 * peak < data_needs.PROGRAM < 1.6 * peak
 
 
 def test_too_little_memory_is_a_remark(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
 
-from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches, load
+from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches
 from layout import read_captions
+from loader import load
 from options import InputError
 from vocab import Vocabulary
 

@@ -29,7 +29,7 @@ from locking import LOCK
 from options import InputError
 from pictures import find_pictures, read_picture
 from regions import best_boxes, grid_boxes
-from scripts import check_data, extract_regions, prepare_captions
+from scripts import check_data, extract_regions, prepare_captions, tsv_regions
 
 PHOTOS = ROOT.parent / "shared/flickr8k/photos"
 WIDTH = 6
@@ -376,7 +376,7 @@ def test_work_that_is_not_whole(
     assert extract(*how) == 2  # ids 0 1 2 5 are done, 6 has no row
     (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
     record = json.loads((drawn / "train_regions.json").read_text())
-    record["about"]["weights"] = regions.Tsv([drawn / "rows.tsv"], False).about["weights"]
+    record["about"]["weights"] = tsv_regions.Tsv([drawn / "rows.tsv"], False).about["weights"]
     (drawn / "train_regions.json").write_text(json.dumps(record))
     change(drawn / "train_ims.npy.extracting")
     capsys.readouterr()
@@ -426,15 +426,15 @@ def test_a_signal_ends_it_in_good_order(
 ) -> None:
     (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
     how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--splits", "train"]
-    read = regions.RowReader.__call__
+    read = tsv_regions.RowReader.__call__
 
-    def interrupt(reader: regions.RowReader, key: str) -> regions.Row:
+    def interrupt(reader: tsv_regions.RowReader, key: str) -> tsv_regions.Row:
         if key == "2":
             os.kill(os.getpid(), signal.SIGINT)
         return read(reader, key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(regions.RowReader, "__call__", interrupt)
+        patch.setattr(tsv_regions.RowReader, "__call__", interrupt)
         assert extract(*how) == 130
     record = json.loads((drawn / "train_regions.json").read_text())
     assert record["rows"] == 2 and not record["complete"]

@@ -45,7 +45,9 @@ def test_imports_point_one_way() -> None:
     """options below all; router, cells, model, bert, checkpoint; the two programs on top."""
     order = [
         "memory",
+        "signals",
         "options",
+        "loader",
         "pickles",
         "files",
         "torchfiles",

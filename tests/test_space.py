@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 import space
 from model import DIME
-from options import Signals, Stopped
 from router import Views
+from signals import Signals, Stopped
 from space import KEPT, gains_by_compiling
 
 CPU = torch.device("cpu")

@@ -23,11 +23,13 @@ import options
 import runfolder
 import snapshots
 import trainer
-from data import Batch, load
+from data import Batch
 from evaluation import Recall, Retrieval
+from loader import load
 from model import DIME, Output
 from options import InputError
 from runfolder import BEST, NEWEST, PREVIOUS, Place
+from signals import Signals, Stopped
 from torchfiles import write_torch
 from trainer import Trainer
 
@@ -547,10 +549,10 @@ def test_a_folder_without_locks_is_a_warning(
 
 
 HANDS_OVER = """
-import sys, time, multiprocessing, numpy, data
+import sys, time, multiprocessing, numpy, loader
 class Large:
     def __getitem__(self, place): return numpy.zeros(10**6)
-items = data.load(Large(), range(100), 2)
+items = loader.load(Large(), range(100), 2)
 next(items)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 time.sleep(100)
@@ -772,11 +774,11 @@ def test_the_epoch_of_the_last_batch() -> None:
 
 
 def test_signals_are_noted_and_obeyed() -> None:
-    with options.Signals() as signals:
+    with Signals() as signals:
         signals.obey()
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # a launcher that doubles it
-        with pytest.raises(options.Stopped) as stop:
+        with pytest.raises(Stopped) as stop:
             signals.obey()
         assert stop.value.number == signal.SIGTERM and str(stop.value) == "SIGTERM"
         signals.since -= 10
@@ -787,7 +789,7 @@ def test_signals_are_noted_and_obeyed() -> None:
 
 def test_a_worker_obeys_at_once() -> None:
     """One that is told to end before torch has seen to its signals would be waited for else."""
-    with options.Signals() as signals:
+    with Signals() as signals:
         worker = os.fork()
         if worker == 0:
             signal.raise_signal(signal.SIGTERM)
@@ -798,18 +800,18 @@ def test_a_worker_obeys_at_once() -> None:
 
 def test_signals_that_come_while_nothing_must_be_finished_are_obeyed_at_once() -> None:
     reached = []
-    with options.Signals() as signals:
-        with pytest.raises(options.Stopped), signals.at_once():
+    with Signals() as signals:
+        with pytest.raises(Stopped), signals.at_once():
             signal.raise_signal(signal.SIGINT)
             reached.append(1)
-        with pytest.raises(options.Stopped), signals.at_once():
+        with pytest.raises(Stopped), signals.at_once():
             reached.append(2)
     assert reached == []
 
 
 def test_nohup_is_respected() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with options.Signals() as signals:
+    with Signals() as signals:
         signal.raise_signal(signal.SIGHUP)
         signals.obey()
 

@@ -1,0 +1,78 @@
+"""signals.py — a program that is told to end finishes what is begun.
+
+Kept apart from options.py because only programs that save on the way need it. Imports none of them.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+FINISHING = "finishing what is begun; a second signal, a second later, ends at once"
+SAME_SECONDS = 1.0  # a launcher that passes a signal on may double it
+
+
+class Stopped(BaseException):  # no Exception: what goes on after a failure must not go on after it
+    """A signal ended a program that has left everything in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP are noted, not obeyed at once, so that work can be finished.
+
+    `obey` raises Stopped for a signal that came; within `at_once` it is raised as one comes. A
+    second signal has its usual effect. Elsewhere than in the main thread nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.process = os.getpid()
+        self.waits = True
+        self.usual: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                # nohup has SIGHUP ignored, and means it
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self.usual[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self.process:  # a worker, which is told to end
+            os._exit(128 + number)
+        if self.number is None:
+            self.number, self.since = number, time.monotonic()
+            if not self.waits:
+                self.obey()
+            with suppress(OSError):  # nobody reads it any more: the terminal is closed, tee gone
+                os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
+        elif time.monotonic() - self.since > SAME_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
+
+    def obey(self) -> None:
+        """Raise Stopped where a signal has come."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that may be left in the middle."""
+        self.obey()
+        self.waits = False
+        try:
+            yield
+        finally:
+            self.waits = True
+        self.obey()
