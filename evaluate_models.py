@@ -97,7 +97,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Results of one model, or of an ensemble: the mean of the models' score matrices.
 
-    What is not given comes from the checkpoints; `more` are further options of `EvaluateConfig`.
+    What is not given comes from the checkpoints, but the split: that is test, or for fold5,
+    protocols and extended testall where there is one. `more` are further options of
+    `EvaluateConfig`.
+
     Returns what `--json` writes, None where it is not known: models, scores, data_name, split,
     images, captions, the seconds of scoring, the share of closed gates by model, layer and cell,
     with `shortlist` how far the figures can be right, the extended figures, and by protocol (the
@@ -237,8 +240,8 @@ def _scorer(
     )
     warn_of_slow(model.precision, device)
     log.info(
-        "%s (%s): %d images and %d captions of %s",
-        *(checkpoint.path, checkpoint.config.direction),
+        "%s (%s on %s): %d images and %d captions of %s",
+        *(checkpoint.path, checkpoint.config.direction, device),
         *(split.images, len(split.captions), split.path),
     )
     words, workers = checkpoint.config.max_words, config.workers

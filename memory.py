@@ -19,9 +19,10 @@ NO_MEMORY = (
     *("DefaultCPUAllocator", "can't start new thread", "could not create a primitive"),
     *("CUDA error: out of memory", "STATUS_ALLOC_FAILED"),
 )
-# Numbers of a token of all pairs worked on at a time: a slice's tensors should fit a processor's
-# caches, and fill a GPU. In a model of the published width 96 and 8,192 pairs.
+# Pairs worked on at a time, times a token's width: a slice's tensors should fit a processor's
+# caches, and fill a GPU. In a model of the published width that is 96 and 8,192 pairs.
 CPU_SLICE, GPU_SLICE = 96 * 256, 8192 * 256
+NARROW = 64  # below it heads and hidden layers count more than the width does
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
@@ -57,7 +58,7 @@ def no_memory(error: BaseException) -> str:
 
 def most_pairs(device: torch.device, dim: int) -> int:
     """Pairs of an image and a caption that are best worked on at a time, by a token's width."""
-    return max(1, (CPU_SLICE if device.type == "cpu" else GPU_SLICE) // dim)
+    return max(1, (CPU_SLICE if device.type == "cpu" else GPU_SLICE) // max(dim, NARROW))
 
 
 def peak_memory(device: torch.device) -> int:

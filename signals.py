@@ -1,6 +1,6 @@
 """signals.py — a program that is told to end finishes what is begun.
 
-Kept apart from options.py because only programs that save on the way need it. Imports none of them.
+Kept apart from options.py, which only has to know that a program was stopped.
 """
 
 import os

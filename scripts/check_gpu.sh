@@ -11,6 +11,7 @@ python=${PYTHON:-.venv/bin/python}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=()
+trap 'exit 130' INT
 
 step() { # NAME COMMAND...
     echo "== $1"
@@ -31,6 +32,7 @@ step tests "$python" -m pytest -q -W default -m "slow or not slow" tests/test_de
 step benchmark "$python" -m scripts.benchmark --device "$DIME_DEVICE" --json "$folder/speed.json"
 step "training, compiled" training i2t --extra_stc 1 --compile --max_steps 20
 step "going on" training i2t --extra_stc 1 --compile --max_steps 40 --resume auto
+step compiler bash -c '! grep "not compiled" "$1"/run/i2t/train.log' - "$folder"
 step "training, bf16" training t2i --extra_img 1 --precision bf16 --max_steps 20
 step evaluation "$python" evaluate_models.py --device "$DIME_DEVICE" --compile \
     --model_path "$folder"/run/i2t/model_best.pth.tar --json "$folder/results.json"

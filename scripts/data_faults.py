@@ -1,6 +1,6 @@
 """data_faults.py — what is in a data set's folder, and what is wrong with it.
 
-For scripts/check_data.py, which tells it.
+For scripts/check_data.py, which prints it.
 """
 
 import os

@@ -1,6 +1,6 @@
 """data_needs.py — what training and evaluation will take in memory and on the disk, by estimate.
 
-For scripts/check_data.py, which tells it.
+For scripts/check_data.py, which prints it.
 """
 
 from types import SimpleNamespace

@@ -25,9 +25,10 @@ REGISTRY = Path(__file__).with_suffix(".toml")
 RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
 RESULT = "the results of an evaluation"
-# What results may differ in from the registry: where files are, and what figures do not depend on.
+# What results may differ in from the registry: where files are, what figures and intervals do not
+# depend on, and the features' width, which the data has.
 ELSEWHERE = {
-    "train.py": FREE - {"num_epochs", "max_steps", "val_step"},
+    "train.py": FREE - {"num_epochs", "max_steps", "val_step", "skip_bad_batches"} | {"img_dim"},
     "evaluate_models.py": {"data_path", "bert_path", "device", "workers", "compile"},
 }
 CONFIGS = {"train.py": TrainConfig, "evaluate_models.py": EvaluateConfig}
@@ -157,14 +158,13 @@ class Registry:
     def has_made(self, run: Run, seed: int, path: Path) -> bool:
         """Whether a run's results came of what the registry has now, wherever the files were.
 
-        Of a model whose training is not known the evaluation alone is compared.
+        Of a model whose training is not known, None among them, the evaluation alone is compared.
         """
         content = read_json(path, RESULT)
         now = [works(shown(command)) for command in self.commands(run, seed, {})]
         try:
-            found = [works(command) for command in content["commands"]]
-            if None in content["trainings"]:
-                now, found = ([w for w in all_ if w[0] != "train.py"] for all_ in (now, found))
+            found, trainings = [works(c) for c in content["commands"]], iter(content["trainings"])
+            now = [w for w in now if w[0] != "train.py" or next(trainings, True) is not None]
         except (AttributeError, InputError, KeyError, TypeError, ValueError):
             return False  # not commands of these programs
         return found == now
@@ -203,6 +203,8 @@ def shown(command: list[str]) -> str:
 
 def works(command: str) -> tuple[str, dict[str, Any]]:
     """A command's program, and the options that its figures depend on."""
+    require(isinstance(command, str), f"{command!r}; expected a command")
     _, program, *words = shlex.split(command)
+    require(not {"-h", "--help"} & set(words), f"{command}: computes nothing")
     options = asdict(parse(CONFIGS[program], words, ""))
     return program, {k: v for k, v in options.items() if k not in ELSEWHERE[program]}

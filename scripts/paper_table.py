@@ -54,7 +54,10 @@ class Row:
 
 
 def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
-    """The rows of a table, from the files under `results`. Raises InputError on damaged ones."""
+    """The rows of a table, from the files under `results`. Raises InputError on damaged ones.
+
+    Results of other commands than the registry's now are left out, with a warning.
+    """
     papers = read_json(results / "paper.json", "the paper's figures")
     found = []
     for run in registry.runs.values():
@@ -68,14 +71,14 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 where = f"{results / 'paper.json'}: {run.paper} in {table} is {short(recalls)}"
                 require(six == [True] * len(METRICS), f"{where}; expected six recalls")
                 paper = [*recalls, sum(recalls)]
-            seeds, protocol = run.results(results), run.tables[table]
-            for seed, path in seeds.items():
+            protocol, ours = run.tables[table], {}
+            for seed, path in run.results(results).items():
+                ours[path] = figures_of(path, protocol)
                 if not registry.has_made(run, seed, path):
-                    log.warning("%s: was made by other commands than the registry's now", path)
-            files = [*seeds.values()]
-            ours = [figures_of(path, protocol) for path in files]
-            interval = intervals_of(files[0], protocol) if len(files) == 1 else None
-            found.append(Row(run.title, paper, ours, interval))
+                    del ours[path]
+                    log.warning("%s: left out, was made by other commands than now", path)
+            interval = intervals_of(*ours, protocol) if len(ours) == 1 else None
+            found.append(Row(run.title, paper, [*ours.values()], interval))
     return found
 
 

@@ -222,6 +222,13 @@ def test_what_is_not_known_is_one_line(
     assert said in last_line(capsys)
 
 
+def made(name: str, seed: int = 0) -> dict[str, object]:
+    """What results say of the registry's commands having made them."""
+    registry = Registry(reproduce.REGISTRY)
+    commands = registry.commands(registry.run(name), seed, {})
+    return {"commands": [shown(command) for command in commands], "trainings": []}
+
+
 GOOD = {"i2t": {"r1": 1, "r5": 2, "r10": 3}, "t2i": {"r1": 1, "r5": 2, "r10": 3}, "rsum": 12}
 
 
@@ -267,6 +274,7 @@ def test_results_of_other_commands_are_told(
         ([elsewhere.replace("--workers 0", "--workers 2"), evaluation], known, False),
         ([training.replace("--max_steps 2", "--max_steps=2"), evaluation], known, False),
         ([evaluation], [None], False),  # of a model whose training nobody knows
+        ([training, evaluation], [None], True),  # which has no command of it
         ([evaluation], known, True),
         ([training.replace("--max_steps 2", "--max_steps 3"), evaluation], known, True),
         ([training.replace("--extra_stc 1", "--extra_stc 2"), evaluation], known, True),
@@ -274,7 +282,8 @@ def test_results_of_other_commands_are_told(
         ([training, evaluation.replace("--split test", "--split dev")], known, True),
         ([training, evaluation.replace("python ", "python other_")], known, True),
         ([training, "'"], known, True),
-        ([3], known, True),
+        ([None, evaluation], known, True),
+        ([f"{training} --help", evaluation], known, True),
         (3, known, True),
     ):
         path.write_text(json.dumps(content | {"commands": commands, "trainings": trainings}))
@@ -282,11 +291,26 @@ def test_results_of_other_commands_are_told(
         assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 0
         assert ("one_seed0.json: was made by other commands than now" in caplog.text) == told
         caplog.clear()
-        rows(registry, "first")
-        assert ("one_seed0.json: was made by other commands" in caplog.text) == told
+        assert len(rows(registry, "first")[0].ours) == (not told)
+        assert ("one_seed0.json: left out, was made by other" in caplog.text) == told
         word = "done by other commands for seed 0" if told else "done for seed 0"
         assert f"One; {word}\n" in reproduce.listed(registry)
     assert registry.run("one").results() == {0: path.relative_to(small)}
+
+
+def test_a_training_that_is_not_known_excuses_no_other_one(small: Path) -> None:
+    registry, path = Registry(reproduce.REGISTRY), small / "both.json"
+    both = registry.run("both")
+    (one, one_alone, other, *rest) = map(shown, registry.commands(both, 0, {}))
+    shorter = other.replace("--max_steps 2", "--max_steps 1")
+    for commands, trainings, fits in (
+        ([one, one_alone, other, *rest], [{}, {}], True),
+        ([one_alone, other, *rest], [None, {}], True),
+        ([one, one_alone, *rest], [{}, None], True),
+        ([one_alone, shorter, *rest], [None, {}], False),
+    ):
+        path.write_text(json.dumps({"commands": commands, "trainings": trainings}))
+        assert registry.has_made(both, 0, path) == fits
 
 
 def test_an_ensemble_of_older_scores_is_told(
@@ -298,10 +322,8 @@ def test_an_ensemble_of_older_scores_is_told(
     of_one, of_other = ({f"{name}.npy": name} for name in ("one", "other"))
     for both, told in ((of_one | of_other, False), (of_one | {"other.npy": "old"}, True)):
         for name, digests in (("one", of_one), ("other", of_other), ("both", both)):
-            commands = registry.commands(registry.run(name), 0, {})
-            made = {"commands": [shown(command) for command in commands], "trainings": []}
             path = registry.run(name).result(0)
-            path.write_text(json.dumps(content | made | {"matrices": digests}))
+            path.write_text(json.dumps(content | made(name) | {"matrices": digests}))
         caplog.clear()
         assert run_here(monkeypatch, reproduce.main, ["run", "both"]) == 0
         assert ("both_seed0.json: was made of other scores" in caplog.text) == told
@@ -470,10 +492,11 @@ def test_one_seed_shows_its_interval(
 ) -> None:
     path = small / "results/reproduce/other_seed0.json"
     path.parent.mkdir()
+    other = made("other")
     sides = {way: {f"r{k}": [k, k + 5.5] for k in (1, 5, 10)} for way in ("i2t", "t2i")}
 
     def shown(*argv: str, **more: object) -> str:
-        path.write_text(json.dumps({"protocols": {"5k": {"metrics": GOOD} | more}}))
+        path.write_text(json.dumps(other | {"protocols": {"5k": {"metrics": GOOD} | more}}))
         assert run_here(monkeypatch, reproduce.main, ["table", *argv]) == 0
         return capsys.readouterr().out
 
@@ -483,11 +506,13 @@ def test_one_seed_shows_its_interval(
     assert "Other,rsum,,12,,9,21.25,1,\n" in shown("--format", "csv", intervals=known)
     plain = "| Other | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 2.0 | 3.0 | 12.0 |"
     assert plain in shown() and plain in shown(intervals=None)
-    (path.parent / "other_seed1.json").write_text(path.read_text())
+    content = json.loads(path.read_text()) | made("other", 1)
+    (path.parent / "other_seed1.json").write_text(json.dumps(content))
     assert "| Other | 2 | 1.0 ± 0.0 |" in shown(intervals=known)
     (path.parent / "other_seed1.json").unlink()
     for wrong in (sides, sides | {"rsum": [1]}, sides | {"rsum": ["1", "2"]}, 3):
-        path.write_text(json.dumps({"protocols": {"5k": {"metrics": GOOD, "intervals": wrong}}}))
+        part = {"metrics": GOOD, "intervals": wrong}
+        path.write_text(json.dumps(other | {"protocols": {"5k": part}}))
         assert run_here(monkeypatch, reproduce.main, ["table"]) == 2
         assert "other_seed0.json: " in last_line(capsys)
 
@@ -498,7 +523,7 @@ def test_a_deleted_file_turns_its_cell_into_not_run(small: Path) -> None:
     path.parent.mkdir()
     side = {"r1": 1, "r5": 2, "r10": 3}
     part = {"metrics": {"i2t": side, "t2i": side, "rsum": 12}}
-    path.write_text(json.dumps({"protocols": {"5k": part}}))
+    path.write_text(json.dumps(made("other") | {"protocols": {"5k": part}}))
     assert "| Other | 1 | 1.0 | 2.0 |" in as_markdown(registry)
     path.write_text(json.dumps({"protocols": {}}))
     with pytest.raises(InputError, match="holds no metrics of protocol 5k"):

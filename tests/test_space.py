@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import space
+from memory import most_pairs
 from model import DIME
 from router import Views
 from signals import Signals, Stopped
@@ -50,6 +51,9 @@ def test_slices_hold_as_many_numbers_at_every_width(
     width: int, slices: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """96 pairs at the published width, 128 and 384 at narrower ones; here of 5 by 32."""
+    cpu, gpu = torch.device("cpu"), torch.device("meta")
+    assert [most_pairs(cpu, d) for d in (8, 64, 192, 256, 10**5)] == [384, 384, 128, 96, 1]
+    assert [most_pairs(gpu, d) for d in (64, 256)] == [4 * 8192, 8192]
     sizes = {"embed_size": width, "num_head_IMRC": 16, "hid_IMRC": 8, "hid_router": 8}
     model = small_model("i2t", **sizes)
     routed, route = [], model.space._route
