@@ -161,9 +161,10 @@ class Registry:
         Of a model whose training is not known, None among them, the evaluation alone is compared.
         """
         content = read_json(path, RESULT)
-        now = [works(shown(command)) for command in self.commands(run, seed, {})]
+        now = [works(command) for command in self.commands(run, seed, {})]
         try:
-            found, trainings = [works(c) for c in content["commands"]], iter(content["trainings"])
+            found = [works(typed(text)) for text in content["commands"]]
+            trainings = iter(content["trainings"])
             now = [w for w in now if w[0] != "train.py" or next(trainings, True) is not None]
         except (AttributeError, InputError, KeyError, TypeError, ValueError):
             return False  # not commands of these programs
@@ -201,10 +202,15 @@ def shown(command: list[str]) -> str:
     return f"python {shlex.join(command)}"
 
 
-def works(command: str) -> tuple[str, dict[str, Any]]:
+def typed(text: str) -> list[str]:
+    """The command that `shown` shows."""
+    require(isinstance(text, str), f"{text!r}; expected a command")
+    return shlex.split(text)[1:]
+
+
+def works(command: list[str]) -> tuple[str, dict[str, Any]]:
     """A command's program, and the options that its figures depend on."""
-    require(isinstance(command, str), f"{command!r}; expected a command")
-    _, program, *words = shlex.split(command)
-    require(not {"-h", "--help"} & set(words), f"{command}: computes nothing")
+    program, *words = command
+    require(not {"-h", "--help"} & set(words), f"{shown(command)}: computes nothing")
     options = asdict(parse(CONFIGS[program], words, ""))
     return program, {k: v for k, v in options.items() if k not in ELSEWHERE[program]}

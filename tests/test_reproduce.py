@@ -472,6 +472,8 @@ def test_results_were_made_by_the_registrys_commands() -> None:
         for seed, path in each.results(ROOT / "results").items():
             assert registry.has_made(each, seed, path), path.name
             found = json.loads(path.read_text())
+            expected = [shown(command) for command in registry.commands(each, seed, {})]
+            assert found["commands"] == expected, path.name
             for member in registry.members(each):  # of itself, or of those now beside it
                 now = json.loads(member.result(seed, ROOT / "results").read_text())["matrices"]
                 assert now.items() <= found["matrices"].items(), path.name
