@@ -14,7 +14,7 @@ from torch import Tensor
 from bert import Bert
 from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
 from data import Split, TrainingBatches
-from model import DIME
+from learner import Learner
 from options import InputError, require
 from runfolder import BEST, Place
 from trainconfig import FREE, TrainConfig
@@ -29,15 +29,13 @@ class Snapshots:
     def __init__(
         self,
         config: TrainConfig,
-        model: DIME,
-        optimizer: torch.optim.Adam,
+        learner: Learner,
         bert: Bert,
         batches: TrainingBatches,
         dev: Split,
-        device: torch.device,
     ) -> None:
-        self.config, self.model, self.optimizer, self.bert = config, model, optimizer, bert
-        self.batches, self.dev, self.device = batches, dev, device
+        self.config, self.bert, self.batches, self.dev = config, bert, batches, dev
+        self.model, self.optimizer, self.device = learner.model, learner.optimizer, learner.device
 
     def write(self, path: Path, place: Place, keep: Path | None = None) -> None:
         """Write a checkpoint; what had the name before is then found at `keep`, if one is given."""

@@ -1,14 +1,14 @@
-"""trainer.py — the training loop (SPEC §8): steps, validation, checkpoints.
+"""trainer.py — the training loop (SPEC §8): epochs, validation, checkpoints.
 
-Kept apart from train.py, which is its command line, so that either can be read at one go. The
-mathematics is in model.py, the options in trainconfig.py, what a checkpoint holds in snapshots.py,
-the logs in runlog.py.
+Kept apart from train.py, which is its command line, so that either can be read at one go. A step is
+in learner.py, the options in trainconfig.py, what a checkpoint holds in snapshots.py, the logs in
+runlog.py.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -26,9 +26,10 @@ from checkpoint import Checkpoint
 from data import Batch, Split, TrainingBatches
 from evaluation import owners, retrieval
 from layout import CAPTIONS_PER_IMAGE
+from learner import BadBatch, Learner
 from memory import no_memory, out_of_memory
-from model import DIME, path_loss, triplet_loss
-from options import InputError, warn_of_slow
+from model import DIME
+from options import InputError
 from runfolder import BEST, NEWEST, PREVIOUS, Place
 from scoring import BadScores, score_split
 from signals import Signals, Stopped
@@ -39,11 +40,6 @@ log = logging.getLogger(__name__)
 
 LR_DECAY = 0.1
 LONGEST_TIME = 1e9  # seconds that are told
-STEP_IN_SCORES = 3  # a training step's work on a pair, in scorings of one
-
-
-class BadBatch(InputError):
-    """A batch whose loss, or the length of its gradient, is no number."""
 
 
 class Trainer:
@@ -60,12 +56,10 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.bert = config, model, bert
         self.batches, self.dev, self.device = batches, dev, device
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
-        self.snapshots = Snapshots(config, model, self.optimizer, bert, batches, dev, device)
+        self.learner = Learner(config, model, device)
+        self.snapshots = Snapshots(config, self.learner, bert, batches, dev)
         self.place = Place()
         self.restored: Path | None = None  # the checkpoint that is gone on from
-        model.precision = config.precision
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written. Raises InputError where the run is another."""
@@ -114,7 +108,7 @@ class Trainer:
             if self.config.direction == "t2i":
                 refined = self.config.max_words
             # steps of the whole run, so that a resumed one computes as one never stopped
-            self.fit(refined, self.last_step)
+            self.learner.fit(refined, self.last_step)
             try:
                 if self._unvalidated:  # cut off in the middle of it
                     self._validate()
@@ -140,7 +134,7 @@ class Trainer:
 
     def _announce(self) -> None:
         c, data = self.config, self.batches.split
-        weights = sum(p.numel() for p in self.parameters)
+        weights = sum(p.numel() for p in self.learner.parameters)
         log.info("%s on %s, %s: %s", c.direction, self.device, c.precision, c.folder)
         log.info("%s: %d images, %d captions", data.path, data.images, len(data.captions))
         log.info("%.1f million weights to train, BERT's frozen beside", weights / 1e6)
@@ -148,23 +142,11 @@ class Trainer:
             log.info("the last batch of an epoch holds one item and is skipped: it needs two")
         log.info("step %d of %d, %d an epoch", self.place.step, self.last_step, len(self.batches))
 
-    def fit(self, tokens: int, steps: int) -> None:
-        """Fit the work to the machine: compiled where that pays, within the memory there is.
-
-        A run of `steps` refines `tokens` of each pair.
-        """
-        config = self.config
-        warn_of_slow(config.precision, self.device)
-        pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
-        space, itemsize = self.model.space, 2 if config.precision == "bf16" else 4
-        self.model.compile_where_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
-        space.keep_within(config.memory * 1e9 or None, pairs, tokens, itemsize)
-
     def _epoch(self) -> None:
         """From the run's place to the end of its epoch, or of the run."""
         config, epoch = self.config, self.place.epoch
         lr = config.learning_rate * LR_DECAY ** (epoch // config.lr_update)
-        for group in self.optimizer.param_groups:
+        for group in self.learner.optimizer.param_groups:
             group["lr"] = lr
         window = runlog.Window()
         for batch in self._batches():
@@ -223,45 +205,18 @@ class Trainer:
         # batch normalisation's running statistics have seen the batch by the time its loss is known
         before = [buffer.clone() for buffer in self.model.buffers()] if allowed else []
         try:
-            return self.step(batch.to(self.device))
+            return self.learner.step(batch.to(self.device))
         except BadBatch as error:
+            found = f"step {self.place.step + 1}: {error}"
             if not allowed:
                 advice = "--skip_bad_batches skips such a batch"
-                raise InputError(f"{error}; {self._kept()}; {advice}") from error
+                raise InputError(f"{found}; {self._kept()}; {advice}") from error
             for buffer, value in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(value)
             self.place = replace(self.place, skipped=self.place.skipped + 1)
             limit = self.config.skip_bad_batches
-            log.warning("%s; skipped, %d of %d", error, self.place.skipped, limit)
+            log.warning("%s; skipped, %d of %d", found, self.place.skipped, limit)
             return None
-
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimiser step; its losses, and the number of pairs scored.
-
-        Raises BadBatch, and leaves the weights as they are, where loss or gradient is no number.
-        """
-        config = self.config
-        self.model.train()
-        output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.states)
-        rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
-        path = path_loss(output.paths, output.meanings, config.batch_size)
-        loss = rank + config.trade_off * path
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = gradient_length(self.parameters)
-        nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip or torch.inf, norm)
-        if not (loss + norm).isfinite():
-            raise BadBatch(self._lost(loss.item(), norm.item(), batch))
-        self.optimizer.step()
-        pairs = torch.tensor(output.scores.numel())
-        losses = {"Rank": rank, "Path": path, "Le": loss, "grad_norm": norm}
-        return {name: value.detach() for name, value in losses.items()} | {"pairs": pairs}
-
-    def _lost(self, loss: float, norm: float, batch: Batch) -> str:
-        """What is said of a loss or a gradient that is no number."""
-        captions = ", ".join(map(str, batch.captions.tolist()))
-        found = f"the loss is {loss}, its gradient's length {norm}"
-        return f"step {self.place.step + 1}: {found}, its captions {captions}"
 
     def _kept(self) -> str:
         newest = self.config.folder / NEWEST
@@ -327,14 +282,3 @@ class Trainer:
         keep = self.config.folder / PREVIOUS if name == NEWEST else None
         self.snapshots.write(self.config.folder / name, self.place, keep)
         self.log.write_run()
-
-
-def gradient_length(parameters: Iterable[Tensor]) -> Tensor:
-    """The joint length of all gradients, a float32 scalar.
-
-    Squares are summed in float64: a region of zeros has a gradient of up to 1e24 in the first step
-    (§3 divides its length, 0, by 1e-12), whose square float32 cannot hold.
-    """
-    gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
-    lengths = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-    return torch.stack(lengths).norm().float()

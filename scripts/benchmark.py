@@ -15,7 +15,6 @@ that they take, so its peak up to then is a row's own; where time goes is record
 """
 
 import logging
-import math
 import multiprocessing
 import shlex
 import statistics
@@ -31,24 +30,18 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import BertConfig, BertModel
 
 import runlog
-from data import Batch
 from evaluation import owners, retrieval
 from files import check_writable, write_blocks, write_json
 from loader import end_with_parent
 from memory import keep_memory, peak_memory
-from model import DIME, Direction
+from model import Direction
 from options import SLOW, Precision, parse, pick_device, run, say, slowness
-from router import Modality
 from scripts.operators import shares
-from scripts.plain import plain_scores
 from scripts.results_table import speed_rows, speed_tables
+from scripts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
 from space import gains_by_compiling
-from trainconfig import TrainConfig
-from trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -58,19 +51,10 @@ FLOPS = {"i2t": 111e6, "t2i": 102e6}
 TRAINING = 3
 RUNS = 5  # of which a row is the median
 PRODUCT = (36 * 1024, 256, 256)
-LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
-BATCH = 32
-WIDTH = 2048  # of region features
-QUERIES, CONTEXTS = 16, 96  # scored at a time, in slices like those of a large set
 RANKED = (5000, 25000)  # images and captions of MSCOCO
-PLAIN = 24  # images and captions of the plain formulation
-LIMIT_GB = 2.5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Kind = Literal["score", "train", "train_under_2.5GB", "plain"]
 Word = Literal[Direction, Precision, "eager", "compiled", Kind]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 MAIN = ("score", "train")  # of which there are compiled rows, and profiles
-Work = Callable[[], Any]  # what is timed
 
 
 @dataclass(frozen=True)
@@ -78,17 +62,6 @@ class Options:
     only: Annotated[list[Word] | None, "some of the rows"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
     json: Annotated[str, "write the rows here"] = ""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What one process measures."""
-
-    direction: Direction
-    precision: Precision
-    compiled: bool
-    kinds: tuple[str, ...]
-    device: torch.device
 
 
 def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
@@ -115,13 +88,13 @@ def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     keep_memory()
     pick_device(str(case.device))  # which sets torch up for it
     torch.manual_seed(0)
-    trainer = trainer_of(case)
+    learner = learner_of(case)
     rows, recorded = [], {}
     for kind in case.kinds:
         for bert in (False, True) if kind == "train" else (False,):
-            pairs, work = KIND[kind](trainer, bert)
+            pairs, work = WORK[kind](learner, bert)
             seconds, rate = paced(work, case, case.compiled and not bert)
-            if case.compiled and not trainer.model.space.is_compiled:
+            if case.compiled and not learner.model.space.is_compiled:
                 return [], []  # or rows would stand under another's name
             flops = FLOPS[case.direction] * pairs * (TRAINING if kind.startswith("train") else 1)
             rows.append(
@@ -168,79 +141,6 @@ def timed(work: Work, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - since
-
-
-def trainer_of(case: Case) -> Trainer:
-    """A new model in its trainer, with random weights, and a BERT of MiniLM's size."""
-    i2t = case.direction == "i2t"
-    config = TrainConfig(
-        direction=case.direction,
-        img_dim=WIDTH,
-        precision=case.precision,
-        compile=case.compiled,
-        extra_stc=int(i2t),
-        extra_img=int(not i2t),
-        batch_size=BATCH,
-        memory=LIMIT_GB if "train_under_2.5GB" in case.kinds else 0.0,
-    )
-    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
-    bert = BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
-    trainer = Trainer(config, DIME(config, bert).to(case.device), None, None, None, case.device)
-    trainer.fit(tokens=36 if i2t else 32, steps=1)
-    return trainer
-
-
-def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality]:
-    """Random images and captions of the usual lengths, encoded."""
-    device = model.text.fc.weight.device
-    hidden = torch.randn(captions, 32, 384).to(device)
-    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
-    mask = torch.arange(32) < lengths[:, None]
-    with torch.no_grad():
-        regions = torch.rand(images, 36, WIDTH).to(device)
-        return model.encode_images(regions), model.text(hidden, mask.to(device))
-
-
-def scoring(trainer: Trainer, bert: bool) -> tuple[int, Work]:
-    """Pairs, and what scores them."""
-    model = trainer.model
-    i2t = trainer.config.direction == "i2t"
-    sizes = (QUERIES, CONTEXTS) if i2t else (CONTEXTS, QUERIES)
-    images, captions = encoded(model, *sizes)
-    return math.prod(sizes), torch.no_grad()(lambda: model.eval().score(images, captions))
-
-
-def training(trainer: Trainer, bert: bool) -> tuple[int, Work]:
-    """Pairs of a training step, and the step."""
-    i2t = trainer.config.direction == "i2t"
-    images, captions = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
-    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
-    mask = torch.arange(32) < lengths[:, None]
-    ids = torch.where(mask, torch.randint(1, 30522, mask.shape), 0)
-    states = None if bert else torch.randn(captions, 32, 384)
-    batch = Batch(torch.rand(images, 36, WIDTH), ids, mask, torch.arange(captions), BATCH, states)
-    batch = batch.to(trainer.device)
-    return images * captions, lambda: trainer.step(batch)
-
-
-def plain(trainer: Trainer, bert: bool) -> tuple[int, Work]:
-    """The same scores in the plain formulation, caption by caption and cell by cell."""
-    model = trainer.model.eval()
-    images, captions = encoded(model, PLAIN, PLAIN)
-
-    @torch.no_grad()
-    def score() -> Tensor:
-        with model.autocast(images.tokens):
-            return plain_scores(model, images, captions)
-
-    with torch.no_grad():
-        exact = model.score(images, captions)[0]
-    tolerance = 0.05 if model.precision == "bf16" else 1e-5
-    torch.testing.assert_close(score(), exact, atol=tolerance, rtol=0)
-    return PLAIN * PLAIN, score
-
-
-KIND = {"score": scoring, "train": training, "train_under_2.5GB": training, "plain": plain}
 
 
 def ranking() -> dict[str, float]:

@@ -229,7 +229,7 @@ def own_checkpoint(folder: Path) -> Path:
     """A checkpoint of a training on tiny data, as it is written in the middle of an epoch."""
     trainer = tiny_trainer(folder)
     for position in range(2):
-        trainer.step(trainer.batches[0, position])
+        trainer.learner.step(trainer.batches[0, position])
     trainer.place = replace(trainer.place, position=2, step=2)
     trainer.config.folder.mkdir(parents=True, exist_ok=True)
     trainer.log = runlog.RunLog(trainer.config.folder, {}, trainer.device)
@@ -252,9 +252,9 @@ def tiny_trainer(folder: Path) -> Trainer:
 def resumed(trainer: Trainer, path: Path) -> None:
     try:
         trainer.restore(read_checkpoint(path))
-        trainer.step(trainer.batches[0, 0])
+        trainer.learner.step(trainer.batches[0, 0])
     finally:  # what a refused checkpoint left half done goes with its program
-        trainer.optimizer.state.clear()
+        trainer.learner.optimizer.state.clear()
 
 
 def captions_of(path: Path, vocabulary: Vocabulary) -> None:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import DIME, ModelConfig
 from router import Modality
-from scripts import benchmark
-from scripts.benchmark import FLOPS, Case, cases
+from scripts import benchmark, workloads
+from scripts.benchmark import FLOPS, cases
 from scripts.operators import (
     BATCHED,
     COPIES,
@@ -25,6 +25,7 @@ from scripts.operators import (
     kind_of,
     shares,
 )
+from scripts.workloads import Case
 
 D, CPU = 256, torch.device("cpu")
 
@@ -56,22 +57,20 @@ def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> No
     assert found == pytest.approx(FLOPS[direction], rel=0.03)
 
 
-SMALL = {
-    "RANKED": (30, 150),
-    "BATCH": 2,
-    "QUERIES": 2,
-    "CONTEXTS": 3,
-    "PLAIN": 2,
-    "RUNS": 1,
-    "PRODUCT": (64, 8, 8),
-}
-
-
-def test_rows_of_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    for name, value in SMALL.items():
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little work, in this process."""
+    for name, value in {"RANKED": (30, 150), "RUNS": 1, "PRODUCT": (64, 8, 8)}.items():
         monkeypatch.setattr(benchmark, name, value)
+    for name, value in {"BATCH": 2, "QUERIES": 2, "CONTEXTS": 3, "PLAIN": 2}.items():
+        monkeypatch.setattr(workloads, name, value)
     monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
+
+
+def test_rows_of_a_small_run(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(benchmark, "SLOW", 10**9)
     path = tmp_path / "speed.json"
     assert run_here(monkeypatch, benchmark.main, ["--only", "eager", "fp32", "--json", path]) == 0
@@ -170,16 +169,12 @@ def test_every_row_there_is(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_failed_to_compile_is_not_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def broken(*given: object, **more: object) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", broken)
-    for name, value in SMALL.items():
-        monkeypatch.setattr(benchmark, name, value)
-    monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
     asked = ["--only", "i2t", "fp32", "score"]
     assert run_here(monkeypatch, benchmark.main, asked) == 0
     said = capsys.readouterr().out

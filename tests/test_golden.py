@@ -13,12 +13,12 @@ from conftest import Case
 from torch import Tensor
 
 from data import Batch
+from learner import Learner
 from model import DIME
 from published import joined, own_names, published_names
 from router import Modality, Router
 from scoring import score_split
 from trainconfig import TrainConfig
-from trainer import Trainer
 
 ENCODED = SCORES = CLIPPED = 1e-5
 # Dividing by gates that are nearly closed magnifies rounding: in t2i_variant those of an out-path
@@ -134,21 +134,21 @@ def test_three_training_steps(case: Case) -> None:
 
 
 def three_steps(case: Case, device: torch.device, compiled: bool = False) -> None:
-    """The trainer's own step, from the options of the published checkpoint."""
-    model, bert, checkpoint = case.load()
+    """The learner's own step, from the options of the published checkpoint."""
+    model, _, checkpoint = case.load()
     model, arrays = model.to(device), case.expected("train")
     if compiled:
         model.space.compile_routes()
     known = {field.name for field in fields(TrainConfig)} & checkpoint.options.keys()
     config = TrainConfig(**{name: checkpoint.options[name] for name in known})
-    trainer = Trainer(config, model, bert, batches=None, dev=None, device=device)
+    learner = Learner(config, model, device)
     for k in range(3):
         names = ("images", "input_ids", "attention_mask")
         regions, ids, mask = (torch.tensor(arrays[f"step{k}.{name}"]) for name in names)
         assert not arrays[f"step{k}.token_type_ids"].any()
         pairs = min(len(regions), len(ids))
         batch = Batch(regions, ids, mask.bool(), torch.arange(len(ids)), pairs)
-        figures = trainer.step(batch.to(device))
+        figures = learner.step(batch.to(device))
         for name, tag in (("rank_loss", "Rank"), ("path_loss", "Path"), ("loss", "Le")):
             expected = arrays[f"step{k}.{name}"].item()
             assert figures[tag].item() == pytest.approx(expected, rel=LOSS), name

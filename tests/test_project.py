@@ -76,6 +76,7 @@ def test_imports_point_one_way() -> None:
         "mscoco",
         "textcache",
         "trainconfig",
+        "learner",
         "snapshots",
         "trainer",
         "evalconfig",

@@ -128,14 +128,14 @@ def test_ctrl_c_before_training_has_begun_is_one_line(tmp_path: Path) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
     """Do something in the middle of a step."""
-    step = Trainer.step
+    attempt = Trainer._attempt
 
-    def acted(self: Trainer, batch: Batch) -> dict:
+    def acted(self: Trainer, batch: Batch) -> dict | None:
         if self.place.step + 1 == number:
             act()
-        return step(self, batch)
+        return attempt(self, batch)
 
-    monkeypatch.setattr(Trainer, "step", acted)
+    monkeypatch.setattr(Trainer, "_attempt", acted)
 
 
 def test_what_a_signal_left_goes_on_to_the_same_bits(
@@ -309,7 +309,7 @@ def test_a_run_gone_on_with_from_an_older_checkpoint_gives_up_what_came_after_it
     older = (folder / NEWEST).rename(folder / "older.pth.tar")
     (folder / "later.pth.tar").rename(folder / NEWEST)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
+        patch.setattr(Trainer, "_attempt", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
         assert run_train(*argv, "--max_steps", "14", "--resume", older) == 2
     assert state(folder / NEWEST)["step"] == 10
     assert not (folder / PREVIOUS).exists()
@@ -694,16 +694,16 @@ def bad_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     bad: list[int] = []
     calls = {"step": 0}
     forward = DIME.forward
-    step = Trainer.step
+    attempt = Trainer._attempt
 
-    def counted(self: Trainer, batch: Batch) -> dict:
+    def counted(self: Trainer, batch: Batch) -> dict | None:
         calls["step"] = self.place.step + 1
-        return step(self, batch)
+        return attempt(self, batch)
 
     def spoilt(self: DIME, regions: torch.Tensor, *rest: object) -> Output:
         return forward(self, regions * (torch.nan if calls["step"] in bad else 1), *rest)
 
-    monkeypatch.setattr(Trainer, "step", counted)
+    monkeypatch.setattr(Trainer, "_attempt", counted)
     monkeypatch.setattr(DIME, "forward", spoilt)
     return bad
 

@@ -14,6 +14,7 @@ import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import learner
 import space
 import trainer
 from evaluate_models import evaluate
@@ -166,7 +167,7 @@ def test_squares_of_gradients_may_leave_float32() -> None:
     weights = [torch.zeros(3, requires_grad=True) for _ in range(3)]
     for weight, value in zip(weights, (3e20, 4e20), strict=False):  # the last one has no gradient
         weight.grad = torch.tensor([value, 0, 0])
-    length = trainer.gradient_length(weights)
+    length = learner.gradient_length(weights)
     assert length.dtype == torch.float32 and length.item() == pytest.approx(5e20)
 
 
