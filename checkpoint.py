@@ -5,7 +5,7 @@ Nothing that a file holds is executed. Knows nothing of training or of data.
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -229,3 +229,13 @@ def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
     names = [k for k in bert if normal_name(k) is not None]
     state["published"] = {"weights": unused, "bert_names": names}
     return Checkpoint(path, options, weights, bert, None, state)
+
+
+def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:
+    """What the checkpoints agree on for an option that was not given."""
+    values = {str(checkpoint.options.get(option)) for checkpoint in checkpoints}
+    require(
+        len(values) == 1 and "None" not in values,
+        f"--{option} is needed: the checkpoints say {', '.join(sorted(values))}",
+    )
+    return values.pop()

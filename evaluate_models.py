@@ -20,6 +20,7 @@ from checkpoint import (
     bert_folder,
     bert_of,
     build_model,
+    common_option,
     json_beside,
     read_checkpoint,
 )
@@ -280,16 +281,6 @@ def _scores(
     scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
     limits = {"count": count, "share": float(wanted.mean())}
     return scores, limits | {"ceiling": ceiling(wanted, owners(wanted.shape[1]))}
-
-
-def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:
-    """What the checkpoints agree on for an option that was not given."""
-    values = {str(checkpoint.options.get(option)) for checkpoint in checkpoints}
-    require(
-        len(values) == 1 and "None" not in values,
-        f"--{option} is needed: the checkpoints say {', '.join(sorted(values))}",
-    )
-    return values.pop()
 
 
 DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.

@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Annotated
 
 from bert import Bert, bert_files
-from checkpoint import Checkpoint, bert_folder, bert_of, json_beside, read_checkpoint
+from checkpoint import (
+    Checkpoint,
+    bert_folder,
+    bert_of,
+    common_option,
+    json_beside,
+    read_checkpoint,
+)
 from data import Split
-from evaluate_models import common_option
 from layout import SplitName, files_of
 
 
