@@ -12,31 +12,14 @@ and gives the bytes of a run that was not cut off. What was done is noted in {sp
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
-from numpy.lib.format import open_memmap
 from torch.utils.data import Dataset
 
-from files import map_array, naming, read_json, write_blocks, write_json, write_lines
-from layout import (
-    CAPTIONS_PER_IMAGE,
-    SplitName,
-    boxes_file,
-    count_images,
-    extraction_file,
-    ids_file,
-    nameless_faults,
-    pictures_digest,
-    read_captions,
-    read_ids,
-    read_names,
-    split_files,
-)
+from layout import SplitName, ids_file, read_names
 from loader import load
 from locking import LOCK, only_writer
 from options import (
@@ -46,13 +29,13 @@ from options import (
     parse,
     pick_device,
     progress,
-    refuse,
     require,
     run,
     say,
     some,
 )
-from regions import REGIONS, Detector, Grid, Source
+from regions import Detector, Grid, Source
+from scripts.extraction import Extraction
 from scripts.tsv_regions import Tsv
 from signals import Signals
 
@@ -60,7 +43,6 @@ log = logging.getLogger(__name__)
 
 SPLITS = get_args(SplitName)
 SAVED_ROWS = 256  # at most so many rows are done twice after a cut
-COPIED_ROWS = 500  # at a time
 
 
 @dataclass(frozen=True)
@@ -124,198 +106,57 @@ class Blocks(Dataset):
             return error
 
 
-class Extraction:
-    """One split's features on their way: which rows are done, and where they are."""
+def extract(
+    extraction: Extraction,
+    source: Source,
+    wanted: Mapping[str, Any],
+    options: Options,
+    signals: Signals,
+) -> None:
+    """Extract what is not there yet. Raises InputError, and Stopped between two batches.
 
-    def __init__(
-        self, folder: Path, split: SplitName, names: dict[str, str], options: Options
-    ) -> None:
-        self.folder, self.split, self.names, self.options = folder, split, names, options
-        self.record = extraction_file(folder, split)
-        features, captions = split_files(folder, split)
-        boxes, ids = boxes_file(folder, split), ids_file(folder, split)
-        self.results = (features, boxes, captions, ids)
-        self._end_renaming()
-        self.captions = read_captions(captions)
-        self.ids = read_ids(ids, count_images(captions, self.captions))
-        refuse(nameless_faults(ids, names, self.ids))
-
-    def partial(self, name: str) -> Path:
-        return self.folder / f"{self.split}_{name}.npy.extracting"
-
-    def fresh(self, path: Path) -> Path:
-        """Name of a result that is whole, while the others may not be."""
-        return path.with_name(path.name + ".new")
-
-    def _end_renaming(self) -> None:
-        try:
-            state = read_json(self.record, "a record") if self.record.exists() else {}
-        except InputError:
-            if not self.options.overwrite:
-                raise
-            state = {}
-        if state.get("renaming"):
-            self._rename(state)
-
-    def _rename(self, state: dict[str, Any]) -> None:
-        write_json(self.record, state | {"renaming": True})
-        working = (self.partial("ims"), self.partial("boxes"), None, None)
-        for path, rows in zip(self.results, working, strict=True):
-            if self.fresh(path).exists():
-                self.fresh(path).replace(path)
-            elif rows is not None and rows.exists() and not state.get("left_out"):
-                rows.replace(path)
-            if rows is not None:
-                rows.unlink(missing_ok=True)
-        write_json(self.record, state | {"renaming": False, "complete": True})
-
-    def state(self, source: Source) -> dict[str, Any]:
-        """How far an earlier run came. Raises InputError where it is not this one's."""
-        about = source.about | {
-            "dtype": self.options.dtype,
-            "batch_size": self.options.batch_size,  # on which the last bits depend
-            "ids": pictures_digest(self.ids, self.names),
-        }
-        new = {"about": about, "rows": 0, "left_out": [], "complete": False}
-        if self.options.overwrite:
-            return new
-        if not self.record.exists():
-            there = [path for path in self.results[:2] if path.exists()]
-            require(not there, f"{some([*map(str, there)])}: is there; --overwrite replaces it")
-            return new
-        old = read_json(self.record, "a record of what was extracted")
-        known = old.get("about") if isinstance(old.get("about"), dict) else {}
-        other = [key for key in about if known.get(key) != about[key]]
-        message = f"{self.record}: begun with another {', '.join(other)}; --overwrite begins afresh"
-        require(not other, message)
-        left_out = old.get("left_out")
-        rows = [old.get("rows"), *(left_out if isinstance(left_out, list) else [None])]
-        fits = all(type(row) is int and 0 <= row <= len(self.ids) for row in rows)
-        require(fits or old.get("complete") is True, f"{self.record}: is no record of rows done")
-        return old
-
-    def run(self, source: Source, wanted: Mapping[str, Any], signals: Signals) -> None:
-        """Extract what is not there yet. Raises InputError, and Stopped between two batches.
-
-        `wanted` is what the source's reader takes for each id.
-        """
-        state = self.state(source)
-        if state.get("complete"):
-            self._check_complete()
-            say(f"{self.split}: complete\n")
-            return
-        if not state["rows"]:
-            for path in self.results:  # of a run before that was cut off at its end
-                self.fresh(path).unlink(missing_ok=True)
-        arrays = self._arrays(state, source.width)
-        self._save(arrays, state)
-        size, total = self.options.batch_size, len(self.ids)
-        places = [(row, min(row + size, total)) for row in range(state["rows"], total, size)]
-        of_rows = Blocks(source.reader, [wanted[key] for key in self.ids])
-        blocks = load(of_rows, places, self.options.workers)
-        saved = state["rows"]
-        try:
-            with progress(f"{self.split} regions", total, "picture") as bar:
-                bar.update(saved)
-                for (first, stop), items in zip(places, blocks, strict=True):
-                    signals.obey()
-                    self._put(arrays, source, first, items, state["left_out"])
-                    state["rows"] = stop
-                    bar.update(stop - first)
-                    if stop - saved >= SAVED_ROWS:
-                        saved = stop
-                        self._save(arrays, state)
-        finally:
-            self._save(arrays, state)
-        self._finish(arrays, state)
-
-    def _check_complete(self) -> None:
-        """Raise InputError where what the record says is there is not."""
-        expected = f"{len(self.ids)} rows, by {self.record.name}; --overwrite makes them anew"
-        for path in self.results[:2]:
-            found = len(map_array(path, expected))
-            require(found == len(self.ids), f"{path}: {found} rows; expected {expected}")
-
-    def _arrays(self, state: dict[str, Any], width: int) -> list[np.memmap]:
-        """Features and boxes by memory map, their disk taken beforehand: a full one is an error."""
-        arrays = []
-        for name, last, kind in (
-            ("ims", width, self.options.dtype),
-            ("boxes", 4, "float32"),
-        ):
-            path, shape = self.partial(name), (len(self.ids), REGIONS, last)
-            with naming(path, "a file to write"):
-                if state["rows"]:
-                    expected = f"the first {state['rows']} rows; --overwrite begins afresh"
-                    require(not path.is_symlink(), f"{path}: is a link; expected {expected}")
-                    found = map_array(path, expected)  # whole: writing would fill up a short one
-                    fits = found.shape == shape and found.dtype == kind
-                    message = f"{path}: shape {found.shape}, {found.dtype}; expected {expected}"
-                    require(fits, message)
-                    array = open_memmap(path, mode="r+")
-                else:
-                    path.unlink(missing_ok=True)
-                    array = open_memmap(path, mode="w+", dtype=kind, shape=shape)
-                    with path.open("r+b") as file, suppress(AttributeError):  # macOS lacks it
-                        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            arrays.append(array)
-        return arrays
-
-    def _put(
-        self, arrays: list[np.memmap], source: Source, first: int, items: list, left_out: list
-    ) -> None:
-        whole = []
-        for row, item in enumerate(items, first):
-            if not isinstance(item, InputError):
-                whole.append(row)
-                continue
-            if not self.options.skip_broken:
-                raise InputError(f"{item} (--skip_broken leaves it and its captions out)")
-            log.warning("left out: id %s: %s", self.ids[row], item)
-            left_out.append(row)
-        if whole:
-            with np.errstate(over="ignore"):
-                parts = source.encode([items[row - first] for row in whole])
-                for array, part in zip(arrays, parts, strict=True):
-                    array[whole] = part
-            finite = np.isfinite(arrays[0][whole]).all()
-            message = f"features of ids {self.ids[whole[0]]} to {self.ids[whole[-1]]}"
-            require(bool(finite), f"{message} are no numbers of {self.options.dtype}")
-
-    def _save(self, arrays: list[np.memmap], state: dict[str, Any]) -> None:
-        for array in arrays:
-            array.flush()
-        left_out = [row for row in state["left_out"] if row < state["rows"]]
-        write_json(self.record, state | {"left_out": left_out})
-
-    def _finish(self, arrays: list[np.memmap], state: dict[str, Any]) -> None:
-        """Give the results their names; those of captions and ids too, where rows are left out."""
-        left_out = set(state["left_out"])
-        kept = [row for row in range(len(self.ids)) if row not in left_out]
-        require(bool(kept), f"{self.split}: no picture can be read")
-        for array, path in zip(arrays, self.results[:2], strict=True):
-            if left_out:
-                shape = (len(kept), *array.shape[1:])
-                write_blocks(self.fresh(path), shape, array.dtype, _rows(array, kept))
-        if left_out:
-            n = CAPTIONS_PER_IMAGE
-            texts = (
-                [caption for row in kept for caption in self.captions[n * row : n * (row + 1)]],
-                [self.ids[row] for row in kept],
-            )
-            for path, lines in zip(self.results[2:], texts, strict=True):
-                write_lines(self.fresh(path), lines)
-            digest = pictures_digest(texts[1], self.names)
-            state = state | {"about": state["about"] | {"ids": digest}}
-        self._rename(state)
-        out = [self.ids[row] for row in sorted(left_out)]
-        said = f"; left out: ids {some(out)}" if out else ""
-        say(f"{self.split}: {len(kept)} pictures, {arrays[0].shape[2]} wide{said}\n")
+    `wanted` is what the source's reader takes for each id.
+    """
+    size, split, ids = options.batch_size, extraction.split, extraction.ids
+    about = {"dtype": options.dtype, "batch_size": size}  # on which the last bits depend
+    extraction.begin(source.about | about, source.width)
+    if extraction.complete:
+        say(f"{split}: complete\n")
+        return
+    saved = extraction.rows
+    places = [(row, min(row + size, len(ids))) for row in range(saved, len(ids), size)]
+    blocks = load(Blocks(source.reader, [wanted[key] for key in ids]), places, options.workers)
+    try:
+        with progress(f"{split} regions", len(ids), "picture") as bar:
+            bar.update(saved)
+            for (first, stop), items in zip(places, blocks, strict=True):
+                signals.obey()
+                _put(extraction, source, dict(enumerate(items, first)), options.skip_broken)
+                extraction.advance(stop)
+                bar.update(stop - first)
+                if stop - saved >= SAVED_ROWS:
+                    saved = stop
+                    extraction.save()
+    finally:
+        extraction.save()
+    extraction.finish()
+    out = [ids[row] for row in extraction.left_out]
+    said = f"; left out: ids {some(out)}" if out else ""
+    say(f"{split}: {len(ids) - len(out)} pictures, {source.width} wide{said}\n")
 
 
-def _rows(array: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:
-    for first in range(0, len(kept), COPIED_ROWS):
-        yield array[kept[first : first + COPIED_ROWS]]
+def _put(extraction: Extraction, source: Source, items: dict[int, Any], skip: bool) -> None:
+    """Encode what the reader had for some rows, and store it."""
+    whole = {row: item for row, item in items.items() if not isinstance(item, InputError)}
+    for row, item in items.items():
+        if row in whole:
+            continue
+        if not skip:
+            raise InputError(f"{item} (--skip_broken leaves it and its captions out)")
+        log.warning("left out: id %s: %s", extraction.ids[row], item)
+        extraction.leave_out(row)
+    if whole:
+        extraction.put(list(whole), *source.encode(list(whole.values())))
 
 
 def main() -> None:
@@ -325,12 +166,12 @@ def main() -> None:
     require(bool(splits), f"{folder}: has no ids; expected what prepare_captions wrote")
     names = read_names(folder)
     with only_writer(folder / LOCK):
-        extractions = [Extraction(folder, split, names, options) for split in splits]
+        extractions = [Extraction(folder, split, names, options.overwrite) for split in splits]
         source = source_of(options)
         wanted = source.find(names)
         with Signals() as signals:
             for extraction in extractions:
-                extraction.run(source, wanted, signals)
+                extract(extraction, source, wanted, options, signals)
 
 
 if __name__ == "__main__":

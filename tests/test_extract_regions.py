@@ -285,7 +285,7 @@ def test_cut_off_and_gone_on_with(
     class Killed(BaseException):
         pass
 
-    real_put, real_replace = extract_regions.Extraction._put, Path.replace
+    real_put, real_replace = extract_regions._put, Path.replace
     for calls in range(20):
         shutil.rmtree(drawn)
         shutil.copytree(kept, drawn)
@@ -301,7 +301,7 @@ def test_cut_off_and_gone_on_with(
             return run
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(extract_regions.Extraction, "_put", step(real_put))
+            patch.setattr(extract_regions, "_put", step(real_put))
             patch.setattr(Path, "replace", step(real_replace))
             extract(*how)
             raise Killed
