@@ -117,32 +117,41 @@ def extract(
 
     `wanted` is what the source's reader takes for each id.
     """
-    size, split, ids = options.batch_size, extraction.split, extraction.ids
-    about = {"dtype": options.dtype, "batch_size": size}  # on which the last bits depend
+    split, ids = extraction.split, extraction.ids
+    # the last bits depend on how many pictures are encoded at a time
+    about = {"dtype": options.dtype, "batch_size": options.batch_size}
     extraction.begin(source.about | about, source.width)
     if extraction.complete:
         say(f"{split}: complete\n")
         return
-    saved = extraction.rows
-    places = [(row, min(row + size, len(ids))) for row in range(saved, len(ids), size)]
-    blocks = load(Blocks(source.reader, [wanted[key] for key in ids]), places, options.workers)
+    rows = Blocks(source.reader, [wanted[key] for key in ids])
     try:
-        with progress(f"{split} regions", len(ids), "picture") as bar:
-            bar.update(saved)
-            for (first, stop), items in zip(places, blocks, strict=True):
-                signals.obey()
-                _put(extraction, source, dict(enumerate(items, first)), options.skip_broken)
-                extraction.advance(stop)
-                bar.update(stop - first)
-                if stop - saved >= SAVED_ROWS:
-                    saved = stop
-                    extraction.save()
+        _fill(extraction, source, rows, options, signals)
     finally:
         extraction.save()
     extraction.finish()
     out = [ids[row] for row in extraction.left_out]
     said = f"; left out: ids {some(out)}" if out else ""
     say(f"{split}: {len(ids) - len(out)} pictures, {source.width} wide{said}\n")
+
+
+def _fill(
+    extraction: Extraction, source: Source, rows: Blocks, options: Options, signals: Signals
+) -> None:
+    """Make the rows that are not there yet, and save them now and then."""
+    size, total, saved = options.batch_size, len(extraction.ids), extraction.rows
+    places = [(row, min(row + size, total)) for row in range(saved, total, size)]
+    blocks = load(rows, places, options.workers)
+    with progress(f"{extraction.split} regions", total, "picture") as bar:
+        bar.update(saved)
+        for (first, stop), items in zip(places, blocks, strict=True):
+            signals.obey()
+            _put(extraction, source, dict(enumerate(items, first)), options.skip_broken)
+            extraction.advance(stop)
+            bar.update(stop - first)
+            if stop - saved >= SAVED_ROWS:
+                saved = stop
+                extraction.save()
 
 
 def _put(extraction: Extraction, source: Source, items: dict[int, Any], skip: bool) -> None:
