@@ -1,6 +1,6 @@
 """learner.py — a model and its optimiser: one training step (SPEC §8).
 
-Knows neither data nor checkpoints, so that a step can be taken, and timed, without them.
+Knows no files: neither a data set nor checkpoints are needed to take a step, or to time one.
 """
 
 from collections.abc import Iterable

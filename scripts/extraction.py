@@ -112,7 +112,7 @@ class Extraction:
     @property
     def left_out(self) -> list[int]:
         """Rows that are none of the results'."""
-        return sorted(self.state["left_out"])
+        return sorted(set(self.state["left_out"]))
 
     def _recorded(self, about: dict[str, Any]) -> dict[str, Any]:
         """How far an earlier run came. Raises InputError where it is not this one's."""
@@ -193,10 +193,12 @@ class Extraction:
         """
         left_out = set(self.left_out)
         kept = [row for row in range(len(self.ids)) if row not in left_out]
-        require(bool(kept), f"{self.split}: no picture can be read")
+        require(bool(kept), f"{self.results[3]}: none of its {len(self.ids)} pictures can be read")
         if left_out:
             self._write_kept(kept)
+        self.arrays = []  # a file that is mapped keeps its disk, also where it has no name
         self._rename(self.state)
+        self.state["complete"] = True
 
     def _write_kept(self, kept: Sequence[int]) -> None:
         """Write results of some rows alone."""

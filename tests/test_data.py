@@ -240,12 +240,19 @@ def test_extra_images_are_rows_behind_the_pairs(split: Split) -> None:
 
 
 def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:
+    """An item's own among them (SPEC §7)."""
     captions, images = torch.zeros(55), torch.zeros(11)
     every = split.regions(np.arange(split.images))
+    own_captions = own_images = 0
     for epoch in range(300):
-        captions += torch.bincount(batches(split, extra_stc=1)[epoch, 0].captions[6:], minlength=55)
-        for row in batches(split, extra_img=1)[epoch, 0].regions[6:]:
+        drawn = batches(split, extra_stc=1)[epoch, 0].captions
+        captions += torch.bincount(drawn[6:], minlength=55)
+        own_captions += int((drawn[6:] == drawn[:6]).sum())
+        rows = batches(split, extra_img=1)[epoch, 0].regions
+        own_images += int((rows[6:] == rows[:6]).all(2).all(1).sum())
+        for row in rows[6:]:
             images += (row == every).all(2).all(1)
+    assert own_captions > 10 and own_images > 80  # about 33 and 164 of 1,800
     for counts in (captions, images):
         mean = 300 * 6 / len(counts)
         assert counts.sum() == 300 * 6

@@ -313,6 +313,82 @@ def test_cut_off_and_gone_on_with(
     assert "begun with another dtype; --overwrite begins afresh" in capsys.readouterr().err
 
 
+def test_a_batch_that_failed_behind_a_broken_picture(
+    drawn: Path,
+    extract: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was left out of a batch that was not stored is left out once, by the next run."""
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 5))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--skip_broken", "--splits", "train"]
+    kept = drawn.with_name("kept")
+    shutil.copytree(drawn, kept)
+    assert extract(*how) == 0
+    whole = {path.name: path.read_bytes() for path in drawn.iterdir()}
+    shutil.rmtree(drawn)
+    shutil.copytree(kept, drawn)
+    encode = tsv_regions.Tsv.encode
+
+    def failing(self: tsv_regions.Tsv, items: list) -> tuple[np.ndarray, np.ndarray]:
+        if len(items) == 1:
+            raise InputError("no more")
+        return encode(self, items)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tsv_regions.Tsv, "encode", failing)
+        assert extract(*how) == 2
+    record = json.loads((drawn / "train_regions.json").read_text())
+    assert record["rows"] == 2 and record["left_out"] == []
+    assert extract(*how) == 0
+    assert {path.name: path.read_bytes() for path in drawn.iterdir()} == whole
+
+
+def test_what_was_begun_of_other_pictures_is_refused(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, ids = drawn / "rows.tsv", drawn / "train_ids.txt"
+    rows.write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 6))
+    how = ["--model", "tsv", "--tsv", rows, "--splits", "train"]
+    assert extract(*how) == 2  # ids 0 1 2 5 are done, 6 has no row
+    before = ids.read_text()
+    ids.write_text("".join(reversed(before.splitlines(keepends=True))))
+    capsys.readouterr()
+    assert extract(*how) == 2
+    assert "begun with another ids; --overwrite begins afresh" in capsys.readouterr().err
+    ids.write_text(before)
+    rows.write_bytes(b"".join(tsv_row(key, key) for key in range(10)))
+    assert extract(*how) == 2
+    assert "begun with another weights; --overwrite begins afresh" in capsys.readouterr().err
+
+
+def test_no_picture_at_all(
+    drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in (3, 4)))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--splits", "train", "--skip_broken"]
+    assert extract(*how) == 2
+    said = capsys.readouterr().err
+    assert "train_ids.txt: none of its 6 pictures can be read" in said
+    assert not (drawn / "train_ims.npy").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="told by Linux")
+def test_a_split_that_is_done_holds_no_disk(
+    drawn: Path, extract: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapping keeps a file that was deleted: the next split would find the disk full."""
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 5))
+    mapped, real = [], extract_regions.extract
+
+    def noted(*given: object) -> None:
+        real(*given)
+        mapped.append(".npy.extracting" in Path("/proc/self/maps").read_text())
+
+    monkeypatch.setattr(extract_regions, "extract", noted)
+    assert extract("--model", "tsv", "--tsv", drawn / "rows.tsv", "--skip_broken") == 0
+    assert mapped == [False] * 3
+
+
 def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     """The program itself, killed whenever its record has grown, makes the files of an uncut run."""
     pictures = 800

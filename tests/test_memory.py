@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from memory import out_of_memory
+import memory
+from memory import free_memory, out_of_memory
 
 OWN = """
 import torch
@@ -26,6 +28,35 @@ def test_a_peak_is_not_that_of_the_process_that_started_it() -> None:
     done = subprocess.run([sys.executable, "-c", OWN], cwd=ROOT, capture_output=True, check=True)
     used, peak = map(int, done.stdout.split())
     assert used > 0 and 0.9 * used < peak < 1.5 * used < held.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="told by Linux")
+def test_free_is_what_the_narrowest_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's limit counts files that it read, which are given up at need."""
+    cpu, system = torch.device("cpu"), free_memory(torch.device("cpu"))
+    assert system > 10**8
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("700000000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(cpu) > 10**8
+    (tmp_path / "memory.max").write_text("750000000\n")
+    assert free_memory(cpu) == 50_000_000
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 30000000\nactive_file 9\n")
+    assert free_memory(cpu) == 80_000_000
+    (tmp_path / "memory.current").write_text("999000000\n")
+    assert free_memory(cpu) == 0
+    (tmp_path / "memory.current").write_text("0\n")
+    program = (
+        "import resource, torch; from memory import free_memory, used_memory\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9,) * 2)\n"
+        "print(free_memory(torch.device('cpu')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True
+    )
+    assert 0 < int(done.stdout) < 6 * 10**9 - 10**7  # less than the limit by what is taken
 
 
 @pytest.mark.parametrize(

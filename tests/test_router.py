@@ -46,7 +46,10 @@ def test_gates_equal_the_equation_and_some_are_closed() -> None:
 
 
 def test_every_path_starts_open() -> None:
-    assert Router(5, 7, 3)(torch.zeros(1, 1, 6, 5)).min() > 0.8
+    """At tanh(1.5), but for what the inner layer adds."""
+    router = Router(5, 7, 3)
+    assert (router.mlp[2].bias == 1.5).all()
+    assert router(torch.zeros(1, 1, 6, 5)).min() > 0.8
 
 
 def test_gates_stay_in_float32_under_autocast() -> None:

@@ -19,12 +19,14 @@ from conftest import ROOT, same, tiny_train
 from test_files import largest_file
 from test_train import events, last_line, state
 
+import data
 import options
 import runfolder
 import snapshots
 import trainer
 from data import Batch
 from evaluation import Recall, Retrieval
+from learner import Learner
 from loader import load
 from model import DIME, Output
 from options import InputError
@@ -126,16 +128,28 @@ def test_ctrl_c_before_training_has_begun_is_one_line(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Do something in the middle of a step."""
-    attempt = Trainer._attempt
+def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list of one number: the step that is being made."""
+    attempt, now = Trainer._attempt, [0]
 
-    def acted(self: Trainer, batch: Batch) -> dict | None:
-        if self.place.step + 1 == number:
-            act()
+    def noted(self: Trainer, batch: Batch) -> dict | None:
+        now[0] = self.place.step + 1
         return attempt(self, batch)
 
-    monkeypatch.setattr(Trainer, "_attempt", acted)
+    monkeypatch.setattr(Trainer, "_attempt", noted)
+    return now
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do something in the middle of a step."""
+    step, now = Learner.step, noted_steps(monkeypatch)
+
+    def acted(self: Learner, batch: Batch) -> dict:
+        if now == [number]:
+            act()
+        return step(self, batch)
+
+    monkeypatch.setattr(Learner, "step", acted)
 
 
 def test_what_a_signal_left_goes_on_to_the_same_bits(
@@ -309,7 +323,7 @@ def test_a_run_gone_on_with_from_an_older_checkpoint_gives_up_what_came_after_it
     older = (folder / NEWEST).rename(folder / "older.pth.tar")
     (folder / "later.pth.tar").rename(folder / NEWEST)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_attempt", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
+        patch.setattr(Learner, "step", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
         assert run_train(*argv, "--max_steps", "14", "--resume", older) == 2
     assert state(folder / NEWEST)["step"] == 10
     assert not (folder / PREVIOUS).exists()
@@ -359,14 +373,24 @@ def test_what_ends_a_validation_names_the_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["dev", "train"])
+@pytest.mark.parametrize("large", [False, True])
 def test_other_data_is_refused(
-    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture, name: str
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    name: str,
+    large: bool,
 ) -> None:
-    """One number of any row is enough."""
+    """One number of any row is enough; of a large file, one of some rows."""
+    if large:
+        monkeypatch.setattr(data, "CHEAP_BYTES", 0)
+        monkeypatch.setattr(data, "SAMPLED_ROWS", 3)  # the first, the last, the middle
     argv = tiny_train(tiny, "--max_steps", "3")
     assert run_train(*argv) == 0
     features = np.load(tiny / f"data/tiny/{name}_ims.npy")
-    features[3, 2, 1] += 1
+    row = len(features) // 2 if large else 3
+    features[row, 2, 1] += 1
     np.save(tiny / f"data/tiny/{name}_ims.npy", features)
     assert run_train(*argv, "--resume", "auto") == 2
     said = last_line(capsys)
@@ -499,13 +523,13 @@ def test_a_second_training_is_refused_while_the_first_runs(
 ) -> None:
     """The lock of a killed program is free at once, though its workers may live a little longer."""
     argv = tiny_train(tiny, *LONG, "--num_epochs", "100000", "--workers", "2", "--save_step", "1")
-    process = started(argv, "step 2/")
-    before = (tiny / "runs/i2t" / NEWEST).stat().st_mtime_ns
+    process = started(argv, "step 4/")
+    before = state(tiny / "runs/i2t" / NEWEST)["step"]
     for more in (["--resume", "auto"], ["--overwrite"], []):
         assert run_train(*tiny_train(tiny), *more) == 2
         said = last_line(capsys)
         assert f"runs/i2t: another run writes there (process {process.pid} on " in said
-    assert (tiny / "runs/i2t" / NEWEST).stat().st_mtime_ns >= before
+    assert state(tiny / "runs/i2t" / NEWEST)["step"] >= before > 1  # those would be at 1
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     workers = [int(pid) for pid in workers.read_text().split()] if workers.exists() else []
     try:
@@ -692,18 +716,11 @@ def test_another_error_of_torch_keeps_its_traceback(
 def bad_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps whose batch makes the scores, and all that batch normalisation sees, no numbers."""
     bad: list[int] = []
-    calls = {"step": 0}
-    forward = DIME.forward
-    attempt = Trainer._attempt
-
-    def counted(self: Trainer, batch: Batch) -> dict | None:
-        calls["step"] = self.place.step + 1
-        return attempt(self, batch)
+    forward, now = DIME.forward, noted_steps(monkeypatch)
 
     def spoilt(self: DIME, regions: torch.Tensor, *rest: object) -> Output:
-        return forward(self, regions * (torch.nan if calls["step"] in bad else 1), *rest)
+        return forward(self, regions * (torch.nan if now[0] in bad else 1), *rest)
 
-    monkeypatch.setattr(Trainer, "_attempt", counted)
     monkeypatch.setattr(DIME, "forward", spoilt)
     return bad
 
@@ -731,6 +748,36 @@ def test_bad_batches_are_skipped_up_to_a_number(
     assert all(value.isfinite().all() for value in found["weights"].values())
     assert {int(m["step"]) for m in found["optimizer"]["state"].values()} == {5}
     assert [event["step"] for event in events(folder) if "Le" in event] == [1, 2, 5, 7, 8]
+
+
+def test_a_gradient_that_is_no_number_is_a_bad_batch_too(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Its loss is a number; what it would leave in weights and statistics is not there."""
+    argv, folder = tiny_train(tiny, "--max_steps", "2"), tiny / "runs/i2t"
+    assert run_train(*argv) == 0
+    before = state(folder / NEWEST)
+    forward, now = DIME.forward, noted_steps(monkeypatch)
+
+    def steep(self: DIME, *given: object) -> Output:
+        output = forward(self, *given)
+        if now == [3]:
+            output.scores.register_hook(lambda gradient: gradient * torch.inf)
+        return output
+
+    monkeypatch.setattr(DIME, "forward", steep)
+    more = ["--max_steps", "3", "--resume", "auto"]
+    assert run_train(*argv, *more) == 2
+    said = last_line(capsys)
+    assert re.search(r"step 3: the loss is \d+\.\d+, its gradient's length (nan|inf), its", said)
+    assert run_train(*argv, *more, "--skip_bad_batches", "1") == 0
+    after = state(folder / NEWEST)
+    assert after["step"] == 3 and after["skipped"] == 1
+    assert same(after["weights"], before["weights"])
+    assert same(after["optimizer"], before["optimizer"])
 
 
 def test_skipped_batches_are_counted_over_resumes_to_the_same_bits(

@@ -1,0 +1,37 @@
+"""learner.py: what a step is given and gives, beside the golden steps of test_golden.py."""
+
+import copy
+
+import pytest
+import torch
+from test_model import SMALL, small_batch, small_model
+
+from data import Batch
+from learner import Learner, gradient_length
+from trainconfig import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+def test_the_path_regulariser_is_divided_by_the_option() -> None:
+    """Also for a smaller last batch (SPEC §7)."""
+    model = small_model("i2t")
+    regions, ids, mask = small_batch(captions=3)
+    states = torch.randn(3, 10, 12)  # BERT's, so that no dropout sets the two apart
+    batch = Batch(regions, ids, mask, torch.arange(3), 3, states)
+    whole, part = (
+        Learner(TrainConfig(**SMALL, batch_size=size), copy.deepcopy(model), CPU).step(batch)
+        for size in (3, 8)
+    )
+    assert part["Path"].item() * 8 == pytest.approx(whole["Path"].item() * 3, rel=1e-6)
+    assert part["Rank"] == whole["Rank"] and whole["Path"] > 0
+    for figures in (whole, part):
+        assert figures["Le"].item() == pytest.approx((figures["Rank"] + figures["Path"] / 2).item())
+
+
+def test_squares_of_gradients_may_leave_float32() -> None:
+    weights = [torch.zeros(3, requires_grad=True) for _ in range(3)]
+    for weight, value in zip(weights, (3e20, 4e20), strict=False):  # the last one has no gradient
+        weight.grad = torch.tensor([value, 0, 0])
+    length = gradient_length(weights)
+    assert length.dtype == torch.float32 and length.item() == pytest.approx(5e20)
