@@ -29,8 +29,8 @@ class Learner:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
         model.precision = config.precision
 
-    def fit(self, tokens: int, steps: int) -> None:
-        """Fit the work to the machine: compiled where that pays, within the memory there is.
+    def prepare(self, tokens: int, steps: int) -> None:
+        """Fit what comes to the machine: compiled where that pays, within the memory there is.
 
         A run of `steps` refines `tokens` of each pair.
         """

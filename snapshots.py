@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import runlog
 from bert import Bert
 from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
 from data import Split, TrainingBatches
@@ -35,10 +36,20 @@ class Snapshots:
         dev: Split,
     ) -> None:
         self.config, self.bert, self.batches, self.dev = config, bert, batches, dev
+        self.commit = runlog.commit()  # of what is loaded; the files may change while it runs
         self.model, self.optimizer, self.device = learner.model, learner.optimizer, learner.device
 
-    def write(self, path: Path, place: Place, keep: Path | None = None) -> None:
-        """Write a checkpoint; what had the name before is then found at `keep`, if one is given."""
+    def write(
+        self,
+        path: Path,
+        place: Place,
+        keep: Path | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Write a checkpoint; what had the name before is then found at `keep`, if one is given.
+
+        `metrics` are those of this very model on dev, where it was validated.
+        """
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {
             **asdict(place),
@@ -46,6 +57,8 @@ class Snapshots:
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "train_data": self.batches.split.fingerprint,
             "dev_data": self.dev.fingerprint,
+            "commit": self.commit,
+            "metrics": metrics,
         }
         write_checkpoint(path, self.model, asdict(self.config), self.bert, keep, **state)
 

@@ -108,7 +108,7 @@ class Trainer:
             if self.config.direction == "t2i":
                 refined = self.config.max_words
             # steps of the whole run, so that a resumed one computes as one never stopped
-            self.learner.fit(refined, self.last_step)
+            self.learner.prepare(refined, self.last_step)
             try:
                 if self._unvalidated:  # cut off in the middle of it
                     self._validate()
@@ -250,14 +250,15 @@ class Trainer:
             best_rsum=max(place.best_rsum, result.selection),
             best_r1=max(place.best_r1, result.i2t.r1),
         )
-        self.log.record(epoch=place.last_epoch, **runlog.tags(result))
+        metrics = runlog.tags(result)
+        self.log.record(epoch=place.last_epoch, **metrics)
         log.info(
             "step %d: rsum %.1f, R@1+R@5 %.1f (best %.1f)",
             *(place.step, result.rsum, result.selection, self.place.best_rsum),
         )
         if better:  # first: were it last, a run cut off in between would not have it
-            self._save(BEST)
-        self._save(NEWEST)
+            self._save(BEST, metrics)
+        self._save(NEWEST, metrics)
 
     def _dev_scores(self) -> np.ndarray:
         """Scores `[I, T]` of the dev images that are validated on."""
@@ -278,7 +279,7 @@ class Trainer:
             self.signals.obey()  # one that ends a worker, too
             raise InputError(f"{error}; {self._further()}") from error
 
-    def _save(self, name: str) -> None:
+    def _save(self, name: str, metrics: dict[str, float] | None = None) -> None:
         keep = self.config.folder / PREVIOUS if name == NEWEST else None
-        self.snapshots.write(self.config.folder / name, self.place, keep)
+        self.snapshots.write(self.config.folder / name, self.place, keep, metrics)
         self.log.write_run()

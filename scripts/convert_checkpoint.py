@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -152,10 +152,19 @@ def _counts(checkpoint: Checkpoint) -> dict[str, int | float]:
     return found
 
 
-def _of_run(checkpoint: Checkpoint) -> dict[str, int | float | str]:
-    """Counts, and which dev split selected the model, so that evaluating on it can be told."""
-    dev_data = checkpoint.state.get("dev_data")
-    return _counts(checkpoint) | ({"dev_data": dev_data} if type(dev_data) is str else {})
+def _of_run(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where a model comes from: counts, commit, its figures on dev, and which dev that was.
+
+    By the last, evaluating on the split that selected it can be told.
+    """
+    state, found = checkpoint.state, dict(_counts(checkpoint))
+    found |= {k: state[k] for k in ("dev_data", "commit") if type(state.get(k)) is str}
+    metrics = state.get("metrics")
+    if isinstance(metrics, dict) and all(
+        type(name) is str and type(value) is float for name, value in metrics.items()
+    ):
+        found["metrics"] = metrics
+    return found
 
 
 def write_published(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:

@@ -22,7 +22,9 @@ from trainconfig import TrainConfig
 
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 BATCH = 32
-WIDTH = 2048  # of region features
+REGIONS, WIDTH = 36, 2048  # of an image, and of their features
+WORDS = 32  # of a caption, padding included
+HIDDEN, ENTRIES = 384, 30522  # BERT's width and vocabulary
 QUERIES, CONTEXTS = 16, 96  # scored at a time, in slices like those of a large set
 PLAIN = 24  # images and captions of the plain formulation
 LIMIT_GB = 2.5
@@ -55,21 +57,21 @@ def learner_of(case: Case) -> Learner:
         batch_size=BATCH,
         memory=LIMIT_GB if "train_under_2.5GB" in case.kinds else 0.0,
     )
-    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 6, "intermediate_size": 1536}
     bert = BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
     learner = Learner(config, DIME(config, bert).to(case.device), case.device)
-    learner.fit(tokens=36 if i2t else 32, steps=1)
+    learner.prepare(tokens=REGIONS if i2t else WORDS, steps=1)
     return learner
 
 
 def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality]:
     """Random images and captions of the usual lengths, encoded."""
     device = model.text.fc.weight.device
-    hidden = torch.randn(captions, 32, 384).to(device)
+    hidden = torch.randn(captions, WORDS, HIDDEN).to(device)
     lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
-    mask = torch.arange(32) < lengths[:, None]
+    mask = torch.arange(WORDS) < lengths[:, None]
     with torch.no_grad():
-        regions = torch.rand(images, 36, WIDTH).to(device)
+        regions = torch.rand(images, REGIONS, WIDTH).to(device)
         return model.encode_images(regions), model.text(hidden, mask.to(device))
 
 
@@ -87,10 +89,11 @@ def training(learner: Learner, bert: bool) -> tuple[int, Work]:
     i2t = learner.config.direction == "i2t"
     images, captions = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
     lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
-    mask = torch.arange(32) < lengths[:, None]
-    ids = torch.where(mask, torch.randint(1, 30522, mask.shape), 0)
-    states = None if bert else torch.randn(captions, 32, 384)
-    batch = Batch(torch.rand(images, 36, WIDTH), ids, mask, torch.arange(captions), BATCH, states)
+    mask = torch.arange(WORDS) < lengths[:, None]
+    ids = torch.where(mask, torch.randint(1, ENTRIES, mask.shape), 0)
+    states = None if bert else torch.randn(captions, WORDS, HIDDEN)
+    regions = torch.rand(images, REGIONS, WIDTH)
+    batch = Batch(regions, ids, mask, torch.arange(captions), BATCH, states)
     batch = batch.to(learner.device)
     return images * captions, lambda: learner.step(batch)
 

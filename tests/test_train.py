@@ -14,6 +14,7 @@ import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import runlog
 import space
 import trainer
 from data import Batch
@@ -21,7 +22,7 @@ from evaluate_models import evaluate
 from evaluation import owners, retrieval
 from learner import Learner
 from options import parse, warn_of_slow
-from runfolder import BEST, NEWEST
+from runfolder import BEST, NEWEST, PREVIOUS
 from trainconfig import FREE, TrainConfig
 
 TAGS = {
@@ -342,6 +343,23 @@ def test_the_best_model_has_most_of_four_recalls(
     best = state(folder / BEST)
     assert best["step"] == 2 and best["best_rsum"] == 64 and best["best_r1"] == 11
     assert state(folder / NEWEST)["best_rsum"] == 64 and state(folder / NEWEST)["best_r1"] == 12
+    for name, step in ((BEST, 2), (NEWEST, 5)):  # each names the figures of its own weights
+        (logged,) = (e for e in events(folder) if e["step"] == step and "rsum" in e)
+        assert state(folder / name)["metrics"].items() <= logged.items()
+        assert state(folder / name)["metrics"]["r1"] == 11
+
+
+def test_a_checkpoint_names_its_commit_and_no_figures_of_others(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two validations there are none."""
+    monkeypatch.setattr(runlog, "commit", lambda: "c0ffee")
+    argv = tiny_train(tiny, "--val_step", "2", "--max_steps", "3", "--save_step", "1")
+    assert run_train(*argv) == 0
+    found = {name: state(tiny / "runs/i2t" / name) for name in (NEWEST, PREVIOUS, BEST)}
+    assert {content["commit"] for content in found.values()} == {"c0ffee"}
+    assert found[NEWEST]["step"] == found[PREVIOUS]["step"] == 3
+    assert found[NEWEST]["metrics"]["rsum"] > 0 and found[PREVIOUS]["metrics"] is None
 
 
 def test_a_last_batch_of_one_is_skipped_in_t2i_alone(
