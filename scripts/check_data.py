@@ -24,7 +24,7 @@ from memory import free_memory, used_memory
 from options import InputError, check_range, parse, require, run, say
 from scripts.data_faults import between, look_at_words, looked_at, remarks_on
 from scripts.data_needs import CPU, bert_sizes, needs
-from scripts.paper_table import markdown
+from scripts.tables import markdown
 from vocab import Vocabulary
 
 FAULTY = 1  # exit status

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from files import read_json
 from options import InputError, require, short
 from scripts.experiments import RESULT, RESULTS, Registry
+from scripts.tables import markdown
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +117,6 @@ def _seven(path: Path, protocol: str, kind: str) -> list[Any]:
         return [*(values[way][name] for way, name in METRICS), values["rsum"]]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: holds no {kind} of protocol {protocol}: {error!r}") from error
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    every = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in every) + "\n"
 
 
 def texts(row: Row) -> list[str]:

@@ -17,7 +17,8 @@ from layout import CAPTIONS_PER_IMAGE
 from options import parse, run, say
 from runlog import METRICS, RUN, events
 from scripts.experiments import REGISTRY, RESULTS, Registry
-from scripts.paper_table import COLUMNS, as_markdown, markdown
+from scripts.paper_table import COLUMNS, as_markdown
+from scripts.tables import markdown
 
 README = Path("README.md")
 REPORT = "a report under results/"

@@ -214,6 +214,15 @@ def test_each_fault_is_named(
         assert len(found) == len(said), found
 
 
+def test_without_a_bert_nothing_is_loaded_that_would_read_one() -> None:
+    """transformers and TensorBoard take seconds, and 200 MB."""
+    heavy = "{'transformers', 'tensorboard'}"
+    program = f"import sys, scripts.check_data; print({heavy} & {{*sys.modules}})"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_ids_of_captions_and_ids_five_times_are_read(
     folder: Path, check: Callable[..., tuple[int, dict]]
 ) -> None:
