@@ -80,6 +80,9 @@ class EvaluateConfig:
         for name in of_models if self.scores else ():
             unused = getattr(self, name) == getattr(EvaluateConfig, name)  # the default
             require(unused, f"--{name} goes with --model_path, not with --scores")
+        data = (self.data_path, self.data_name)
+        whole = not self.scores or data == (None, None) or None not in (*data, self.split)
+        require(whole, "--scores: data is named by --data_path, --data_name and --split together")
         several = not 0 < self.bootstrap < LEAST_SAMPLES
         require(several, f"--bootstrap {self.bootstrap}: expected 0, or {LEAST_SAMPLES} or more")
 

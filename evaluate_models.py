@@ -38,7 +38,7 @@ from evaluation import (
 )
 from files import write_array, write_arrays, write_json
 from layout import SplitName, count_images, files_of, read_captions, split_files
-from mscoco import extended, known_ids, published
+from mscoco import eccv_metrics, extended, known_ids
 from options import (
     InputError,
     Precision,
@@ -135,7 +135,7 @@ def _evaluated(
     config: EvaluateConfig,
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
     """What `evaluate` gives, the score matrix, and every query's rank: none is written yet."""
-    package = published() if config.extended else None  # before the long work
+    package = eccv_metrics() if config.extended else None  # before the long work
     about, scores, ids = (_of_files if config.scores else _of_models)(config, package)
     images, captions = scores.shape
     about |= {"images": images, "captions": captions, "extended": None}
@@ -157,13 +157,12 @@ def _of_files(
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """Scores that were saved; what they are of is known where data is named."""
     paths = config.scores
-    folder = None
-    if config.data_path and config.data_name:
-        folder = Path(config.data_path) / config.data_name
-    data = files_of(folder, config.split) if folder and config.split else []
+    folder = Path(config.data_path) / config.data_name if config.data_path else None
+    data = files_of(folder, config.split) if folder else []
     check_outputs(config, [*paths, *data])
     matrices = [map_scores(Path(path)) for path in paths]
-    if data and (captions := split_files(folder, config.split)[1]).exists():
+    if data:
+        captions = split_files(folder, config.split)[1]
         images, found = count_images(captions, read_captions(captions)), len(matrices[0])
         require(images == found, f"{paths[0]}: scores of {found} images; {captions} has {images}")
     for path, matrix in zip(paths, matrices, strict=True):

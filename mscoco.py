@@ -24,7 +24,7 @@ FIGURES = ("eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_recalls")
 NUMBER = re.compile(r"(\d{1,18})(\.\w+)?$")  # an image's id, alone or at the end of its file's name
 
 
-def published() -> Any:
+def eccv_metrics() -> Any:
     """The package's metrics. Raises InputError that names the pip command where it is missing."""
     present = importlib.util.find_spec("eccv_caption") is not None
     require(present, "--extended: a package is missing: pip install eccv_caption")

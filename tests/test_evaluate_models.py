@@ -163,7 +163,7 @@ def test_mscocos_protocols_take_testall_where_there_is_one(
     run_train: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluate_models, "published", lambda: None)  # there are no ids for it
+    monkeypatch.setattr(evaluate_models, "eccv_metrics", lambda: None)  # there are no ids for it
     assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
     model = tiny / "runs/i2t/model_best.pth.tar"
     assert evaluate(model, **asked)["split"] == "test"

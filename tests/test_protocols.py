@@ -149,6 +149,17 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         ],
         "a.npy: scores of 10 images; ",
     ),
+    "half of the data": (
+        lambda t: ["--scores", saved(t, "a.npy"), "--data_path", t, "--split", "test"],
+        "--data_path, --data_name and --split together",
+    ),
+    "no such data": (
+        lambda t: [
+            *("--scores", saved(t, "a.npy"), "--data_path", t, "--data_name", "none"),
+            *("--split", "test"),
+        ],
+        "none/test_caps.txt: not found",
+    ),
     "over itself": (
         lambda t: ["--scores", saved(t, "a.npy"), "--save_scores", t / "a.npy"],
         "another output",
@@ -249,7 +260,7 @@ def test_doubles_stay_doubles(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def package():
     """MSCOCO's answers, cut down to the first 80 images of the test split."""
-    found = mscoco.published()
+    found = mscoco.eccv_metrics()
     found.coco_ids = found.coco_ids[:400]
     captions = {int(c) for c in found.coco_ids}
     images = {found.coco_gts["t2i"][c][0] for c in captions}
@@ -335,7 +346,7 @@ def test_ids_of_captions_are_five_of_an_image_each(package, tmp_path: Path) -> N
 
 def test_longest_list_of_right_answers() -> None:
     """So many best answers are looked at as any query has right ones."""
-    gts = mscoco.published().eccv_gts
+    gts = mscoco.eccv_metrics().eccv_gts
     assert max(len(right) for way in gts.values() for right in way.values()) <= mscoco.LIST
 
 
@@ -346,12 +357,13 @@ def test_extended_figures_where_they_can_be_had(
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(evaluate_models, "published", lambda: package)
+    monkeypatch.setattr(evaluate_models, "eccv_metrics", lambda: package)
     path = saved(tmp_path, "a.npy", 80)
     assert evaluate(scores=[path], extended=True)["extended"] is None
     assert "no ECCV Caption and CxC figures: --data_path" in caplog.text
     (tmp_path / "coco").mkdir()
     folder_of(package, tmp_path / "coco", np.arange(80), False)
+    (tmp_path / "coco/testall_caps.txt").write_text("a man\n" * 400)
     where = ["--data_path", str(tmp_path), "--data_name", "coco", "--split", "testall"]
     evaluate_models.main(["--scores", str(path), "--extended", *where])
     assert "\neccv_map_at_r: i2t " in capsys.readouterr().out
