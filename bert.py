@@ -22,13 +22,13 @@ from vocab import Vocabulary
 from weights import Weights, check_finite, check_named, filled
 
 # What a BERT of 2018 is made of; nothing else of its configuration changes what it computes.
-BERT_SIZES = {
-    "vocab_size": 30522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
+BERT_SIZES = {  # with bert-base's value where a configuration may leave it out
+    "vocab_size": None,
+    "hidden_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "intermediate_size": None,
+    "max_position_embeddings": None,
     "type_vocab_size": 2,
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
@@ -183,6 +183,8 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
         found = config.get(name, expected)
         require(found == expected, f"{path}: {name} is {short(found)}; expected {expected!r}")
     sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
+    absent = [name for name, size in sizes.items() if size is None]
+    require(not absent, f"{path}: lacks {some(absent)}; expected the sizes of a BERT")
     for name, value in sizes.items():
         fits = type(value) is int and 0 < value < 2**24
         if name.endswith("_prob"):

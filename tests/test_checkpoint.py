@@ -140,6 +140,7 @@ BAD_BERTS = {
     "other size": (lambda f: configure(f, vocab_size=54), "vocab_size 54"),
     "many layers": (lambda f: configure(f, num_hidden_layers=5000), "5000 layers; expected 100"),
     "other layers": (lambda f: configure(f, num_hidden_layers=3), "holds 2 layers, its"),
+    "no heads": (lambda f: configure(f, num_attention_heads=None), "lacks num_attention_heads"),
     "negative": (lambda f: configure(f, hidden_size=-24), "hidden_size is -24"),
     "heads": (lambda f: configure(f, num_attention_heads=5), "5 attention heads"),
     "activation": (lambda f: configure(f, hidden_act="relu"), "hidden_act is 'relu'"),
