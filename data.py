@@ -5,7 +5,6 @@ nothing, and an epoch can be entered at any position. Knows nothing of the model
 """
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -34,8 +33,6 @@ from layout import (
 from loader import load
 from options import LARGEST, check_range, refuse
 from vocab import Vocabulary
-
-log = logging.getLogger(__name__)
 
 CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
 SAMPLED_ROWS = 16  # of the features that tell one data set from another

@@ -156,10 +156,14 @@ def _text(text: str) -> str:
 _finite.__name__, _text.__name__, _given.__name__ = "finite number", "printable text", "text"
 
 
+def keep_float32() -> None:
+    """Have convolutions compute in float32: on a GPU torch would round their factors to 10 bits."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` is a GPU where there is one. Raises InputError."""
-    # On a GPU torch would let convolutions round their factors to 10 bits (TF32).
-    torch.backends.cudnn.allow_tf32 = False
+    keep_float32()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kinds = ", ".join(("auto", *DEVICES))

@@ -8,7 +8,6 @@ scripts/tsv_regions.py is a third source: features that others made.
 
 import importlib
 import importlib.util
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ from options import InputError, require
 from pictures import find_pictures, read_picture
 from torchfiles import read_safetensors, read_torch
 from weights import check_finite
-
-log = logging.getLogger(__name__)
 
 REGIONS = 36
 CELLS = 6  # of a grid's side

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -69,22 +70,24 @@ class RunLog:
             self.run["resumed_at"] = [*steps, step]
         cut(folder / METRICS, lambda line: reached(line, step, validated))
         cut(folder / LOG, lambda line: said(line, step))
-        threading.excepthook = _hand_over
-        with naming(folder, "a folder to write to"):
-            self.handler = _LogFile(self)
-            self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
-        self.write_run()
 
     def __enter__(self) -> "RunLog":
-        logging.getLogger().addHandler(self.handler)
+        with ExitStack() as opened:  # what was, is closed again where the rest cannot be
+            opened.callback(setattr, threading, "excepthook", threading.excepthook)
+            threading.excepthook = _hand_over
+            opened.enter_context(naming(self.folder, "a folder to write to"))  # in closing, too
+            self.board = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
+            opened.callback(self.board.close)
+            handler = _LogFile(self)
+            opened.callback(handler.close)
+            self.write_run()
+            logging.getLogger().addHandler(handler)
+            opened.callback(logging.getLogger().removeHandler, handler)
+            self.opened = opened.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        logging.getLogger().removeHandler(self.handler)
-        self.handler.close()
-        with naming(self.folder, "a folder to write to"):
-            self.board.close()
-        threading.excepthook = threading.__excepthook__
+        self.opened.close()
 
     def record(self, **figures: float) -> None:
         """One event at the present step: a line of metrics.jsonl, and a scalar for each figure."""

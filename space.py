@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental import _config as shape_config
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cells import CELLS, CellName, CellSizes
@@ -123,6 +121,7 @@ class RoutingSpace(nn.Module):
             gates.append(layer_gates)
         shape = (len(tokens), contexts, -1)
         paths = torch.cat([g.flatten(2).expand(shape) for g in gates], -1)  # [Q, C, K]
+        # REFERENCE: padded words count as tokens, here and in the batch normalisation.
         refined = xs.float()  # [Q, C, L, D], or [Q, 1, L, D] where no cell has seen a context
         # by hand, since var_mean is the slowest operation of all
         mean = refined.mean(-2)
@@ -172,6 +171,9 @@ class RoutingSpace(nn.Module):
             if self._compiled is None:  # has failed, and is called again by a checkpoint
                 return self._route(*given)
             try:
+                # torch's own affair, which eager code does not hang on
+                from torch.fx.experimental import _config as shape_config
+
                 # One compilation serves every number of queries, contexts and context words, also
                 # where two of them happen to be equal at first.
                 with shape_config.patch(use_duck_shape=False):
@@ -193,6 +195,8 @@ class RoutingSpace(nn.Module):
 
     def _go_back(self, route: Callable[..., tuple[Tensor, Tensor]], given: tuple[Any, ...]) -> None:
         """One backward pass for nothing: its code, too, is compiled where a failure is caught."""
+        from torch.utils._pytree import tree_map_only
+
         # on leaves, so that it ends there
         leaves = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
         # hooks of its own, so that a checkpoint around it counts none of its tensors

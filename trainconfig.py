@@ -25,8 +25,10 @@ FREE = {
 
 @dataclass(frozen=True)
 class TrainConfig(DataConfig, ModelConfig):
-    """Every option of training. Defaults are the published ones."""
+    """Every option of training. Defaults are the published ones, but for `img_dim`."""
 
+    # DEVIATION: the width of the features is that of the data unless it is given (the published
+    # default was 2048).
     img_dim: Annotated[int | None, "width of the region features (default: that of the data)"] = (
         None
     )

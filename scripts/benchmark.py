@@ -37,7 +37,7 @@ from files import check_writable, write_blocks, write_json
 from loader import end_with_parent
 from memory import keep_memory, peak_memory
 from model import Direction
-from options import SLOW, Precision, parse, pick_device, run, say, slowness
+from options import SLOW, Precision, keep_float32, parse, pick_device, run, say, slowness
 from scripts.operators import shares
 from scripts.results_table import speed_rows, speed_tables
 from scripts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
@@ -61,7 +61,7 @@ MAIN = ("score", "train")  # of which there are compiled rows, and profiles
 class Options:
     only: Annotated[list[Word] | None, "some of the rows"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
-    json: Annotated[str, "write the rows here"] = ""
+    json: Annotated[str | None, "write the rows here"] = None
 
 
 def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
@@ -86,7 +86,7 @@ def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
 def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A case's rows, and where their time goes; called in a new process."""
     keep_memory()
-    pick_device(str(case.device))  # which sets torch up for it
+    keep_float32()
     torch.manual_seed(0)
     learner = learner_of(case)
     rows, recorded = [], {}
@@ -168,10 +168,8 @@ def apart(work: Callable[..., Any], *given: Any) -> Any:
 def main() -> None:
     chosen = parse(Options, None, __doc__)
     device = pick_device(chosen.device)
-    path = Path(chosen.json)
-    if chosen.json:
-        check_writable(path)
-    keep_memory()
+    if chosen.json is not None:
+        check_writable(Path(chosen.json))
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: list[str] = []
@@ -196,8 +194,8 @@ def main() -> None:
         "rows": rows,
         "profiles": profiles,
     }
-    if chosen.json:
-        write_json(path, found)
+    if chosen.json is not None:
+        write_json(Path(chosen.json), found)
     say(speed_tables(found))
 
 

@@ -3,11 +3,11 @@
 # float32, bfloat16 and compiled, the benchmark, trainings of both directions, one of them compiled
 # and gone on with, and their ensemble. What fails is named at the end, and stops nothing else.
 #   bash scripts/check_gpu.sh 2>&1 | tee gpu.txt
-# DIME_DEVICE=cpu rehearses it where there is none.
+# DIME_DEVICE=cpu rehearses it where there is none; DIME_PYTHON names a Python of your own.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 DIME_DEVICE=${DIME_DEVICE:-cuda}
-python=${PYTHON:-.venv/bin/python}
+python=${DIME_PYTHON:-.venv/bin/python}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 failed=()

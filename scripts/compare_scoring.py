@@ -30,7 +30,6 @@ from evaluate_models import warn_of_selection
 from evaluation import ceiling, map_scores, owners, retrieval
 from files import check_writable, write_json
 from layout import CAPTIONS_PER_IMAGE
-from memory import keep_memory
 from options import check_range, parse, pick_device, require, run, say, warn_of_slow
 from scoring import Scorer, behind, encode_split, shortlist, shortlisted
 from scripts.opened import ModelOnSplit
@@ -149,7 +148,6 @@ def _row(way: str, scores: np.ndarray, pairs: int | None, seconds: float | None)
 
 def main() -> None:
     options = parse(Options, None, __doc__)
-    keep_memory()
     comparison = Comparison(options)
     command = shlex.join(["python", "-m", "scripts.compare_scoring", *sys.argv[1:]])
     found = runlog.provenance(command, comparison.device) | {

@@ -55,7 +55,6 @@ SYNONYMS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 CAPTIONS, TRIES = 5, 1000
 MOST = 20_000  # pictures; many more cannot be told apart by their captions
 

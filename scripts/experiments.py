@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from evalconfig import EvaluateConfig
 from files import read_json, read_text
-from options import InputError, parse, require
+from options import InputError, parse, require, some
 from runfolder import BEST
 from trainconfig import FREE, TrainConfig
 
@@ -116,9 +116,12 @@ class Registry:
 
     def _check_names(self, run: Run) -> None:
         """Raise InputError where a run names what is not there."""
-        known = set(run.tables) <= set(self.tables) and set(run.of) <= set(self.runs)
-        known &= bool(run.of) != (run.data in self.data)
-        require(known, "names a table, data or a run that is not there")
+        tables, runs = set(run.tables) - set(self.tables), set(run.of) - set(self.runs)
+        require(not tables, f"names tables that are not there: {some(sorted(tables))}")
+        require(not runs, f"is of runs that are not there: {some(sorted(runs))}")
+        require(not run.of or not run.data, "is of other runs and names data, too")
+        known = bool(run.of) or run.data in self.data
+        require(known, f"names data {run.data!r}; expected one of {some(sorted(self.data))}")
 
     def _check_commands(self, run: Run) -> None:
         """Raise an error where a run would come to no figures, before it is begun."""

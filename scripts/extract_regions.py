@@ -74,8 +74,14 @@ class Options:
             require(bool(self.images), f"--model {self.model}: expected --images FOLDER")
         if self.model == "fasterrcnn":
             require(bool(self.weights), "--model fasterrcnn: expected --weights FILE")
-        needless = (self.tsv and self.model != "tsv", self.weights and self.model != "fasterrcnn")
-        for name, there in zip(("tsv", "weights"), needless, strict=True):
+        of_tsv, of_detector = self.model == "tsv", self.model == "fasterrcnn"
+        needless = {
+            "images": self.images and of_tsv,
+            "tsv": self.tsv and not of_tsv,
+            "tsv_key": self.tsv_key != "id" and not of_tsv,
+            "weights": self.weights and not of_detector,
+        }
+        for name, there in needless.items():
             require(not there, f"--{name}: --model {self.model} has no use for it")
 
 

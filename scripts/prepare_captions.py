@@ -210,7 +210,8 @@ def main() -> None:
             bar.update()
     require(bool(pictures), f"{options.json[0]}: holds no picture")
     key, times = Counter(picture.key for picture in pictures).most_common(1)[0]
-    require(times == 1, f"id {key} is {times} pictures'; expected an id of its own for each")
+    sources = some(options.json)
+    require(times == 1, f"{sources}: id {key} is {times} pictures'; expected an id for each")
     folder, splits = Path(options.out), splits_of(pictures, options.train)
     outputs = {os.path.realpath(path) for name in splits for path in files_of(folder, name)}
     for path in options.json:

@@ -17,7 +17,6 @@ CASE = Case(GOLDEN / "i2t")
 def test_ways_of_scoring_a_golden_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(compare_scoring, "keep_memory", lambda: None)
     path = tmp_path / "scoring/i2t.json"
     path.parent.mkdir()
     argv = ["--model_path", CASE.model_path, "--data_path", CASE.data_path]
@@ -58,7 +57,6 @@ def test_saved_scores_are_compared_with(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A way that could not be compiled is left out, not told under its name."""
-    monkeypatch.setattr(compare_scoring, "keep_memory", lambda: None)
 
     def broken(*given: object, **more: object) -> None:
         raise RuntimeError("no compiler")
@@ -103,7 +101,6 @@ def test_a_split_that_selected_the_model_is_told(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(compare_scoring, "keep_memory", lambda: None)
     assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
     own = ["--model_path", tiny / "runs/i2t/model_best.pth.tar"]
     theirs = ["--model_path", CASE.model_path, "--data_path", CASE.data_path]

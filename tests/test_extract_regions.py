@@ -361,6 +361,26 @@ def test_what_was_begun_of_other_pictures_is_refused(
     assert "begun with another weights; --overwrite begins afresh" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["tsv", "--tsv", "x", "--images", "y"], "--images: --model tsv has no use for it"),
+        (["efficientnet_lite2", "--images", "y", "--tsv_key", "name"], "--tsv_key: --model eff"),
+        (["efficientnet_lite2", "--images", "y", "--weights", "w"], "--weights: --model eff"),
+        (["fasterrcnn", "--images", "y", "--weights", "w", "--tsv", "x"], "--tsv: --model fas"),
+    ],
+)
+def test_options_of_other_models_are_refused(
+    drawn: Path,
+    extract: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    said: str,
+) -> None:
+    assert extract("--model", *argv) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_no_picture_at_all(
     drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -402,9 +402,9 @@ def test_help_teaches(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('data = "tiny"', 'data = "none"', "run.one: names a table, data or a run"),
-        ('of = ["one"', 'of = ["none"', "run.both: names a table, data or a run"),
-        ('first = "First"', 'third = "First"', "run.one: names a table, data or a run"),
+        ('data = "tiny"', 'data = "none"', "run.one: names data 'none'; expected one of tiny"),
+        ('of = ["one"', 'of = ["none"', "run.both: is of runs that are not there: none"),
+        ('first = "First"', 'third = "First"', "run.one: names tables that are not there: first"),
         ("title", "tittle", "no registry of runs: TypeError"),
         ("[run.one]", "[run.one", "no registry of runs: TOMLDecodeError"),
         ("[run.one]", "[run]\nnone = 3\n[run.one]", "no registry of runs: TypeError"),
