@@ -3,7 +3,7 @@
 A source has a reader, which worker processes call for one picture, and `encode`, which turns what
 was read into features `[pictures, 36, width]` and boxes `[pictures, 36, 4]`, both float32. Boxes
 are x1 y1 x2 y2 in pixels of the picture as it is seen. Knows nothing of splits and captions.
-scripts/tsv_regions.py is a third source: features that others made.
+scripts/parts/tsv_regions.py is a third source: features that others made.
 """
 
 import importlib

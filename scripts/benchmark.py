@@ -38,9 +38,9 @@ from loader import end_with_parent
 from memory import keep_memory, peak_memory
 from model import Direction
 from options import SLOW, Precision, keep_float32, parse, pick_device, run, say, slowness
-from scripts.operators import shares
-from scripts.results_table import speed_rows, speed_tables
-from scripts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
+from scripts.parts.operators import shares
+from scripts.parts.reports import speed_rows, speed_tables
+from scripts.parts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
 from space import gains_by_compiling
 
 log = logging.getLogger(__name__)

@@ -44,7 +44,7 @@ from bert import (
 )
 from files import check_new_folder, check_writable, write_json
 from options import parse, require, run, say, some
-from scripts.probes import PAIRS, SENSES
+from scripts.parts.probes import PAIRS, SENSES
 from weights import Weights
 
 FAULTY = 1  # exit status

@@ -22,9 +22,9 @@ from files import check_writable, naming, write_json
 from layout import SplitName, files_of
 from memory import free_memory, used_memory
 from options import InputError, check_range, parse, require, run, say
-from scripts.data_faults import between, look_at_words, looked_at, remarks_on
-from scripts.data_needs import CPU, bert_sizes, needs
-from scripts.tables import markdown
+from scripts.parts.data_faults import between, look_at_words, looked_at, remarks_on
+from scripts.parts.data_needs import CPU, bert_sizes, needs
+from scripts.parts.tables import markdown
 from vocab import Vocabulary
 
 FAULTY = 1  # exit status

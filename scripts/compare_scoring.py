@@ -32,8 +32,8 @@ from files import check_writable, write_json
 from layout import CAPTIONS_PER_IMAGE
 from options import check_range, parse, pick_device, require, run, say, warn_of_slow
 from scoring import Scorer, behind, encode_split, shortlist, shortlisted
-from scripts.opened import ModelOnSplit
-from scripts.results_table import scoring_rows, scoring_tables
+from scripts.parts.opened import ModelOnSplit
+from scripts.parts.reports import scoring_rows, scoring_tables
 
 log = logging.getLogger(__name__)
 

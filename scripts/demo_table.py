@@ -15,7 +15,7 @@ import runlog
 from files import check_writable, read_json, read_text, write_json
 from layout import CAPTIONS_PER_IMAGE, count_images, files_of, read_captions, split_files
 from options import InputError, parse, require, run, say
-from scripts.results_table import about, demo_rows
+from scripts.parts.reports import about, demo_rows
 
 MODELS = ("i2t", "t2i", "ensemble")
 CUTS = (1, 5, 10)

@@ -35,8 +35,8 @@ from options import (
     some,
 )
 from regions import Detector, Grid, Source
-from scripts.extraction import Extraction
-from scripts.tsv_regions import Tsv
+from scripts.parts.extraction import Extraction
+from scripts.parts.tsv_regions import Tsv
 from signals import Signals
 
 log = logging.getLogger(__name__)

@@ -35,11 +35,10 @@ from pictures import read_picture
 from regions import REGIONS, grid_boxes
 from runlog import remove
 from scoring import encode_split
-from scripts import route_figures as figures
-from scripts.opened import ModelOnSplit
-from scripts.plot_run import write_figure
-from scripts.routes import DIGITS, Clusters, Pairs, clustered, entropies, most_different
-from scripts.show_retrievals import SIDE, picture_files, shown
+from scripts.parts import route_figures as figures
+from scripts.parts.figures import SIDE, picture_files, shown, write_figure
+from scripts.parts.opened import ModelOnSplit
+from scripts.parts.routes import DIGITS, Clusters, Pairs, clustered, entropies, most_different
 
 log = logging.getLogger(__name__)
 

@@ -5,29 +5,25 @@
 Reads metrics.jsonl of each run's folder. Writes the picture as PNG, and beside it as SVG.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from files import check_writable, write_bytes
+from files import check_writable
 from options import parse, require, run
 from runlog import events
+from scripts.parts.figures import COLOURS, write_figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; dashes tell runs apart in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
 MOST_RUNS = math.lcm(len(COLOURS), len(DASHES))  # that no two look alike
 RECALLS = {"r1": "i2t R@1", "r1i": "t2i R@1", "r10": "i2t R@10", "r10i": "t2i R@10"}
 MARKERS = ("o", "^", "s", "x")  # of the recalls
-matplotlib.rcParams["svg.hashsalt"] = "dime"  # the same curves give the same file
 
 
 @dataclass(frozen=True)
@@ -90,14 +86,6 @@ def figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     picture.legend(handles=handles, loc="outside right upper", title="run", **small)
     picture.legend(handles=recalls, loc="outside right lower", title="recall", **small)
     return picture
-
-
-def write_figure(picture: Figure, path: Path) -> None:
-    """Write a picture in the format of its name, whole or not at all."""
-    data = io.BytesIO()
-    kind = path.suffix[1:]
-    picture.savefig(data, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
-    write_bytes(path, data.getbuffer())
 
 
 def main() -> None:

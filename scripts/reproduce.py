@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 import runlog
 from files import read_json, sha256_of, write_json
 from options import InputError, parse, require, run, say
-from scripts.experiments import REGISTRY, RESULT, Registry, Run, shown
-from scripts.paper_table import FORMATS, figures_of
+from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, shown
+from scripts.parts.paper_table import FORMATS, figures_of
 from signals import Stopped
 
 log = logging.getLogger(__name__)

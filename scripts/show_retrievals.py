@@ -16,7 +16,6 @@ from typing import Annotated
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from evaluation import map_scores, owners
 from files import check_writable
@@ -24,20 +23,14 @@ from layout import (
     SplitName,
     count_images,
     files_of,
-    ids_file,
-    nameless_faults,
     read_captions,
-    read_ids,
-    read_names,
     split_files,
 )
-from options import check_range, parse, refuse, require, run
-from pictures import find_pictures, read_picture
-from scripts.plot_run import COLOURS, write_figure
+from options import check_range, parse, require, run
+from scripts.parts.figures import COLOURS, picture_files, shown, write_figure
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
 SHOWN = 5  # answers of a query
-SIDE = 320  # pixels of a picture that is shown, at most
 
 
 @dataclass(frozen=True)
@@ -75,25 +68,6 @@ def opened(chosen: Options) -> Found:
     fits = scores.shape == (len(files), len(captions))
     require(fits, f"{path}: shape {scores.shape}; expected the scores of {wanted}")
     return Found(scores, captions, files)
-
-
-def picture_files(data: Path, split: SplitName, images: int, pictures: Path) -> tuple[Path, ...]:
-    """The file of each image of a split that has so many, in the folder `pictures`.
-
-    Raises InputError where ids and names in the data set's folder do not tell.
-    """
-    path, names = ids_file(data, split), read_names(data)
-    ids = read_ids(path, images)
-    refuse(nameless_faults(path, names, ids))
-    files = find_pictures(pictures, names)
-    return tuple(files[key] for key in ids)
-
-
-def shown(path: Path) -> Image.Image:
-    """A picture, small. Raises InputError where it cannot be read."""
-    picture = read_picture(path)
-    picture.thumbnail((SIDE, SIDE))
-    return picture
 
 
 def put(axes: Axes, path: Path, right: bool | None) -> None:

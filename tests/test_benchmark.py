@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import DIME, ModelConfig
 from router import Modality
-from scripts import benchmark, workloads
+from scripts import benchmark
 from scripts.benchmark import FLOPS, cases
-from scripts.operators import (
+from scripts.parts import workloads
+from scripts.parts.operators import (
     BATCHED,
     COPIES,
     DISPATCH,
@@ -25,7 +26,7 @@ from scripts.operators import (
     kind_of,
     shares,
 )
-from scripts.workloads import Case
+from scripts.parts.workloads import Case
 
 D, CPU = 256, torch.device("cpu")
 

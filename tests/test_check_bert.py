@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 from bert import Bert, load_bert
 from scripts import check_bert
-from scripts.probes import PAIRS, SENSES
+from scripts.parts.probes import PAIRS, SENSES
 from vocab import Vocabulary
 from weights import filled
 

@@ -15,7 +15,8 @@ from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 import layout
 import space
 from bert import bert_config, bert_parameters
-from scripts import check_data, data_faults, data_needs
+from scripts import check_data
+from scripts.parts import data_faults, data_needs
 
 GROWTH = 500e6  # bytes
 SCAN = (113_287, 36, 2048)  # MSCOCO's training features: 31 GiB

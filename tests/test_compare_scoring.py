@@ -10,6 +10,7 @@ import torch
 from conftest import GOLDEN, Case, run_here, tiny_train
 
 from scripts import compare_scoring, convert_checkpoint, results_table
+from scripts.parts import reports
 
 CASE = Case(GOLDEN / "i2t")
 
@@ -43,7 +44,7 @@ def test_ways_of_scoring_a_golden_model(
         and "| RIC | GLGC |" in printed
     )
     assert f"; i2t, {found['images']} images of test with their captions:\n" in printed
-    assert " images of dev, which selects models, with" in results_table.scoring_tables(
+    assert " images of dev, which selects models, with" in reports.scoring_tables(
         found | {"split": "dev"}
     )
     path.unlink()

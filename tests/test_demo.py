@@ -15,7 +15,7 @@ from PIL import Image
 from options import InputError, parse
 from runlog import events
 from scripts import demo_table, draw_scenes, plot_run, show_retrievals
-from scripts.experiments import REGISTRY, Registry
+from scripts.parts.experiments import REGISTRY, Registry
 from trainconfig import TrainConfig
 
 SCENES = {"train": 12, "dev": 3, "test": 8}

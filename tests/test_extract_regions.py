@@ -29,7 +29,8 @@ from locking import LOCK
 from options import InputError
 from pictures import find_pictures, read_picture
 from regions import best_boxes, grid_boxes
-from scripts import check_data, extract_regions, prepare_captions, tsv_regions
+from scripts import check_data, extract_regions, prepare_captions
+from scripts.parts import tsv_regions
 
 PHOTOS = ROOT.parent / "shared/flickr8k/photos"
 WIDTH = 6

@@ -21,10 +21,11 @@ from cells import CrossModalRefinement
 from data import Split
 from regions import grid_boxes
 from scoring import encode_split
-from scripts import inspect_routes, route_figures
+from scripts import inspect_routes
 from scripts.inspect_routes import Options
-from scripts.route_figures import heat_map
-from scripts.routes import Clusters, Pairs, clustered, entropies, most_different
+from scripts.parts import route_figures
+from scripts.parts.route_figures import heat_map
+from scripts.parts.routes import Clusters, Pairs, clustered, entropies, most_different
 
 CELLS = ["RIC", "GLGC", "IMRC", "CMRC"]
 IMAGES = 12  # of the golden test splits

@@ -103,9 +103,23 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_file_is_in_the_readme() -> None:
-    scripts = [f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.*")]
-    for name in [*scripts, *(path.name for path in MODULES)]:
-        assert name == "scripts/__init__.py" or f"`{name}`" in README, name
+    scripts = [
+        path for kind in ("py", "sh", "toml") for path in (ROOT / "scripts").rglob(f"*.{kind}")
+    ]
+    for path in [*MODULES, *scripts]:
+        assert f"`{path.relative_to(ROOT)}`" in README, path
+
+
+def test_scripts_are_programs_and_import_no_other() -> None:
+    """What they share is in scripts/parts, which holds no program."""
+    programs = {path.stem: path.read_text() for path in (ROOT / "scripts").glob("*.py")}
+    for name, text in programs.items():
+        assert "if __name__ ==" in text and re.match(rf'"""{name}\.py — ', text), name
+        assert not re.search(
+            r"(from scripts import|import scripts\b|from scripts\.(?!parts))", text
+        ), name
+    for path in (ROOT / "scripts/parts").glob("*.py"):
+        assert "if __name__ ==" not in path.read_text(), path
 
 
 def test_the_readmes_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ import evaluate_models
 import train
 from evaluate_models import evaluate
 from options import InputError, parse
-from scripts import paper_table, reproduce
-from scripts.experiments import REGISTRY, Registry, shown
-from scripts.paper_table import COLUMNS, as_markdown, rows
+from scripts import reproduce
+from scripts.parts import paper_table
+from scripts.parts.experiments import REGISTRY, Registry, shown
+from scripts.parts.paper_table import as_markdown, rows
+from scripts.parts.tables import COLUMNS
 from trainconfig import TrainConfig
 
 TINY = """

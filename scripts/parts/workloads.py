@@ -17,7 +17,7 @@ from learner import Learner
 from model import DIME, Direction
 from options import Precision
 from router import Modality
-from scripts.plain import plain_scores
+from scripts.parts.plain import plain_scores
 from trainconfig import TrainConfig
 
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption

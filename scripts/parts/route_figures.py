@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from cells import CELLS, CellName
-from scripts.plot_run import COLOURS
+from scripts.parts.figures import COLOURS
 
 FAINTEST = 0.02  # gates below it are not drawn
 SHOWN_GATES = (0.1, 0.25, 0.5, 1.0)  # in the legend

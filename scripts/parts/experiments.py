@@ -1,6 +1,6 @@
 """experiments.py — the registry of runs: scripts/experiments.toml.
 
-Read by scripts/reproduce.py, which runs them, and scripts/paper_table.py.
+Read by scripts/reproduce.py, which runs them, and scripts/parts/paper_table.py.
 """
 
 import re
@@ -21,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-REGISTRY = Path(__file__).with_suffix(".toml")
+REGISTRY = Path(__file__).parent.parent / "experiments.toml"
 RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
 RESULT = "the results of an evaluation"

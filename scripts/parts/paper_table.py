@@ -14,13 +14,12 @@ from typing import Any
 
 from files import read_json
 from options import InputError, require, short
-from scripts.experiments import RESULT, RESULTS, Registry
-from scripts.tables import markdown
+from scripts.parts.experiments import RESULT, RESULTS, Registry
+from scripts.parts.tables import COLUMNS, markdown
 
 log = logging.getLogger(__name__)
 
 METRICS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
-COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")
 NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
 
 

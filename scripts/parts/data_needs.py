@@ -12,7 +12,7 @@ from torch import nn
 from memory import most_pairs
 from model import DIME
 from scoring import scoring_memory
-from scripts.data_faults import Found
+from scripts.parts.data_faults import Found
 from space import step_memory
 from trainconfig import TrainConfig
 
