@@ -15,7 +15,7 @@ import torch
 from bert import Bert, assembled_bert, load_bert, normal_name
 from files import read_json, sha256_of, size_of
 from model import DIME, ModelConfig
-from options import LARGEST_FLOAT, PLAIN, InputError, require, short, some
+from options import LARGEST_FLOAT, PLAIN, InputError, keep_float32, require, short, some
 from published import NEVER_USED, PARTS, own_names
 from torchfiles import has_checksum, read_safetensors, read_torch, write_torch
 from weights import Weights, check_named, filled
@@ -183,6 +183,7 @@ def check_same_bert(checkpoint: Checkpoint, bert: Bert) -> None:
 
 def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device = "cpu") -> DIME:
     """The checkpoint's model in evaluation mode."""
+    keep_float32()
     config = checkpoint.config
     check_positions(bert, config, f"{checkpoint.path}: ")
     weights, path = checkpoint.weights, checkpoint.path

@@ -4,6 +4,7 @@ Kept apart from regions.py because a picture is a stranger's file: only decoders
 are asked, and its size is looked at before its pixels are.
 """
 
+import io
 import os
 import warnings
 from collections.abc import Mapping
@@ -12,12 +13,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps
 
-from files import size_of
+from files import naming, size_of
 from memory import out_of_memory
 from options import InputError, require, some
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # EPS would start Ghostscript
 MOST_PIXELS = 2**26  # 200 MB in memory; a camera's picture has half of it
+MOST_BYTES = 8 * MOST_PIXELS  # of a file: four colours of 16 bits a pixel
 SMALLEST = 8  # pixels of the shorter side: nothing can be told apart in less
 NARROWEST = 100  # times that a side may be longer: a detector would shrink the other to nothing
 SIXTEEN_BITS = 257  # 65535 / 255
@@ -47,11 +49,16 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises InputError that names the file where it is broken, cut off, too small or too large.
     """
-    size_of(path, "a picture")
+    size = size_of(path, "a picture")
+    require(size <= MOST_BYTES, f"{path}: {size} bytes; expected {MOST_BYTES} at most")
+    with naming(path, "a picture"):
+        data = (
+            path.read_bytes()
+        )  # a decoder that reads the file takes the memory that a part claims
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a decoder puts right
         try:
-            with Image.open(path, formats=FORMATS) as picture:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 _check_size(path, *picture.size)
                 return _rgb(ImageOps.exif_transpose(picture))
         except InputError:

@@ -1,5 +1,6 @@
 """Shared by the tests: the golden cases, tiny data and BERTs, programs run as a user runs them."""
 
+import base64
 import json
 import logging
 import os
@@ -101,6 +102,17 @@ def write_split(
         for _ in range(5 * images)
     ]
     (folder / f"{name}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+
+
+TSV_WIDTH = 6
+
+
+def tsv_row(key: object, seed: int, width: int = TSV_WIDTH) -> bytes:
+    """A row of bottom-up attention's TSV files, drawn by a seed."""
+    rng = np.random.default_rng(seed)
+    boxes, features = rng.random((36, 4), "float32"), rng.random((36, width), "float32")
+    coded = [base64.b64encode(a.tobytes()).decode() for a in (boxes, features)]
+    return "\t".join([str(key), "60", "48", "36", *coded]).encode() + b"\n"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Fuzzing of every reader: whatever a file holds, only the project's own error comes out.
+"""Fuzzing of the readers: whatever a file holds, only the project's own error comes out.
 
     python -m tests.fuzz --inputs 100000 --json results/reliability.json    # hours; by hand
     python -m tests.fuzz --inputs 1000 --only captions       # one reader; others' reports stay
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 import options
@@ -39,11 +40,17 @@ import runlog
 from bert import Bert, load_bert
 from checkpoint import build_model, json_beside, load_model, read_checkpoint
 from data import Split, TrainingBatches
+from evaluation import map_scores
+from layout import pictures_digest, read_ids, read_names
 from model import DIME
 from options import InputError
+from pictures import read_picture
 from runfolder import NEWEST, newest_whole
-from scripts import convert_checkpoint
+from scripts import convert_checkpoint, prepare_captions
+from scripts.parts.extraction import Extraction
+from scripts.parts.tsv_regions import Tsv
 from tests import conftest
+from tests.conftest import tsv_row
 from torchfiles import write_torch
 from trainconfig import TrainConfig
 from trainer import Trainer
@@ -57,6 +64,7 @@ GOLDEN = conftest.GOLDEN / "i2t"
 DATA = GOLDEN / "data/f30k_precomp"
 BERT = GOLDEN / "bert"
 WIDTH = 20  # of the golden features
+NAMES = {"a": "a.png", "b": "x/b.png"}  # of pictures
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Options:
 # What fuzzing has found so far, each with a test of its own since.
 MENDED = {
     "features": ["tokenize.TokenError from numpy's reader of headers"],
+    "picture": ["4 GB asked for where a part of a PNG claimed them"],
     "published_checkpoint": ["4 GB taken where a text of the pickle claimed them"],
     "resume": [
         "RuntimeError where an option or a count was a tensor",
@@ -267,6 +276,35 @@ def features_of(path: Path) -> None:
     split.regions(split.image_rows(np.arange(min(3, split.images))))
 
 
+def rows_of_tsv(path: Path) -> None:
+    source = Tsv([path], False)
+    for key in source.reader.places:
+        source.reader(key)
+
+
+def extraction_of(path: Path) -> None:
+    """Goes on from a record; what that made of its folder is gone before the next one."""
+    folder, about = path.parent, {"dtype": "float16", "model": "tsv"}
+    (folder / "dev_caps.txt").write_text("a man\n" * 10)
+    (folder / "dev_ids.txt").write_text("a\nb\n")
+    for name in ("dev_ims.npy", "dev_boxes.npy"):
+        for ending in ("", ".extracting", ".new"):
+            (folder / f"{name}{ending}").unlink(missing_ok=True)
+    extraction = Extraction(folder, "dev", NAMES, False)
+    extraction.begin(about, 3)
+    if not extraction.complete:
+        extraction.put([0, 1], np.zeros((2, 36, 3)), np.zeros((2, 36, 4)))
+        extraction.finish()
+
+
+def pictures_of(kind: str) -> bytes:
+    """A small picture."""
+    buffer = io.BytesIO()
+    levels = np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3)
+    Image.fromarray(levels).save(buffer, format=kind)
+    return buffer.getvalue()
+
+
 def cut_metrics(path: Path) -> None:
     runlog.cut(path, lambda line: runlog.reached(line, 3, False))
     for line in path.read_bytes().split(b"\n")[:-1]:
@@ -342,6 +380,16 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
     def of_bert(path: Path) -> Bert:
         return load_bert(path.parent)
 
+    said_of = [{"raw": "a man", "tokens": ["a", "man"]}] * 5
+    karpathy = {"imgid": 3, "filename": "a.jpg", "split": "val", "sentences": said_of}
+    coco = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}]}
+    coco |= {"annotations": [{"image_id": 7, "id": n, "caption": "a man"} for n in range(5)]}
+    annotations = [json.dumps(x).encode() for x in ({"images": [karpathy] * 2}, coco)]
+    about = {"dtype": "float16", "model": "tsv", "ids": pictures_digest(list(NAMES), NAMES)}
+    records = [
+        json.dumps({"about": about, "rows": 0, "left_out": out, "complete": False}).encode()
+        for out in ([], [1])
+    ]
     run = json.dumps({"resumed_at": [1, 2], "seconds": 3.5, "options": {"a": [None]}}).encode()
     lines = b"".join(b'{"step": %d, "Le": 0.5, "rsum": 3}\n' % step for step in range(1, 6))
     said = b"".join(b"2026-01-01 10:00:00,000 [%d] epoch 0\n" % step for step in range(1, 6))
@@ -376,6 +424,21 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         "features": lambda: by_bytes(
             "dev_ims.npy", [(DATA / "dev_ims.npy").read_bytes(), small_array()], features_of
         ),
+        "scores": lambda: by_bytes("s.npy", [saved(np.ones((2, 10), np.float32))], map_scores),
+        "ids": lambda: by_bytes(
+            "dev_ids.txt", [b"a\nb\n3\n"], lambda path: read_ids(path, images=3)
+        ),
+        "names": lambda: by_bytes(
+            "id_mapping.json", [json.dumps(NAMES).encode()], lambda path: read_names(path.parent)
+        ),
+        "annotations": lambda: by_bytes("x.json", annotations, prepare_captions.read),
+        "tsv": lambda: by_bytes("x.tsv", [tsv_row("a", 0) + tsv_row("b", 1)], rows_of_tsv),
+        "extraction": lambda: by_bytes("dev_regions.json", records, extraction_of),
+        "picture": lambda: by_bytes(
+            "picture",
+            [pictures_of(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")],
+            read_picture,
+        ),
         "run_json": lambda: by_bytes("run.json", [run], runlog.earlier_sessions),
         "metrics": lambda: by_bytes("metrics.jsonl", [lines], cut_metrics),
         "train_log": lambda: by_bytes("train.log", [said], cut_log),
@@ -385,9 +448,13 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
 
 def small_array() -> bytes:
     """An array whose header is most of the file."""
-    buffer = io.BytesIO()
     rows = len((DATA / "dev_caps.txt").read_text().splitlines()) // 5
-    np.save(buffer, np.zeros((rows, 1, WIDTH), np.float16))
+    return saved(np.zeros((rows, 1, WIDTH), np.float16))
+
+
+def saved(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
     return buffer.getvalue()
 
 

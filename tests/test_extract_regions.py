@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, run_here, write_tiny
+from conftest import GOLDEN, ROOT, TSV_WIDTH, run_here, tsv_row, write_tiny
 from numpy.lib.format import open_memmap
 from PIL import Image, ImageDraw
 from torchvision.models.detection import FasterRCNN
@@ -33,7 +33,6 @@ from scripts import check_data, extract_regions, prepare_captions
 from scripts.parts import tsv_regions
 
 PHOTOS = ROOT.parent / "shared/flickr8k/photos"
-WIDTH = 6
 
 
 def draw(folder: Path, count: int = 10) -> Path:
@@ -50,13 +49,6 @@ def draw(folder: Path, count: int = 10) -> Path:
     path = folder / "dataset.json"
     path.write_text(json.dumps({"dataset": "own", "images": images}))
     return path
-
-
-def tsv_row(key: object, seed: int, width: int = WIDTH) -> bytes:
-    rng = np.random.default_rng(seed)
-    boxes, features = rng.random((36, 4), "float32"), rng.random((36, width), "float32")
-    coded = [base64.b64encode(a.tobytes()).decode() for a in (boxes, features)]
-    return "\t".join([str(key), "60", "48", "36", *coded]).encode() + b"\n"
 
 
 @pytest.fixture
@@ -215,11 +207,13 @@ def test_rows_of_a_tsv_file(
     assert extract("--model", "tsv", "--tsv", path, "--dtype", "float16") == 0
     features, boxes = np.load(drawn / "train_ims.npy"), np.load(drawn / "train_boxes.npy")
     ids = [int(key) for key in (drawn / "train_ids.txt").read_text().split()]
-    assert features.dtype == np.float16 and features.shape == (6, 36, WIDTH)
+    assert features.dtype == np.float16 and features.shape == (6, 36, TSV_WIDTH)
     for row, key in enumerate(ids):
         rng = np.random.default_rng(key)
         assert np.array_equal(boxes[row], rng.random((36, 4), "float32"))
-        assert np.array_equal(features[row], rng.random((36, WIDTH), "float32").astype("float16"))
+        assert np.array_equal(
+            features[row], rng.random((36, TSV_WIDTH), "float32").astype("float16")
+        )
     assert "2 rows are repeated" in caplog.text and "line 13 (image_id 6)" in caplog.text
     assert "1 rows are damaged and left out" in caplog.text and "line 12" in caplog.text
 
@@ -542,7 +536,7 @@ def test_a_signal_ends_it_in_good_order(
 def test_numbers_that_float16_cannot_hold(
     drawn: Path, extract: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    large = base64.b64encode(np.full((36, WIDTH), 1e30, "f4").tobytes())
+    large = base64.b64encode(np.full((36, TSV_WIDTH), 1e30, "f4").tobytes())
     rows = [tsv_row(key, key).rsplit(b"\t", 1)[0] + b"\t" + large + b"\n" for key in range(10)]
     (drawn / "rows.tsv").write_bytes(b"".join(rows))
     how = ["--model", "tsv", "--tsv", drawn / "rows.tsv"]
@@ -666,3 +660,21 @@ def test_pictures_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "9000 x 9000 pixels; expected" in said()
     monkeypatch.setattr(pictures.Image, "MAX_IMAGE_PIXELS", 1000)
     assert "no whole picture" in said()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="told by Linux")
+def test_a_part_of_a_picture_that_claims_four_gigabytes(tmp_path: Path) -> None:
+    path = tmp_path / "claims.png"
+    Image.new("RGB", (9, 9)).save(path)
+    data = path.read_bytes()
+    at = data.index(b"IDAT") - 4
+    path.write_bytes(data[:at] + b"\xf0\0\0\0" + data[at + 4 :])
+    program = (
+        "import resource, options, pathlib, pictures\n"
+        "pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])\n"
+        "most = pages * resource.getpagesize() + 10**9\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
+        f"options.run(lambda: pictures.read_picture(pathlib.Path({str(path)!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # its pixels are all there

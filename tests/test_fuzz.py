@@ -11,11 +11,12 @@ READERS = (
     *("published_checkpoint", "own_checkpoint", "resume", "newest"),
     *("arrays_checkpoint", "arrays_json"),
     *("bert_weights", "bert_arrays", "bert_sizes", "bert_words"),
+    *("scores", "ids", "names", "annotations", "tsv", "extraction", "picture"),
     *("captions", "features", "run_json", "metrics", "train_log", "command_line"),
 )
 
 
-def test_every_reader_is_among_them(tmp_path: Path) -> None:
+def test_the_readers_are_these(tmp_path: Path) -> None:
     assert set(fuzz.readers(tmp_path)) == set(READERS)
 
 

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import pytest
 import torch
+from conftest import GOLDEN
 
 import options
+from checkpoint import load_model
 from options import InputError, parse, pick_device, run
 
 
@@ -73,6 +75,9 @@ def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) 
 def test_convolutions_on_a_gpu_are_float32() -> None:
     torch.backends.cudnn.allow_tf32 = True
     assert pick_device("cpu") == torch.device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    load_model(GOLDEN / "i2t/checkpoint.pth.tar", GOLDEN / "i2t/bert")  # by itself, too
     assert not torch.backends.cudnn.allow_tf32
 
 
