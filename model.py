@@ -216,6 +216,7 @@ class DIME(nn.Module):
         Further captions (i2t) or images (t2i) are negatives only; the modality that is refined
         has none, so there is one path embedding a pair. `states` are BERT's, where they are known.
         """
+        assert pairs <= min(len(regions), len(ids)) and ids.shape == mask.shape
         with self.autocast(ids):
             hidden = self.text.read(ids, mask) if states is None else states
             captions = self.text(hidden, mask)

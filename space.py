@@ -62,6 +62,7 @@ class RoutingSpace(nn.Module):
         self, query: Modality, context: Modality, pairs: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Scores `[Q, C]` and path vectors `[Q, C, K]`, both float32; about `pairs` at a time."""
+        assert query.tokens.shape[-1] == context.tokens.shape[-1] == self.norm.num_features
         pairs = pairs or most_pairs(query.tokens.device, query.tokens.shape[-1])
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
