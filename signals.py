@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 FINISHING = "finishing what is begun; a second signal, a second later, ends at once"
@@ -23,6 +23,20 @@ class Stopped(BaseException):  # no Exception: what goes on after a failure must
         self.number = number
 
 
+@contextmanager
+def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP go to a handler, in the main thread."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored, and means it
+        numbers.append(signal.SIGHUP)
+    usual = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in usual.items():
+            signal.signal(number, before)
+
+
 class Signals:
     """SIGINT, SIGTERM and SIGHUP are noted, not obeyed at once, so that work can be finished.
 
@@ -34,19 +48,15 @@ class Signals:
         self.number: int | None = None
         self.process = os.getpid()
         self.waits = True
-        self.usual: dict[int, Any] = {}
+        self.heard = ExitStack()
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # nohup has SIGHUP ignored, and means it
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self.usual[number] = signal.signal(number, self._note)
+            self.heard.enter_context(handled(self._note))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
+        self.heard.close()
 
     def _note(self, number: int, frame: object) -> None:
         if os.getpid() != self.process:  # a worker, which is told to end
@@ -58,7 +68,7 @@ class Signals:
             with suppress(OSError):  # nobody reads it any more: the terminal is closed, tee gone
                 os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
         elif time.monotonic() - self.since > SAME_SECONDS:
-            self.__exit__()
+            self.heard.close()
             signal.raise_signal(number)
 
     def obey(self) -> None:

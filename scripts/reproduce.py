@@ -13,7 +13,6 @@ was not run says so. An ensemble is evaluated from its models' scores, kept besi
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from files import read_json, sha256_of, write_json
 from options import InputError, parse, require, run, say
 from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, shown
 from scripts.parts.paper_table import FORMATS, figures_of
-from signals import Stopped
+from signals import Stopped, handled
 
 log = logging.getLogger(__name__)
 
@@ -183,18 +182,11 @@ def _call(command: list[str]) -> None:
         for program in programs:
             program.send_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # nohup has SIGHUP ignored, and means it; a shell has SIGINT ignored for every `&`
-    heard = [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-    usual = {number: signal.signal(number, hand_on) for number in heard}
-    try:
+    with handled(hand_on):  # SIGINT, too, which a shell has ignored for every `&`
         programs.append(subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]]))
         if told:  # before it was there
             programs[0].send_signal(told[0])
         status = programs[0].wait()
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
     if told or status > 128:
         raise Stopped(told[0] if told else status - 128)
     require(status == 0, f"{command[0]} ended with status {status}, see above")
