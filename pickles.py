@@ -72,6 +72,11 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         """One instruction. Raises ValueError, IndexError or KeyError where it cannot be one."""
+        if not (self._put(name, argument) or self._change(name)):
+            raise ValueError(f"holds the instruction {name}")
+
+    def _put(self, name: str, argument: Any) -> bool:
+        """One that puts something on the stack, or notes what is there; False for another."""
         stack = self.stack
         if name in NUMBERS:
             stack.append(argument)
@@ -93,7 +98,14 @@ class _Machine:
             stack.append([])
         elif name == "EMPTY_DICT":
             stack.append(_Dictionary("dict"))
-        elif name == "TUPLE" or name in TUPLES:
+        else:
+            return False
+        return True
+
+    def _change(self, name: str) -> bool:
+        """One that makes something of what is on the stack; False for another."""
+        stack = self.stack
+        if name == "TUPLE" or name in TUPLES:
             stack.append(tuple(self.popped(TUPLES.get(name))))
         elif name in ("APPEND", "APPENDS"):
             items = self.popped(1 if name == "APPEND" else None)
@@ -115,7 +127,8 @@ class _Machine:
                 raise ValueError("gives attributes to what has none")
             self.copy(state.entries)
         else:
-            raise ValueError(f"holds the instruction {name}")
+            return False
+        return True
 
     def fill(self, found: Any, keys: Sequence[Any]) -> None:
         """Set entries. Raise ValueError where it is no dictionary, or a key cannot be one."""

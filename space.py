@@ -4,14 +4,9 @@ Kept apart from model.py, which encodes and compares batches, because how pairs 
 slices, compiled, within a memory, is decided here alone. The axes are those of `router.py`.
 """
 
-import importlib.util
 import logging
 import math
-import os
-import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cells import CELLS, CellName, CellSizes
-from memory import free_memory, most_pairs, out_of_memory, used_memory
+from compiling import Compiled, gains_by_compiling
+from memory import free_memory, most_pairs, used_memory
 from options import Precision
 from router import MergeLayer, Modality, RoutingLayer, Views
 
@@ -56,7 +52,7 @@ class RoutingSpace(nn.Module):
         self.norm = nn.BatchNorm1d(sizes.dim)
         self.path_mapping = nn.Linear((layers - 1) * count * count + count, PATH_SIZE)
         self.kept_pairs: float = math.inf  # of a training batch, whose activations are kept
-        self._compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._compiled: Compiled | None = None
 
     def forward(
         self, query: Modality, context: Modality, pairs: int | None = None
@@ -86,14 +82,14 @@ class RoutingSpace(nn.Module):
         for first in range(0, len(items), size):
             part = items[first : first + size]
             count = len(part)
-            if self._compiled:  # its code is bound to what inputs are views of
+            if self.is_compiled:  # its code is bound to what inputs are views of
                 part = part[torch.arange(max(self._least, count)) % count].copied()
             yield part, count
 
     @property
     def _least(self) -> int:
         """Queries and contexts of a slice, at least: compiled code is bound to sizes of 1."""
-        return 2 if self._compiled else 1
+        return 2 if self.is_compiled else 1
 
     def _slice(
         self, tokens: Tensor, views: Sequence[Views], contexts: int, keep: bool
@@ -160,56 +156,12 @@ class RoutingSpace(nn.Module):
 
     def compile_routes(self) -> None:
         """Compile the routing at its first use; go on without where that fails."""
-        # of the compiler's own, which looks at every tensor's gradient
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-        # and of an older one's, which would have products rounded that are to be exact
-        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-        compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
-        goes_back = False  # the first step of a training may come after a validation
-
-        def route(*given: Any) -> tuple[Tensor, Tensor]:
-            nonlocal compiled, goes_back
-            if self._compiled is None:  # has failed, and is called again by a checkpoint
-                return self._route(*given)
-            try:
-                # torch's own affair, which eager code does not hang on
-                from torch.fx.experimental import _config as shape_config
-
-                # One compilation serves every number of queries, contexts and context words, also
-                # where two of them happen to be equal at first.
-                with shape_config.patch(use_duck_shape=False):
-                    if compiled is None:
-                        compiled = torch.compile(self._route, dynamic=True)
-                    if torch.is_grad_enabled() and not goes_back:
-                        self._go_back(compiled, given)
-                        goes_back = True
-                    return compiled(*given)
-            except Exception as error:  # no compiler, or one that cannot: many types, one remedy
-                if out_of_memory(error):
-                    raise
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                log.warning("not compiled, going on without: %s", reason)
-                self._compiled = None
-                return self._route(*given)
-
-        self._compiled = route
-
-    def _go_back(self, route: Callable[..., tuple[Tensor, Tensor]], given: tuple[Any, ...]) -> None:
-        """One backward pass for nothing: its code, too, is compiled where a failure is caught."""
-        from torch.utils._pytree import tree_map_only
-
-        # on leaves, so that it ends there
-        leaves = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
-        # hooks of its own, so that a checkpoint around it counts none of its tensors
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            summary, paths = route(*leaves)
-            total, weights = summary.sum() + paths.sum(), list(self.parameters())
-            torch.autograd.grad(total, weights, allow_unused=True)
+        self._compiled = Compiled(self._route, self.parameters)
 
     @property
     def is_compiled(self) -> bool:
         """Whether it is compiled, or to be at its first use, and has not failed to be."""
-        return self._compiled is not None
+        return self._compiled is not None and not self._compiled.failed
 
     def skip_nothing(self) -> None:
         """Send every pair through every cell, also where its gates are closed."""
@@ -277,20 +229,3 @@ def step_memory(at_once: int, kept: int, size: int) -> float:
     The activations of `kept` pairs are kept; a pair's refined tokens `[L, D]` take `size` bytes.
     """
     return at_once * size * AT_WORK + BESIDE + kept * size * KEPT
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
-    """Whether compiled routing is faster there and torch.compile finds what it needs.
-
-    That is Triton on a GPU, and on a processor a C++ compiler. There it saves an eighth of the time
-    and more in bfloat16; in float32 less than a tenth (results/speed.json, results/scoring), and
-    compiled code skips no closed cells.
-    """
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    return compiler and device.type == "cpu" and precision == "bf16"

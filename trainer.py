@@ -104,9 +104,8 @@ class Trainer:
         redirected = logging_redirect_tqdm() if terminal else nullcontext()
         with self.log, self.bar, redirected, Signals() as self.signals:
             self._announce()
-            refined = self.batches.split.regions_per_image
-            if self.config.direction == "t2i":
-                refined = self.config.max_words
+            i2t = self.config.direction == "i2t"
+            refined = self.batches.split.regions_per_image if i2t else self.config.max_words
             # steps of the whole run, so that a resumed one computes as one never stopped
             self.learner.prepare(refined, self.last_step)
             try:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 import runlog
+from compiling import gains_by_compiling
 from evaluation import owners, retrieval
 from files import check_writable, write_blocks, write_json
 from loader import end_with_parent
@@ -41,7 +42,6 @@ from options import SLOW, Precision, keep_float32, parse, pick_device, run, say,
 from scripts.parts.operators import shares
 from scripts.parts.reports import speed_rows, speed_tables
 from scripts.parts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
-from space import gains_by_compiling
 
 log = logging.getLogger(__name__)
 
@@ -96,26 +96,31 @@ def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             seconds, rate = paced(work, case, case.compiled and not bert)
             if case.compiled and not learner.model.space.is_compiled:
                 return [], []  # or rows would stand under another's name
-            flops = FLOPS[case.direction] * pairs * (TRAINING if kind.startswith("train") else 1)
-            rows.append(
-                {
-                    "direction": case.direction,
-                    "precision": case.precision,
-                    "compiled": case.compiled,
-                    "bert": bert,
-                    "what": kind,
-                    "pairs_per_s": round(pairs / seconds, 1),
-                    "seconds": round(seconds, 4),
-                    "share": round(flops / rate / seconds, 4),
-                    "peak_gb": round(peak_memory(case.device) / 1e9, 3),
-                    "product_gflops": round(rate / 1e9, 1),
-                }
-            )
+            rows.append(row(case, kind, bert, pairs, seconds, rate))
             if kind in MAIN and not (bert or case.compiled or case.device.type == "cuda"):
                 recorded[kind] = work
     about_it = {"direction": case.direction, "precision": case.precision}
     profiles = [about_it | {"what": kind, "shares": shares(w)} for kind, w in recorded.items()]
     return rows, profiles
+
+
+def row(
+    case: Case, kind: str, bert: bool, pairs: int, seconds: float, rate: float
+) -> dict[str, Any]:
+    """What is told of `pairs` in `seconds`, beside a product's `rate` in operations a second."""
+    flops = FLOPS[case.direction] * pairs * (TRAINING if kind.startswith("train") else 1)
+    return {
+        "direction": case.direction,
+        "precision": case.precision,
+        "compiled": case.compiled,
+        "bert": bert,
+        "what": kind,
+        "pairs_per_s": round(pairs / seconds, 1),
+        "seconds": round(seconds, 4),
+        "share": round(flops / rate / seconds, 4),
+        "peak_gb": round(peak_memory(case.device) / 1e9, 3),
+        "product_gflops": round(rate / 1e9, 1),
+    }
 
 
 def paced(work: Work, case: Case, compiles: bool) -> tuple[float, float]:
@@ -165,19 +170,15 @@ def apart(work: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(work, *given).result()
 
 
-def main() -> None:
-    chosen = parse(Options, None, __doc__)
-    device = pick_device(chosen.device)
-    if chosen.json is not None:
-        check_writable(Path(chosen.json))
+def all_rows(only: list[str] | None, device: torch.device) -> dict[str, list[Any]]:
+    """Rows and profiles of all that was asked for, and what of it could not be run."""
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: list[str] = []
-    factor, since = slowness(device), time.monotonic()
+    factor = slowness(device)
     if factor > SLOW:
         missing.append(f"bfloat16, whose products take {factor:.0f} times float32's time here")
-    ranks = apart(ranking)
-    for case in cases(chosen.only, device):
+    for case in cases(only, device):
         if case.precision == "bf16" and factor > SLOW:
             continue
         new, recorded = apart(measured, case)
@@ -186,14 +187,19 @@ def main() -> None:
             missing.append(f"{case.direction} {case.precision} compiled, which failed to compile")
         for line in speed_rows(new).splitlines()[2:]:
             log.info("%s", line)
+    return {"not_run": missing, "rows": rows, "profiles": profiles}
+
+
+def main() -> None:
+    chosen = parse(Options, None, __doc__)
+    device = pick_device(chosen.device)
+    if chosen.json is not None:
+        check_writable(Path(chosen.json))
+    since = time.monotonic()
+    figures = {"ranks": apart(ranking)} | all_rows(chosen.only, device)
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
-    found = runlog.provenance(command, device) | {
-        "minutes": round((time.monotonic() - since) / 60, 1),
-        "not_run": missing,
-        "ranks": ranks,
-        "rows": rows,
-        "profiles": profiles,
-    }
+    minutes = round((time.monotonic() - since) / 60, 1)
+    found = runlog.provenance(command, device) | {"minutes": minutes} | figures
     if chosen.json is not None:
         write_json(Path(chosen.json), found)
     say(speed_tables(found))

@@ -59,6 +59,7 @@ def test_imports_point_one_way() -> None:
         "data",
         "router",
         "cells",
+        "compiling",
         "space",
     ]
     order += [
@@ -120,6 +121,17 @@ def test_scripts_are_programs_and_import_no_other() -> None:
         ), name
     for path in (ROOT / "scripts/parts").glob("*.py"):
         assert "if __name__ ==" not in path.read_text(), path
+
+
+def test_files_and_functions_can_be_read_at_one_go() -> None:
+    """300 lines and 30, docstrings of functions not counted."""
+    for path in [*MODULES, *(ROOT / "scripts").rglob("*.py")]:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                assert not body or body[-1].end_lineno - body[0].lineno < 30, f"{path}: {node.name}"
 
 
 def test_the_readmes_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ from test_model import small_batch, small_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+import compiling
 import space
+from compiling import gains_by_compiling
 from memory import most_pairs
 from model import DIME
 from router import Views
 from signals import Signals, Stopped
-from space import KEPT, gains_by_compiling
+from space import KEPT
 
 CPU = torch.device("cpu")
 ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are rounding alone
@@ -279,8 +281,8 @@ def test_compiled_where_it_pays(
 def test_a_processor_compiles_in_bfloat16_only(
     found: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space.importlib.util, "find_spec", lambda name: found)
-    monkeypatch.setattr(space.shutil, "which", lambda name: found)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: found)
     assert gains_by_compiling(torch.device("cuda"), "fp32") == bool(found)
     assert gains_by_compiling(CPU, "bf16") == bool(found)
     assert not gains_by_compiling(CPU, "fp32")
@@ -294,10 +296,15 @@ def test_a_compiled_batch_is_not_worked_on_twice(monkeypatch: pytest.MonkeyPatch
     images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
     images, captions = images[torch.arange(8) % 2], captions[torch.arange(8) % 2]
 
+    real = model.space._route
+
     def route(tokens: Tensor, views: Views, contexts: int) -> tuple[Tensor, Tensor]:
         done.append(len(tokens) * contexts)
-        return model.space._route(tokens, views, contexts)
+        return real(tokens, views, contexts)
 
-    monkeypatch.setattr(model.space, "_compiled", route)
-    model.score(images, captions, 8)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(model.space, "_route", route)
+    model.space.compile_routes()
+    with torch.no_grad():
+        model.score(images, captions, 8)
     assert sum(done) == 8 * 8 and max(done) == 8
