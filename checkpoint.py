@@ -5,6 +5,7 @@ Nothing that a file holds is executed. Knows nothing of training or of data.
 
 import argparse
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,6 +46,16 @@ class Checkpoint:
     def config(self) -> ModelConfig:
         """The model's configuration; an option that the file lacks has its default."""
         return configured(ModelConfig, self.options, self.path)
+
+    @property
+    def metrics(self) -> dict[str, float] | None:
+        """Figures on dev of these very weights; None where the file names none."""
+        found = self.state.get("metrics")
+        fits = isinstance(found, dict) and all(
+            type(name) is str and type(value) is float and math.isfinite(value)
+            for name, value in found.items()
+        )
+        return found if fits else None
 
 
 def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:

@@ -157,7 +157,7 @@ def _of_files(
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     """Scores that were saved; what they are of is known where data is named."""
     paths = config.scores
-    folder = Path(config.data_path) / config.data_name if config.data_path else None
+    folder = None if config.data_path is None else Path(config.data_path) / config.data_name
     data = files_of(folder, config.split) if folder else []
     check_outputs(config, [*paths, *data])
     matrices = [map_scores(Path(path)) for path in paths]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data import Batch
 from model import DIME, path_loss, triplet_loss
-from options import InputError, warn_of_slow
+from options import InputError, keep_float32, warn_of_slow
 from trainconfig import TrainConfig
 
 STEP_IN_SCORES = 3  # a training step's work on a pair, in scorings of one
@@ -24,6 +24,7 @@ class Learner:
     """A model that is trained, and Adam, which trains it."""
 
     def __init__(self, config: TrainConfig, model: DIME, device: torch.device) -> None:
+        keep_float32()
         self.config, self.model, self.device = config, model, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)

@@ -157,7 +157,10 @@ _finite.__name__, _text.__name__, _given.__name__ = "finite number", "printable 
 
 
 def keep_float32() -> None:
-    """Have convolutions compute in float32: on a GPU torch would round their factors to 10 bits."""
+    """Have all convolutions of the process compute in float32.
+
+    On a GPU torch would round their factors to 10 bits (TF32).
+    """
     torch.backends.cudnn.allow_tf32 = False
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from files import naming, size_of
 from memory import out_of_memory
@@ -19,7 +19,7 @@ from options import InputError, require, some
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # EPS would start Ghostscript
 MOST_PIXELS = 2**26  # 200 MB in memory; a camera's picture has half of it
-MOST_BYTES = 8 * MOST_PIXELS  # of a file: four colours of 16 bits a pixel
+MOST_BYTES = 2**30  # of a file; four colours of 16 bits a pixel have half of it
 SMALLEST = 8  # pixels of the shorter side: nothing can be told apart in less
 NARROWEST = 100  # times that a side may be longer: a detector would shrink the other to nothing
 SIXTEEN_BITS = 257  # 65535 / 255
@@ -51,10 +51,9 @@ def read_picture(path: Path) -> Image.Image:
     """
     size = size_of(path, "a picture")
     require(size <= MOST_BYTES, f"{path}: {size} bytes; expected {MOST_BYTES} at most")
+    # a decoder that reads the file would take the memory that a part of it claims
     with naming(path, "a picture"):
-        data = (
-            path.read_bytes()
-        )  # a decoder that reads the file takes the memory that a part claims
+        data = path.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a decoder puts right
         try:
@@ -63,6 +62,8 @@ def read_picture(path: Path) -> Image.Image:
                 return _rgb(ImageOps.exif_transpose(picture))
         except InputError:
             raise
+        except UnidentifiedImageError as error:
+            raise InputError(f"{path}: no whole picture of {', '.join(FORMATS)}") from error
         except Exception as error:  # a decoder of a damaged file can fail in any way
             if out_of_memory(error):
                 raise

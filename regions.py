@@ -24,7 +24,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, nms
 
 from files import sha256_of
-from options import InputError, require
+from options import InputError, keep_float32, require
 from pictures import find_pictures, read_picture
 from torchfiles import read_safetensors, read_torch
 from weights import check_finite
@@ -98,6 +98,7 @@ class OfPictures:
     """What reads pictures from a folder; `side` is that of PictureReader."""
 
     def __init__(self, folder: Path, side: int | None, device: torch.device) -> None:
+        keep_float32()
         self.folder, self.reader, self.device = folder, PictureReader(side), device
 
     def find(self, names: Mapping[str, str]) -> dict[str, Path]:

@@ -24,14 +24,14 @@ class Stopped(BaseException):  # no Exception: what goes on after a failure must
 
 
 @contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP go to a handler, in the main thread."""
+def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
+    """SIGINT, SIGTERM and SIGHUP go to a handler, in the main thread; what they had before."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored, and means it
         numbers.append(signal.SIGHUP)
     usual = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield
+        yield usual
     finally:
         for number, before in usual.items():
             signal.signal(number, before)
@@ -48,11 +48,11 @@ class Signals:
         self.number: int | None = None
         self.process = os.getpid()
         self.waits = True
-        self.heard = ExitStack()
+        self.heard, self.usual = ExitStack(), {}
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            self.heard.enter_context(handled(self._note))
+            self.usual = self.heard.enter_context(handled(self._note))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -68,7 +68,7 @@ class Signals:
             with suppress(OSError):  # nobody reads it any more: the terminal is closed, tee gone
                 os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
         elif time.monotonic() - self.since > SAME_SECONDS:
-            self.heard.close()
+            signal.signal(number, self.usual[number])
             signal.raise_signal(number)
 
     def obey(self) -> None:

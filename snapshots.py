@@ -43,12 +43,12 @@ class Snapshots:
         self,
         path: Path,
         place: Place,
+        metrics: dict[str, float] | None,
         keep: Path | None = None,
-        metrics: dict[str, float] | None = None,
     ) -> None:
         """Write a checkpoint; what had the name before is then found at `keep`, if one is given.
 
-        `metrics` are those of this very model on dev, where it was validated.
+        `metrics` are those of this very model on dev, None where it was not validated.
         """
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state = {

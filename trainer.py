@@ -59,11 +59,12 @@ class Trainer:
         self.learner = Learner(config, model, device)
         self.snapshots = Snapshots(config, self.learner, bert, batches, dev)
         self.place = Place()
+        self.metrics: dict[str, float] | None = None  # on dev, of the model as it is, if validated
         self.restored: Path | None = None  # the checkpoint that is gone on from
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written. Raises InputError where the run is another."""
-        self.place = self.snapshots.restore(checkpoint)
+        self.place, self.metrics = self.snapshots.restore(checkpoint), checkpoint.metrics
         self.restored = Path(os.path.realpath(checkpoint.path))
 
     @property
@@ -100,9 +101,13 @@ class Trainer:
         validated = place.validated == place.step
         options = asdict(self.config)
         self.log = runlog.RunLog(self.config.folder, options, self.device, place.step, validated)
-        self.bar = tqdm(total=self.last_step, initial=place.step, unit="step", disable=not terminal)
+        steps = {"total": self.last_step, "initial": place.step, "unit": "step"}
         redirected = logging_redirect_tqdm() if terminal else nullcontext()
-        with self.log, self.bar, redirected, Signals() as self.signals:
+        with self.log, tqdm(**steps, disable=not terminal) as self.bar, redirected:
+            self._train()
+
+    def _train(self) -> None:
+        with Signals() as self.signals:
             self._announce()
             i2t = self.config.direction == "i2t"
             refined = self.batches.split.regions_per_image if i2t else self.config.max_words
@@ -129,7 +134,7 @@ class Trainer:
         if self.restored is not None and self.restored != Path(os.path.realpath(newest)):
             if self.restored != Path(os.path.realpath(previous)):
                 runlog.remove(previous)
-            self.snapshots.write(newest, self.place)
+            self.snapshots.write(newest, self.place, self.metrics)
 
     def _announce(self) -> None:
         c, data = self.config, self.batches.split
@@ -196,7 +201,7 @@ class Trainer:
         self.place = replace(
             self.place, epoch=self.place.epoch + epoch, position=position, step=self.place.step + 1
         )
-        self.log.step = self.place.step
+        self.log.step, self.metrics = self.place.step, None
 
     def _attempt(self, batch: Batch) -> dict[str, Tensor] | None:
         """A step's figures, or None where the batch was bad and may be skipped."""
@@ -249,15 +254,15 @@ class Trainer:
             best_rsum=max(place.best_rsum, result.selection),
             best_r1=max(place.best_r1, result.i2t.r1),
         )
-        metrics = runlog.tags(result)
-        self.log.record(epoch=place.last_epoch, **metrics)
+        self.metrics = runlog.tags(result)
+        self.log.record(epoch=place.last_epoch, **self.metrics)
         log.info(
             "step %d: rsum %.1f, R@1+R@5 %.1f (best %.1f)",
             *(place.step, result.rsum, result.selection, self.place.best_rsum),
         )
         if better:  # first: were it last, a run cut off in between would not have it
-            self._save(BEST, metrics)
-        self._save(NEWEST, metrics)
+            self._save(BEST)
+        self._save(NEWEST)
 
     def _dev_scores(self) -> np.ndarray:
         """Scores `[I, T]` of the dev images that are validated on."""
@@ -278,7 +283,7 @@ class Trainer:
             self.signals.obey()  # one that ends a worker, too
             raise InputError(f"{error}; {self._further()}") from error
 
-    def _save(self, name: str, metrics: dict[str, float] | None = None) -> None:
+    def _save(self, name: str) -> None:
         keep = self.config.folder / PREVIOUS if name == NEWEST else None
-        self.snapshots.write(self.config.folder / name, self.place, keep, metrics)
+        self.snapshots.write(self.config.folder / name, self.place, self.metrics, keep)
         self.log.write_run()

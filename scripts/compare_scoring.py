@@ -46,8 +46,8 @@ class Options(ModelOnSplit):
     images: Annotated[int, "first images of the split, each with its five captions"] = 200
     ways: Annotated[list[Way] | None, "which ways of scoring (default: all)"] = None
     shortlist: Annotated[list[int], "lengths of shortlists"] = (100,)
-    scores: Annotated[str, "saved scores of this model and split, to compare with"] = ""
-    json: Annotated[str, "write the rows here"] = ""
+    scores: Annotated[str | None, "saved scores of this model and split, to compare with"] = None
+    json: Annotated[str | None, "write the rows here"] = None
 
     def __post_init__(self) -> None:
         check_range(self, ("images",), 1)

@@ -71,7 +71,8 @@ def main() -> None:
     if options.to == "published":
         _check_no_ablation(checkpoint)
     if options.half:
-        checkpoint = replace(checkpoint, weights=halved(checkpoint.weights))
+        state = checkpoint.state | {"metrics": None}  # which were of the whole weights
+        checkpoint = replace(checkpoint, weights=halved(checkpoint.weights), state=state)
         check_finite(checkpoint.weights, Path(f"{options.checkpoint} in float16"))
     bert = bert_of(checkpoint, options.bert_path)
     model = build_model(checkpoint, bert)  # nothing is written unless everything fits
@@ -159,12 +160,7 @@ def _of_run(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     state, found = checkpoint.state, dict(_counts(checkpoint))
     found |= {k: state[k] for k in ("dev_data", "commit") if type(state.get(k)) is str}
-    metrics = state.get("metrics")
-    if isinstance(metrics, dict) and all(
-        type(name) is str and type(value) is float for name, value in metrics.items()
-    ):
-        found["metrics"] = metrics
-    return found
+    return found | ({"metrics": checkpoint.metrics} if checkpoint.metrics else {})
 
 
 def write_published(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:

@@ -25,7 +25,7 @@ CUTS = (1, 5, 10)
 class Options:
     folder: Annotated[str, "what demo.sh left", "FOLDER"]
     least: Annotated[float, "rsum that the ensemble must reach"] = 0.0
-    json: Annotated[str, "write the figures here, with how they came about"] = ""
+    json: Annotated[str | None, "write the figures here, with how they came about"] = None
 
 
 def chance(images: int) -> list[float]:

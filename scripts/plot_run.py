@@ -20,7 +20,7 @@ from options import parse, require, run
 from runlog import events
 from scripts.parts.figures import COLOURS, write_figure
 
-DASHES = ("-", "--", "-.", ":")
+DASHES = ("-", "--", "-.", ":")  # tell runs apart in grey
 MOST_RUNS = math.lcm(len(COLOURS), len(DASHES))  # that no two look alike
 RECALLS = {"r1": "i2t R@1", "r1i": "t2i R@1", "r10": "i2t R@10", "r10i": "t2i R@10"}
 MARKERS = ("o", "^", "s", "x")  # of the recalls

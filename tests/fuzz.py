@@ -71,7 +71,7 @@ NAMES = {"a": "a.png", "b": "x/b.png"}  # of pictures
 class Options:
     inputs: Annotated[int, "inputs for each reader"] = 1000
     only: Annotated[list[str] | None, "readers, by name"] = None
-    json: Annotated[str, "file whose part 'fuzz' is to hold the report"] = ""
+    json: Annotated[str | None, "file whose part 'fuzz' is to hold the report"] = None
 
 
 # What fuzzing has found so far, each with a test of its own since.
@@ -431,7 +431,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         "names": lambda: by_bytes(
             "id_mapping.json", [json.dumps(NAMES).encode()], lambda path: read_names(path.parent)
         ),
-        "annotations": lambda: by_bytes("x.json", annotations, prepare_captions.read),
+        "annotations": lambda: by_bytes("captions_val.json", annotations, prepare_captions.read),
         "tsv": lambda: by_bytes("x.tsv", [tsv_row("a", 0) + tsv_row("b", 1)], rows_of_tsv),
         "extraction": lambda: by_bytes("dev_regions.json", records, extraction_of),
         "picture": lambda: by_bytes(

@@ -202,6 +202,9 @@ def test_the_split_that_selected_the_model_is_known_in_other_forms(
     kept -= {name for name in kept if read_torch(best)[name] is None}  # without git
     for name in kept:
         assert read_torch(own)[name] == read_torch(best)[name], name
+    assert convert(best, tiny / "half.safetensors", "safetensors", "--half") == 0
+    half = json.loads((tiny / "half.json").read_text())
+    assert half["dev_data"] == read_torch(best)["dev_data"] and "metrics" not in half
     write_torch(own, read_torch(own) | {"dev_data": 3, "commit": [], "metrics": {"r1": "x"}})
     assert convert(own, tiny / "again.pth.tar", "own") == 0
     assert not kept & read_torch(tiny / "again.pth.tar").keys()

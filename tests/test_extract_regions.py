@@ -649,9 +649,9 @@ def test_pictures_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(path.read_bytes()[:2000])
     assert "truncated" in said()
     path.write_bytes(b"")
-    assert "no whole picture" in said()
+    assert said() == f"{path}: no whole picture of JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM"
     Image.new("RGB", (9, 9)).save(path, "EPS")
-    assert "no whole picture" in said()
+    assert "no whole picture of" in said()
     Image.new("RGB", (7, 99)).save(path, "PNG")
     assert "7 x 99 pixels; expected sides of 8" in said()
     Image.new("RGB", (8, 900)).save(path, "PNG")
@@ -660,6 +660,8 @@ def test_pictures_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "9000 x 9000 pixels; expected" in said()
     monkeypatch.setattr(pictures.Image, "MAX_IMAGE_PIXELS", 1000)
     assert "no whole picture" in said()
+    os.truncate(path, 2**30 + 1)  # sparse
+    assert "1073741825 bytes; expected 1073741824 at most" in said()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="told by Linux")

@@ -308,3 +308,4 @@ def test_a_compiled_batch_is_not_worked_on_twice(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         model.score(images, captions, 8)
     assert sum(done) == 8 * 8 and max(done) == 8
+    assert model.space.is_compiled

@@ -24,7 +24,7 @@ import options
 import runfolder
 import snapshots
 import trainer
-from data import Batch
+from data import Batch, TrainingBatches
 from evaluation import Recall, Retrieval
 from learner import Learner
 from loader import load
@@ -516,6 +516,34 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tiny: Path, size: int) -
 
 
 # One writer
+
+
+def test_what_ends_a_run_behind_a_validation_keeps_its_figures(
+    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is written once more, of the same weights; and so it is gone on with."""
+    argv, folder = tiny_train(tiny, "--max_steps", "12", "--val_step", "4"), tiny / "runs/i2t"
+    epoch = TrainingBatches.epoch
+
+    def lost(self: TrainingBatches, *given: object) -> Iterator[Batch]:
+        for number, batch in enumerate(epoch(self, *given)):
+            if number == 4:
+                raise InputError("a process of --workers is gone")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "epoch", lost)
+        assert run_train(*argv) == 2
+    kept = state(folder / NEWEST)
+    assert kept["step"] == kept["validated"] == 4
+    assert kept["metrics"] == state(folder / BEST)["metrics"] != {}
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBatches, "epoch", lambda *_: (_ for _ in ()).throw(InputError("no")))
+        for source in ("auto", folder / BEST):
+            assert run_train(*argv, "--resume", source) == 2
+            assert state(folder / NEWEST)["metrics"] == kept["metrics"]
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert state(folder / NEWEST)["metrics"] != kept["metrics"]
 
 
 def test_a_second_training_is_refused_while_the_first_runs(

@@ -12,7 +12,7 @@ from layout import SplitName, ids_file, nameless_faults, read_ids, read_names
 from options import refuse
 from pictures import find_pictures, read_picture
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; dashes tell runs apart in grey.
+# Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SIDE = 320  # pixels of a picture that is shown, at most
 matplotlib.rcParams["svg.hashsalt"] = "dime"  # the same curves give the same file
