@@ -38,7 +38,7 @@ from files import check_writable, write_blocks, write_json
 from loader import end_with_parent
 from memory import keep_memory, peak_memory
 from model import Direction
-from options import SLOW, Precision, keep_float32, parse, pick_device, run, say, slowness
+from options import SLOW, Precision, parse, pick_device, run, say, slowness
 from scripts.parts.operators import shares
 from scripts.parts.reports import speed_rows, speed_tables
 from scripts.parts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
@@ -86,7 +86,6 @@ def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
 def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A case's rows, and where their time goes; called in a new process."""
     keep_memory()
-    keep_float32()
     torch.manual_seed(0)
     learner = learner_of(case)
     rows, recorded = [], {}

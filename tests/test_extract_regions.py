@@ -263,6 +263,17 @@ def test_a_row_that_is_missing_or_damaged(
     assert extract(*how, "--skip_broken") == 0  # complete
 
 
+def uncut(drawn: Path, extract: Callable[..., int]) -> tuple[list, Path, dict[str, bytes]]:
+    """Options of a run that leaves a picture out, a copy of its folder, and all that it leaves."""
+    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 5))
+    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--skip_broken", "--splits", "train"]
+    kept = drawn.with_name("kept")
+    shutil.copytree(drawn, kept)
+    assert extract(*how) == 0
+    whole = {path.name: path.read_bytes() for path in drawn.iterdir()}
+    return how, kept, whole
+
+
 def test_cut_off_and_gone_on_with(
     drawn: Path,
     extract: Callable[..., int],
@@ -270,12 +281,7 @@ def test_cut_off_and_gone_on_with(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Cut off before every batch, and at every renaming, the files are those of an uncut run."""
-    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 5))
-    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--skip_broken", "--splits", "train"]
-    kept = drawn.with_name("kept")
-    shutil.copytree(drawn, kept)
-    assert extract(*how) == 0
-    whole = {path.name: path.read_bytes() for path in drawn.iterdir()}
+    how, kept, whole = uncut(drawn, extract)
 
     class Killed(BaseException):
         pass
@@ -314,12 +320,7 @@ def test_a_batch_that_failed_behind_a_broken_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was left out of a batch that was not stored is left out once, by the next run."""
-    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(key, key) for key in range(10) if key != 5))
-    how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--skip_broken", "--splits", "train"]
-    kept = drawn.with_name("kept")
-    shutil.copytree(drawn, kept)
-    assert extract(*how) == 0
-    whole = {path.name: path.read_bytes() for path in drawn.iterdir()}
+    how, kept, whole = uncut(drawn, extract)
     shutil.rmtree(drawn)
     shutil.copytree(kept, drawn)
     encode = tsv_regions.Tsv.encode
