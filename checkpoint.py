@@ -15,6 +15,7 @@ import torch
 
 from bert import Bert, assembled_bert, load_bert, normal_name
 from files import read_json, sha256_of, size_of
+from layout import SplitName
 from model import DIME, ModelConfig
 from options import LARGEST_FLOAT, PLAIN, InputError, keep_float32, require, short, some
 from published import NEVER_USED, PARTS, own_names
@@ -241,6 +242,24 @@ def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
     names = [k for k in bert if normal_name(k) is not None]
     state["published"] = {"weights": unused, "bert_names": names}
     return Checkpoint(path, options, weights, bert, None, state)
+
+
+def warn_of_selection(
+    path: str | Path,
+    split: SplitName | None,
+    selected_on: Any = None,
+    fingerprint: str | None = None,
+) -> None:
+    """Say so where figures are of the split that selected a model, or of one named dev.
+
+    `path` is the model's, or its scores'; `selected_on` and `fingerprint`, where they are known,
+    those of the split that selected it and of the one that the figures are of.
+    """
+    same = fingerprint is not None and selected_on == fingerprint
+    if same or split == "dev":  # the same pictures may be stored in another way
+        certain = "the model was selected on this split, so"
+        where = certain if same else "if the model was selected on this dev split,"
+        log.warning("%s: %s its figures are too good; a test split tells", path, where)
 
 
 def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:

@@ -62,8 +62,8 @@ class EvaluateConfig:
     ] = None
     ranks: Annotated[
         str | None,
-        "write every query's rank from 0 here, .npz: i2t [images], t2i [captions]; of a second "
-        "protocol the names begin with it, 5k.i2t",
+        "write every query's rank from 0 here, .npz: i2t [images], t2i [captions]; of several "
+        "protocols each name begins with its own, 5k.i2t",
     ] = None
     json: Annotated[str | None, "write the results here, unrounded"] = None
 

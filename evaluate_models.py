@@ -23,10 +23,12 @@ from checkpoint import (
     common_option,
     json_beside,
     read_checkpoint,
+    warn_of_selection,
 )
 from data import Split
 from evalconfig import EvaluateConfig, check_outputs
 from evaluation import (
+    MSCOCO_IMAGES,
     as_text,
     ceiling,
     check_folds,
@@ -103,10 +105,10 @@ def evaluate(
     `EvaluateConfig`.
 
     Returns what `--json` writes, None where it is not known: models, scores, data_name, split,
-    images, captions, the seconds of scoring, the share of closed gates by model, layer and cell,
-    with `shortlist` how far the figures can be right, the extended figures, and by protocol (the
-    first one's at the top, too) metrics, folds, whose mean the metrics are, and intervals. Raises
-    InputError where a file or a combination cannot be used.
+    images, captions, fingerprints of data and BERT by model, the seconds of scoring, the share of
+    closed gates by model, layer and cell, with `shortlist` how far the figures can be right, the
+    extended figures, and by protocol (the first one's at the top, too) metrics, folds, whose mean
+    the metrics are, and intervals. Raises InputError where a file or a combination cannot be used.
     """
     paths, more["scores"] = _several(model_paths), _several(more.get("scores"))
     config = EvaluateConfig(
@@ -139,6 +141,9 @@ def _evaluated(
     about, scores, ids = (_of_files if config.scores else _of_models)(config, package)
     images, captions = scores.shape
     about |= {"images": images, "captions": captions, "extended": None}
+    if images != MSCOCO_IMAGES and (config.fold5 or config.protocols):
+        found = f"the protocols 1k5 and 5k are MSCOCO's, of {MSCOCO_IMAGES} images"
+        log.warning("%d images: %s; 5k is the whole split here, 1k5 fifths of it", images, found)
     if ids is not None:
         about["extended"] = extended(package, scores, ids)
     protocols, every = {}, {}
@@ -146,7 +151,7 @@ def _evaluated(
         folds = ranked(scores, protocol)
         protocols[protocol] = measured(folds, protocol, config.bootstrap)
         sides = [np.concatenate(side) for side in zip(*folds, strict=True)]
-        prefix = f"{protocol}." if every else ""  # the first one's have no prefix
+        prefix = f"{protocol}." if len(config.all_protocols) > 1 else ""
         every |= {f"{prefix}i2t": sides[0], f"{prefix}t2i": sides[1]}
     first = next(iter(protocols.values()))
     return about | first | {"protocols": protocols}, scores, every
@@ -180,7 +185,7 @@ def _of_files(
         else mean_matrix(np.array(m, np.result_type(np.float32, *matrices)) for m in matrices)
     )
     known = {"scores": [str(path) for path in paths], "data_name": config.data_name}
-    unknown = dict.fromkeys(("models", "seconds", "closed", "shortlist"))
+    unknown = dict.fromkeys(("models", "fingerprints", "seconds", "closed", "shortlist"))
     return unknown | known | {"split": config.split}, scores, ids
 
 
@@ -201,7 +206,8 @@ def _of_models(
     berts = [bert_folder(checkpoint, config.bert_path) for checkpoint in checkpoints]
     inputs = [*models, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
     check_outputs(config, inputs)
-    scorers = [_scorer(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
+    opened = [_scorer(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
+    scorers = [scorer for scorer, _ in opened]
     ids = known_ids(package, folder, split, len(scorers[0].encoded.images)) if package else None
     since = time.monotonic()
     scores, limits = _scores(scorers, config.shortlist, config.compile)
@@ -210,6 +216,7 @@ def _of_models(
         "scores": None,
         "data_name": data_name,
         "split": split,
+        "fingerprints": [fingerprints for _, fingerprints in opened],
         "seconds": round(time.monotonic() - since, 2),
         "closed": [(scorer.closed / scorer.scored).tolist() for scorer in scorers],
         "shortlist": limits,
@@ -223,10 +230,11 @@ def _scorer(
     name: SplitName,
     config: EvaluateConfig,
     device: torch.device,
-) -> Scorer:
-    """One model with a split's images and captions, encoded by it."""
+) -> tuple[Scorer, dict[str, str]]:
+    """One model with a split's images and captions, encoded by it; fingerprints of what it read."""
     split = Split.open(folder, name, checkpoint.config.img_dim)
-    warn_of_selection(checkpoint.path, name, checkpoint.state.get("dev_data"), split)
+    selected_on = checkpoint.state.get("dev_data")
+    warn_of_selection(checkpoint.path, name, selected_on, split.fingerprint)
     if "1k5" in config.all_protocols:
         check_folds(split.images)  # before the long work, not after it
     bert = bert_of(checkpoint, config.bert_path)
@@ -246,22 +254,8 @@ def _scorer(
     )
     words, workers = checkpoint.config.max_words, config.workers
     encoded = encode_split(model, split, bert.vocabulary, words, device=device, workers=workers)
-    return Scorer(model, encoded, device, str(checkpoint.path))
-
-
-def warn_of_selection(
-    path: str | Path, name: SplitName | None, dev_data: Any = None, split: Split | None = None
-) -> None:
-    """Say so where figures are of the split that selected a model, or of one named dev.
-
-    `path` is the model's, or its scores'; `dev_data` the fingerprint of the split that selected it,
-    where it is known.
-    """
-    same = split is not None and dev_data == split.fingerprint
-    if same or name == "dev":  # the same pictures may be stored in another way
-        certain = "the model was selected on this split, so"
-        where = certain if same else "if the model was selected on this dev split,"
-        log.warning("%s: %s its figures are too good; a test split tells", path, where)
+    read = {"data": split.fingerprint, "bert": bert.fingerprint}
+    return Scorer(model, encoded, device, str(checkpoint.path)), read
 
 
 def _scores(

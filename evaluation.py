@@ -20,6 +20,7 @@ Protocol = Literal["1k5", "5k"]  # of MSCOCO: the mean of five folds, and the wh
 Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from 0
 
 FOLDS = 5
+MSCOCO_IMAGES = 5000  # that its protocols are of
 LEVEL = 95  # percent of the intervals
 NO_NUMBERS = "the scores hold NaN or inf; expected numbers"
 ROW_BLOCK = 256  # rows of a score matrix ranked at a time

@@ -4,7 +4,6 @@ Kept apart from evaluation.py, which knows one right image a caption: ECCV Capti
 ECCV 2022) and CxC (Parekh et al., EACL 2021) count more right answers, that people found.
 """
 
-import importlib.util
 import logging
 import re
 import warnings
@@ -26,13 +25,15 @@ NUMBER = re.compile(r"(\d{1,18})(\.\w+)?$")  # an image's id, alone or at the en
 
 def eccv_metrics() -> Any:
     """The package's metrics. Raises InputError that names the pip command where it is missing."""
-    present = importlib.util.find_spec("eccv_caption") is not None
-    require(present, "--extended: a package is missing: pip install eccv_caption")
-    with warnings.catch_warnings():  # it would like to have a faster reader of JSON
-        warnings.simplefilter("ignore")
-        from eccv_caption import Metrics
+    try:
+        with warnings.catch_warnings():  # it would like to have a faster reader of JSON
+            warnings.simplefilter("ignore")
+            from eccv_caption import Metrics
 
-        return Metrics()
+            return Metrics()
+    except ImportError as error:
+        found = f"--extended: a package is missing: pip install eccv_caption ({error})"
+        raise InputError(found) from error
 
 
 def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarray:
@@ -70,7 +71,7 @@ def known_ids(
 def extended(metrics: Any, scores: np.ndarray, captions: np.ndarray) -> dict[str, Any]:
     """Figures in percent of scores `[I, T]`, by name and direction; `captions` are ids `[I, 5]`.
 
-    Answers of equal scores stand in no certain order.
+    Answers of equal scores stand in no certain order; in `retrieval` they count against the model.
     """
     caption_of = captions.ravel()
     image_of = np.array([metrics.coco_gts["t2i"][int(c)][0] for c in captions[:, 0]])

@@ -115,7 +115,9 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
     else:
         option["default"] = field.default
         if field.default not in (None, ""):
-            option["help"] = f"{text} (default: {field.default})"
+            shown = field.default
+            shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+            option["help"] = f"{text} (default: {shown})"
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(k for k in get_args(kind) if k is not type(None))
         if kind is str:

@@ -33,6 +33,7 @@ METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
 LOG_LINE = re.compile(rb"\S+ \S+ \[(\d{1,18})\] ")  # date, time and step
 LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e20 long
+ON_WHAT = ("commit", "device", "versions")  # of run.json: what a session ran on
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
 
 
@@ -61,13 +62,13 @@ class RunLog:
             "commit": commit(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
             "resumed_at": [],
-            "seconds": 0.0,
-            "peak_memory_bytes": 0,
+            "earlier": [],  # sessions: on what
         }
         self.seconds_before = 0.0
         if step:
-            steps, self.seconds_before = earlier_sessions(folder / RUN)
-            self.run["resumed_at"] = [*steps, step]
+            before, self.seconds_before = earlier_sessions(folder / RUN)
+            self.run |= before
+            self.run["resumed_at"].append(step)
         cut(folder / METRICS, lambda line: reached(line, step, validated))
         cut(folder / LOG, lambda line: said(line, step))
 
@@ -99,8 +100,12 @@ class RunLog:
                 self.board.add_scalar(tag, value, self.step)
             self.board.flush()
 
-    def write_run(self) -> None:
-        """Write run.json as of now: the seconds of all sessions, all else of this one."""
+    def write_run(self, complete: bool = False) -> None:
+        """Write run.json as of now: the seconds of all sessions, all else of this one.
+
+        `complete` if the run has come to its end.
+        """
+        self.run |= {"step": self.step, "complete": complete}
         self.run["seconds"] = round(self.seconds_before + time.monotonic() - self.began, 1)
         self.run["peak_memory_bytes"] = peak_memory(self.device)
         write_json(self.folder / RUN, self.run)
@@ -185,13 +190,16 @@ def held_by_run(folder: Path) -> bool:
     return bool(_logs(folder))
 
 
-def earlier_sessions(path: Path) -> tuple[list[int], float]:
-    """The steps that a run was resumed at, and its seconds so far."""
+def earlier_sessions(path: Path) -> tuple[dict[str, list[Any]], float]:
+    """The steps that a run was resumed at, what each session ran on, and their seconds."""
     if not os.path.lexists(path):
-        return [], 0.0
+        return {"resumed_at": [], "earlier": []}, 0.0
     run = read_json(path, "what an earlier session of the run wrote")
     try:
-        return [int(step) for step in run["resumed_at"]], float(run["seconds"])
+        steps = [int(step) for step in run["resumed_at"]]
+        earlier = [dict(session) for session in run.get("earlier", [])]
+        earlier.append({name: run.get(name) for name in ON_WHAT})
+        return {"resumed_at": steps, "earlier": earlier}, float(run["seconds"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
 

@@ -286,4 +286,4 @@ class Trainer:
     def _save(self, name: str) -> None:
         keep = self.config.folder / PREVIOUS if name == NEWEST else None
         self.snapshots.write(self.config.folder / name, self.place, self.metrics, keep)
-        self.log.write_run()
+        self.log.write_run(self.complete)

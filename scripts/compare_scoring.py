@@ -25,8 +25,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 
 import runlog
-from checkpoint import build_model
-from evaluate_models import warn_of_selection
+from checkpoint import build_model, warn_of_selection
 from evaluation import ceiling, map_scores, owners, retrieval
 from files import check_writable, write_json
 from layout import CAPTIONS_PER_IMAGE
@@ -61,8 +60,8 @@ class Comparison:
     def __init__(self, options: Options) -> None:
         self.options, self.device = options, pick_device(options.device)
         self.checkpoint, self.bert, self.split = options.open()
-        dev_data = self.checkpoint.state.get("dev_data")
-        warn_of_selection(options.model_path, options.split, dev_data, self.split)
+        selected_on = self.checkpoint.state.get("dev_data")
+        warn_of_selection(options.model_path, options.split, selected_on, self.split.fingerprint)
         self.images = min(options.images, self.split.images)
         self.first: np.ndarray | None = None  # the scores that the others are compared with
         self.closed: list[list[float]] = []  # [layers][cells] share of the first way's closed gates

@@ -21,15 +21,17 @@ from typing import Annotated, Any, Literal
 
 import runlog
 from files import read_json, sha256_of, write_json
-from options import InputError, parse, require, run, say
-from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, shown
+from options import InputError, parse, require, run, say, short
+from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, scores_of, shown
 from scripts.parts.paper_table import FORMATS, figures_of
 from signals import Stopped, handled
 
 log = logging.getLogger(__name__)
 
+HOW_TRAINED = "how a model was trained"
 ROOT = Path(__file__).parent.parent
-TRAINING = ("command", "commit", "device", "versions", "seconds", "resumed_at")  # of run.json
+# What results tell of run.json.
+TRAINING = ("command", *runlog.ON_WHAT, "seconds", "resumed_at", "earlier", "step", "complete")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class RunOptions:
     data_path: Annotated[str | None, "in place of the registry's"] = None
     bert_path: Annotated[str | None, "in place of the registry's"] = None
     train: Annotated[bool, "--no-train only evaluates the models that are in runs/reproduce"] = True
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            require(seed >= 0, f"--seeds {seed}: expected 0 or more")
 
     @property
     def paths(self) -> dict[str, str]:
@@ -69,12 +75,12 @@ def listed(registry: Registry) -> str:
 
 
 def state(registry: Registry, each: Run) -> str:
-    """Which seeds of a run are done, by other commands than now, or whose results are damaged."""
+    """Which seeds of a run are done, whose results are not what they should be, or damaged."""
     seeds: dict[str, list[str]] = {}
     for seed, path in each.results().items():
         try:
             check_figures(each, path)
-            word = "done" if registry.has_made(each, seed, path) else "done by other commands"
+            word = "done otherwise than now" if registry.objection(each, seed) else "done"
         except InputError:
             word = "damaged"
         seeds.setdefault(word, []).append(str(seed))
@@ -97,10 +103,11 @@ def reproduce(
     """
     path, paths = each.result(seed), options.paths
     if os.path.lexists(path):
-        check_result(registry, each, seed)
         if not of_ensemble or has_scores(each, seed):
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return
+        gone = f"{path}: its scores are gone, and its model {each.model(seed)}, too"
+        require(each.model(seed).exists(), f"{gone}; delete it to have it trained anew")
         log.info("%s: done again, %s has not its scores", path, each.scores(seed))
     if each.of:
         for member in registry.members(each):
@@ -110,6 +117,7 @@ def reproduce(
             _call(registry.train(each, seed, paths))
         model = each.model(seed)
         require(model.exists(), f"{model}: not found; expected the model that is to be evaluated")
+        check_complete(model.parent / runlog.RUN)
     evaluation = registry.evaluate(each, seed, paths)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
@@ -131,7 +139,7 @@ def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> d
         read = {path: digest for part in parts for path, digest in part["matrices"].items()}
     else:
         path = each.model(seed).parent / runlog.RUN
-        found = read_json(path, "how a model was trained") if path.exists() else {}
+        found = read_json(path, HOW_TRAINED) if path.exists() else {}
         trainings = [{name: found.get(name) for name in TRAINING} if found else None]
         commands = [found["command"]] if "command" in found else []
         read = {str(each.scores(seed)): sha256_of(each.scores(seed))}
@@ -142,30 +150,29 @@ def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> d
 def has_scores(each: Run, seed: int) -> bool:
     """Whether the scores that gave a model's results are there."""
     path = each.scores(seed)
-    return path.exists() and matrices(each.result(seed)) == {str(path): sha256_of(path)}
+    return path.exists() and scores_of(each.result(seed)) == {str(path): sha256_of(path)}
 
 
-def matrices(path: Path) -> dict[str, str]:
-    """The score matrices that results are of, and their SHA-256; none where it is not told."""
-    found = read_json(path, RESULT).get("matrices")
-    return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
+def check_results(registry: Registry, each: Run, seed: int) -> None:
+    """Raise InputError where results of a run or its members are damaged, or not the registry's."""
+    for part in [each, *registry.members(each)]:
+        path = part.result(seed)
+        if os.path.lexists(path):
+            try:
+                check_figures(part, path)
+                objection = registry.objection(part, seed)
+                require(not objection, objection)
+            except InputError as error:
+                raise InputError(f"{error}; delete it to have the run done again") from error
 
 
-def check_result(registry: Registry, each: Run, seed: int) -> None:
-    """Raise InputError where a results file is damaged; warn where it is of something else.
-
-    That is where other options made it, or of an ensemble other scores than its members' now.
-    """
-    path = each.result(seed)
-    try:
-        check_figures(each, path)
-    except InputError as error:
-        raise InputError(f"{error}; delete it to have the run done again") from error
-    if not registry.has_made(each, seed, path):
-        log.warning("%s: was made by other commands than now; delete it to run them", path)
-    members, held = [m.result(seed) for m in registry.members(each)], matrices(path).items()
-    if not all(matrices(member).items() <= held for member in members if member.exists()):
-        log.warning("%s: was made of other scores than its models' now; delete it", path)
+def check_complete(path: Path) -> None:
+    """Raise InputError where a model's run.json says that its training was cut off."""
+    if path.exists():
+        found = read_json(path, HOW_TRAINED)
+        cut_off = f"the training was cut off at step {short(found.get('step'))}"
+        whole = found.get("complete") is not False  # older ones do not tell
+        require(whole, f"{path}: {cut_off}; expected a complete one (train.py --resume auto)")
 
 
 def _call(command: list[str]) -> None:
@@ -205,9 +212,11 @@ def main() -> None:
         names = rest[: next((k for k, word in enumerate(rest) if word.startswith("-")), len(rest))]
         options = parse(RunOptions, rest[len(names) :], __doc__)
         require(bool(names), f"run: expected a name, one of {', '.join(registry.runs)}")
-        for each in [registry.run(name) for name in names]:
-            for seed in options.seeds:
-                reproduce(registry, each, seed, options)
+        runs = [(registry.run(name), seed) for name in names for seed in options.seeds]
+        for each, seed in runs:  # before the long work
+            check_results(registry, each, seed)
+        for each, seed in runs:
+            reproduce(registry, each, seed, options)
     elif action in ("-h", "--help"):
         say(__doc__)
     else:

@@ -390,7 +390,14 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         json.dumps({"about": about, "rows": 0, "left_out": out, "complete": False}).encode()
         for out in ([], [1])
     ]
-    run = json.dumps({"resumed_at": [1, 2], "seconds": 3.5, "options": {"a": [None]}}).encode()
+    run = json.dumps(
+        {
+            "resumed_at": [1, 2],
+            "earlier": [{"commit": "a"}],
+            "seconds": 3.5,
+            "options": {"a": [None]},
+        }
+    ).encode()
     lines = b"".join(b'{"step": %d, "Le": 0.5, "rsum": 3}\n' % step for step in range(1, 6))
     said = b"".join(b"2026-01-01 10:00:00,000 [%d] epoch 0\n" % step for step in range(1, 6))
     return {

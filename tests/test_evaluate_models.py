@@ -16,6 +16,7 @@ from conftest import CASES, GOLDEN, ROOT, Case, run_program, tiny_train, write_s
 from test_files import largest_file
 
 import evaluate_models
+from data import Split
 from evaluate_models import evaluate
 from evaluation import owners, retrieval
 from options import InputError
@@ -48,7 +49,10 @@ def test_golden_checkpoints_give_the_published_metrics(case: Case, tmp_path: Pat
     assert result.keys() == {
         *("models", "data_name", "split", "images", "captions", "metrics", "folds"),
         *("seconds", "closed", "shortlist", "scores", "extended", "intervals", "protocols"),
+        "fingerprints",
     }
+    data = Split.open(case.data_path / "f30k_precomp", "test", None).fingerprint
+    assert result["fingerprints"] == [{"data": data, "bert": case.load()[1].fingerprint}]
     assert all(result[name] is None for name in ("shortlist", "scores", "extended", "intervals"))
     assert result["data_name"] == "f30k_precomp" and result["split"] == "test"
     assert (result["images"], result["captions"]) == scores.shape and result["folds"] == []

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, run_here, run_program, tiny_train
+from conftest import GOLDEN, run_here, run_program, tiny_train, write_split
 from test_train import last_line
 
 import evaluate_models
@@ -78,12 +79,31 @@ def test_ranks_of_every_query_are_written(tmp_path: Path) -> None:
     evaluate(scores=[path], protocols=["5k", "1k5"], ranks=str(tmp_path / "r.npz"))
     of_images, of_captions = ranks(np.load(path), owners(50))
     with np.load(tmp_path / "r.npz") as found:
-        assert set(found) == {"i2t", "t2i", "1k5.i2t", "1k5.t2i"}
-        assert np.array_equal(found["i2t"], of_images)
-        assert np.array_equal(found["t2i"], of_captions)
+        assert set(found) == {"5k.i2t", "5k.t2i", "1k5.i2t", "1k5.t2i"}
+        assert np.array_equal(found["5k.i2t"], of_images)
+        assert np.array_equal(found["5k.t2i"], of_captions)
         block = retrieval(np.load(path)[2:4, 10:20], owners(10))
         assert 100 * np.mean(found["1k5.t2i"][10:20] < 1) == pytest.approx(block.t2i.r1)
         assert 1 + np.mean(found["1k5.i2t"][2:4]) == pytest.approx(block.i2t.meanr)
+        several = {name: np.array(found[name]) for name in found}
+    for protocol in ("5k", "1k5"):
+        evaluate(scores=[path], protocols=[protocol], ranks=str(tmp_path / "r.npz"))
+        with np.load(tmp_path / "r.npz") as found:
+            assert set(found) == {"i2t", "t2i"}
+            for way in found:
+                assert np.array_equal(found[way], several[f"{protocol}.{way}"])
+
+
+def test_protocols_of_other_images_than_mscocos_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved(tmp_path, "a.npy")
+    evaluate(scores=[path])
+    assert "MSCOCO" not in caplog.text
+    for asked in ({"fold5": True}, {"protocols": ["5k"]}):
+        caplog.clear()
+        evaluate(scores=[path], **asked)
+        assert "10 images: the protocols 1k5 and 5k are MSCOCO's, of 5000 images" in caplog.text
 
 
 def test_intervals_hold_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -369,7 +389,31 @@ def test_extended_figures_where_they_can_be_had(
     assert "\neccv_map_at_r: i2t " in capsys.readouterr().out
 
 
-def test_a_missing_package_is_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mscoco.importlib.util, "find_spec", lambda name: None)
+def test_extended_figures_of_a_model(
+    package, tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as those of its scores, by the ids of its split."""
+    monkeypatch.setattr(evaluate_models, "eccv_metrics", lambda: package)
+    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
+    write_split(tiny / "data/tiny", "testall", 80)
+    order = np.random.default_rng(0).permutation(80)
+    folder_of(package, tiny / "data/tiny", order, False)
+    model, scores = tiny / "runs/i2t/model_best.pth.tar", tiny / "scores.npy"
+    found = evaluate(model, extended=True, save_scores=scores)["extended"]
+    captions = package.coco_ids.reshape(80, 5)[order]
+    assert found == mscoco.extended(package, np.load(scores), captions)
+    assert found["cxc_r10"]["i2t"] > 0
+
+
+def test_a_missing_package_is_named_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "eccv_caption"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "eccv_caption.py").write_text("import what_it_needs")
+    with pytest.raises(InputError, match=r"pip install eccv_caption \(No module named 'what_it"):
+        evaluate(scores=["nowhere.npy"], extended=True)
+    monkeypatch.setitem(sys.modules, "eccv_caption", None)
     with pytest.raises(InputError, match="pip install eccv_caption"):
         evaluate(scores=["nowhere.npy"], extended=True)

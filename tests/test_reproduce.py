@@ -19,13 +19,16 @@ from test_train import last_line
 import evaluate_models
 import train
 from evaluate_models import evaluate
-from options import InputError, parse
+from options import InputError
+from runfolder import BEST
+from runlog import events
 from scripts import reproduce
 from scripts.parts import paper_table
-from scripts.parts.experiments import REGISTRY, Registry, shown
+from scripts.parts.experiments import REGISTRY, Registry, shown, works
 from scripts.parts.paper_table import as_markdown, rows
 from scripts.parts.tables import COLUMNS
-from trainconfig import TrainConfig
+from scripts.results_table import TAGS
+from snapshots import Snapshots
 
 TINY = """
 [tables]
@@ -34,6 +37,7 @@ five = "Five folds"
 
 [data.tiny]
 needs = "the tiny data"
+images = 10
 data_path = "data"
 data_name = "tiny"
 bert_path = "bert"
@@ -62,6 +66,7 @@ tables = {{ first = "5k" }}
 OTHER_DATA = """
 [data.more]
 needs = "other data"
+images = 10
 data_path = "data"
 data_name = "more"
 bert_path = "bert"
@@ -108,7 +113,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
 
     assert program("list").count("; not run\n") == 3
     assert "| One |  | 10.0 · not run |" in program("table")
-    assert "five,One,i2t R@1,10.0,not run,,,,0,\n" in program("table", "--format", "csv")
+    assert "five,one,One,i2t R@1,10.0,not run,,,,0,\n" in program("table", "--format", "csv")
     program("run", "both", "--seeds", "0", "1")
     names = [f"{name}_seed{seed}.json" for name in ("both", "one", "other") for seed in (0, 1)]
     results = small / "results/reproduce"
@@ -127,6 +132,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     one, other = (json.loads((results / f"{n}_seed1.json").read_text()) for n in ("one", "other"))
     assert found["matrices"] == one["matrices"] | other["matrices"]
     assert found["trainings"] == [*one["trainings"], *other["trainings"]]
+    assert [(t["step"], t["complete"]) for t in found["trainings"]] == [(2, True)] * 2
     one = json.loads((results / "one_seed0.json").read_text())
     assert one["machine"] and "commit" in one and one["trainings"][0]["seconds"] > 0
     assert one["commands"][0] == one["trainings"][0]["command"]
@@ -152,6 +158,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     assert text in program("table")
     latex = program("table", "--format", "latex")
     assert r"\begin{tabular}{lrrrrrrrr}" in latex and "% The paper's figures: a book\n" in latex
+    assert r"\caption{First. A cell: the paper's figure, if there is one $\cdot$ ours" in latex
 
     (results / "one_seed0.json").unlink()
     (results / "one_seed1.json").unlink()
@@ -182,6 +189,13 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     (small / "runs/reproduce/other/seed0/t2i/model_best.pth.tar").unlink()
     assert run_here(monkeypatch, reproduce.main, ["run", "both", "--no-train"]) == 2
     said = capfd.readouterr().err.splitlines()[-1]
+    assert "other_seed0.json: its scores are gone, and its model" in said
+    assert said.endswith(
+        "other/seed0/t2i/model_best.pth.tar, too; delete it to have it trained anew"
+    )
+    (results / "other_seed0.json").unlink()
+    assert run_here(monkeypatch, reproduce.main, ["run", "both", "--no-train"]) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
     assert "other/seed0/t2i/model_best.pth.tar: not found; expected the model" in said
 
 
@@ -203,6 +217,29 @@ def test_a_run_that_was_cut_off_is_gone_on_with(
     assert "step 1 of 2" in capfd.readouterr().err
 
 
+def test_a_training_that_was_cut_off_is_no_result(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As SIGTERM leaves it: a best model is there, and the run not at its end."""
+    registry, write = Registry(reproduce.REGISTRY), Snapshots.write
+    command = registry.train(registry.run("one"), 0, {})
+    command[command.index("--max_steps") + 1] = "3"
+
+    def end_soon(*args: object) -> None:
+        write(*args)
+        if args[1].name == BEST:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Snapshots, "write", end_soon)
+    argv = [*command[1:], "--val_step", "2"]
+    assert run_here(monkeypatch, train.main, argv) == 128 + signal.SIGTERM
+    capsys.readouterr()
+    assert run_here(monkeypatch, reproduce.main, ["run", "one", "--no-train"]) == 2
+    said = last_line(capsys)
+    assert "one/seed0/i2t/run.json: the training was cut off at step 2; expected a comp" in said
+    assert not (small / "results/reproduce/one_seed0.json").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -211,6 +248,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with(
         (["dance"], "dance: expected list, run or table"),
         (["table", "--format", "pdf"], "invalid choice: 'pdf'"),
         (["run", ""], ": no such run; expected one, other, both"),
+        (["run", "one", "--seeds", "0", "-1"], "--seeds -1: expected 0 or more"),
     ],
 )
 def test_what_is_not_known_is_one_line(
@@ -228,7 +266,7 @@ def made(name: str, seed: int = 0) -> dict[str, object]:
     """What results say of the registry's commands having made them."""
     registry = Registry(reproduce.REGISTRY)
     commands = registry.commands(registry.run(name), seed, {})
-    return {"commands": [shown(command) for command in commands], "trainings": []}
+    return {"commands": [shown(command) for command in commands], "trainings": [], "images": 10}
 
 
 GOOD = {"i2t": {"r1": 1, "r5": 2, "r10": 3}, "t2i": {"r1": 1, "r5": 2, "r10": 3}, "rsum": 12}
@@ -260,13 +298,16 @@ def test_results_that_are_damaged_are_not_done(
 
 
 def test_results_of_other_commands_are_told(
-    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     path = small / "results/reproduce/one_seed0.json"
     path.parent.mkdir()
     for name in ("0 (copy)", "00", "٣"):
         (path.parent / f"one_seed{name}.json").write_text("{}")  # is no result
-    content = {"protocols": {name: {"metrics": GOOD} for name in ("5k", "1k5")}}
+    content = {"protocols": {name: {"metrics": GOOD} for name in ("5k", "1k5")}, "images": 10}
     registry = Registry(reproduce.REGISTRY)
     training, evaluation = map(shown, registry.commands(registry.run("one"), 0, {}))
     elsewhere = shown(registry.train(registry.run("one"), 0, {"data_path": "d", "bert_path": "b"}))
@@ -289,19 +330,19 @@ def test_results_of_other_commands_are_told(
         (3, known, True),
     ):
         path.write_text(json.dumps(content | {"commands": commands, "trainings": trainings}))
-        caplog.clear()
-        assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 0
-        assert ("one_seed0.json: was made by other commands than now" in caplog.text) == told
+        assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 2 * told
+        found = "one_seed0.json: was made by other commands than now"
+        assert (f"{found}; delete it to have the run" in capsys.readouterr().err) == told
         caplog.clear()
         assert len(rows(registry, "first")[0].ours) == (not told)
-        assert ("one_seed0.json: left out, was made by other" in caplog.text) == told
-        word = "done by other commands for seed 0" if told else "done for seed 0"
+        assert (f"{found}; left out" in caplog.text) == told
+        word = "done otherwise than now for seed 0" if told else "done for seed 0"
         assert f"One; {word}\n" in reproduce.listed(registry)
     assert registry.run("one").results() == {0: path.relative_to(small)}
 
 
 def test_a_training_that_is_not_known_excuses_no_other_one(small: Path) -> None:
-    registry, path = Registry(reproduce.REGISTRY), small / "both.json"
+    registry = Registry(reproduce.REGISTRY)
     both = registry.run("both")
     (one, one_alone, other, *rest) = map(shown, registry.commands(both, 0, {}))
     shorter = other.replace("--max_steps 2", "--max_steps 1")
@@ -311,12 +352,49 @@ def test_a_training_that_is_not_known_excuses_no_other_one(small: Path) -> None:
         ([one, one_alone, *rest], [{}, None], True),
         ([one_alone, shorter, *rest], [None, {}], False),
     ):
-        path.write_text(json.dumps({"commands": commands, "trainings": trainings}))
-        assert registry.has_made(both, 0, path) == fits
+        content = {"commands": commands, "trainings": trainings}
+        assert registry.has_made(both, 0, content) == fits
+
+
+def test_results_of_other_images_are_told(
+    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(reproduce.REGISTRY)
+    (small / "results/reproduce").mkdir()
+    content = {"protocols": {"5k": {"metrics": GOOD}}} | made("other")
+    for images, fits in ((10, True), (5, False), (None, False)):
+        registry.run("other").result(0).write_text(json.dumps(content | {"images": images}))
+        assert len(rows(registry, "first")[1].ours) == fits
+        assert (f"is of {images} images; expected 10; left out" in caplog.text) == (not fits)
+        assert run_here(monkeypatch, reproduce.main, ["run", "other"]) == 2 * (not fits)
+
+
+def test_seeds_of_other_data_or_berts_are_not_averaged(small: Path) -> None:
+    registry = Registry(reproduce.REGISTRY)
+    (small / "results/reproduce").mkdir()
+    known = {"data": "a", "bert": "b"}
+    for inputs, fits in (
+        ((known, known), True),
+        ((None, known), True),  # an older file does not tell
+        ((known, known | {"data": "c"}), False),
+        ((None, known, known | {"bert": "c"}), False),
+    ):
+        for seed, each in enumerate(inputs):
+            content = {"protocols": {"5k": {"metrics": GOOD}}} | made("other", seed)
+            content |= {"fingerprints": each and [each]}
+            registry.run("other").result(seed).write_text(json.dumps(content))
+        if fits:
+            assert len(rows(registry, "first")[1].ours) == len(inputs)
+            continue
+        with pytest.raises(InputError, match=r"json: is of other data or another BERT than .*json"):
+            rows(registry, "first")
 
 
 def test_an_ensemble_of_older_scores_is_told(
-    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     (small / "results/reproduce").mkdir()
     content = {"protocols": {name: {"metrics": GOOD} for name in ("5k", "1k5")}}
@@ -327,8 +405,13 @@ def test_an_ensemble_of_older_scores_is_told(
             path = registry.run(name).result(0)
             path.write_text(json.dumps(content | made(name) | {"matrices": digests}))
         caplog.clear()
-        assert run_here(monkeypatch, reproduce.main, ["run", "both"]) == 0
-        assert ("both_seed0.json: was made of other scores" in caplog.text) == told
+        assert run_here(monkeypatch, reproduce.main, ["run", "both"]) == 2 * told
+        found = "both_seed0.json: was made of other scores than its models' now"
+        assert (f"{found}; delete it" in capsys.readouterr().err) == told
+        assert len(rows(registry, "first")[2].ours) == (not told)
+        assert (f"{found}; left out" in caplog.text) == told
+        word = "done otherwise than now for seed 0" if told else "done for seed 0"
+        assert f"Both; {word}\n" in reproduce.listed(registry)
 
 
 def test_a_run_is_evaluated_on_the_registrys_data(small: Path) -> None:
@@ -451,20 +534,36 @@ def test_a_registry_with_a_slip_is_told(old: str, new: str, said: str, small: Pa
         Registry(path)
 
 
+COCO_TABLES = {"mscoco_1k_fold5": "1k5", "mscoco_5k": "5k"}
+
+
 def test_every_run_of_the_paper_is_there(tmp_path: Path) -> None:
-    """Three models in three tables, with the paper's figures; all commands parse."""
+    """Three models in three tables, trained by the commands of §9, with the paper's figures."""
     registry = Registry(REGISTRY)
     shutil.copy(ROOT / "results/paper.json", tmp_path)
     paper = json.loads((tmp_path / "paper.json").read_text())
     for table in ("flickr30k_1k", "mscoco_1k_fold5", "mscoco_5k"):
-        found = {row.title: row.paper[:6] for row in rows(registry, table, tmp_path)}
+        every = rows(registry, table, tmp_path)
+        found = {registry.runs[row.run].paper: row.paper[:6] for row in every}
         assert found == paper[table] and len(found) == 3
+        assert [row.title for row in every] == ["DIME (i-t)", "DIME (t-i)", "DIME* (ensemble)"]
     text = as_markdown(registry, tmp_path)
     assert "±" not in text.split("A cell:")[0] and text.count("not run") == 7 * 24
-    for run in registry.runs.values():
-        for member in registry.members(run):
-            argv = registry.train(member, 0, {})[1:]
-            assert parse(TrainConfig, argv, "").direction == member.direction
+    for data, short, options, tables in (
+        ("coco", "coco", ["--split", "testall", "--protocols", "1k5", "5k"], COCO_TABLES),
+        ("f30k", "f30k", ["--split", "test"], {"flickr30k_1k": "5k"}),
+    ):
+        for way, extra, smooth in (("i2t", "--extra_stc", 4), ("t2i", "--extra_img", 9)):
+            run = registry.run(f"{short}_{way}")
+            command = ["train.py", "--data_name", f"{data}_precomp", "--direction", way]
+            command += [extra, "1", "--lambda_softmax", str(smooth), "--seed", "3"]
+            assert works(registry.train(run, 3, {})) == works(command)
+            model = ["evaluate_models.py", "--model_path", str(run.model(3))]
+            model += ["--data_name", f"{data}_precomp", "--save_scores", str(run.scores(3))]
+            expected = works([*model, *options, "--bootstrap", "1000"])
+            assert works(registry.evaluate(run, 3, {})) == expected and run.tables == tables
+        both = registry.run(f"{short}_ensemble")
+        assert both.of == [f"{short}_i2t", f"{short}_t2i"] and both.tables == tables
 
 
 def test_results_were_made_by_the_registrys_commands() -> None:
@@ -472,13 +571,30 @@ def test_results_were_made_by_the_registrys_commands() -> None:
     registry = Registry(REGISTRY)
     for each in registry.runs.values():
         for seed, path in each.results(ROOT / "results").items():
-            assert registry.has_made(each, seed, path), path.name
+            assert not registry.objection(each, seed, ROOT / "results")
             found = json.loads(path.read_text())
             expected = [shown(command) for command in registry.commands(each, seed, {})]
             assert found["commands"] == expected, path.name
             for member in registry.members(each):  # of itself, or of those now beside it
                 now = json.loads(member.result(seed, ROOT / "results").read_text())["matrices"]
                 assert now.items() <= found["matrices"].items(), path.name
+
+
+@pytest.mark.parametrize("way", ["i2t", "t2i"])
+def test_logs_and_models_of_flickr8k_are_of_the_tables_trainings(way: str) -> None:
+    log, model = ROOT / "results/flickr8k" / way, ROOT / f"results/models/f8k_{way}.json"
+    result = json.loads((ROOT / f"results/reproduce/f8k_{way}_seed0.json").read_text())
+    run = json.loads((log / "run.json").read_text())
+    (training,) = result["trainings"]
+    assert training and training.items() <= run.items()
+    validations = [event for event in events(log) if "rsum" in event]
+    assert events(log)[-1]["step"] == run["options"]["max_steps"] == validations[-1]["step"]
+    best = max(validations, key=lambda event: event["r1r5"])  # the first of equal ones
+    kept = json.loads(model.read_text())
+    assert (kept["step"], kept["best_rsum"]) == (best["step"], pytest.approx(best["r1r5"]))
+    assert kept["options"]["direction"] == way
+    for event in validations:
+        assert event["rsum"] == pytest.approx(sum(event[tag] for tag in TAGS[:-1]))
 
 
 @pytest.mark.parametrize("figures", [{}, [], {"DIME": PAPER[:5]}, {"DIME": [*PAPER[:5], "6"]}])
@@ -494,7 +610,7 @@ def test_figures_of_the_paper_that_are_damaged(
 def test_one_seed_shows_its_interval(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    path = small / "results/reproduce/other_seed0.json"
+    registry, path = Registry(reproduce.REGISTRY), small / "results/reproduce/other_seed0.json"
     path.parent.mkdir()
     other = made("other")
     sides = {way: {f"r{k}": [k, k + 5.5] for k in (1, 5, 10)} for way in ("i2t", "t2i")}
@@ -508,6 +624,17 @@ def test_one_seed_shows_its_interval(
     cells = "1.0 [1.0, 6.5] | 2.0 [5.0, 10.5] | 3.0 [10.0, 15.5]"
     assert f"| Other | 1 | {cells} | {cells} | 12.0 [9.0, 21.2] |" in shown(intervals=known)
     assert "Other,rsum,,12,,9,21.25,1,\n" in shown("--format", "csv", intervals=known)
+    more = {
+        "5k": {"metrics": GOOD, "intervals": None},
+        "1k5": {"metrics": GOOD, "intervals": known},
+    }
+    one = registry.run("one").result(0)
+    one.write_text(json.dumps(made("one") | {"protocols": more}))
+    text = shown(intervals=known)
+    assert text.count("| One | 1 | 10.0 · 1.0 · -9.0 |") == 1  # First
+    assert text.count("| One | 1 | 10.0 · 1.0 [1.0, 6.5] · -9.0 |") == 1  # Five folds
+    assert r"1.0 [1.0, 6.5] $\cdot$ $-$9.0 &" in shown("--format", "latex", intervals=known)
+    one.unlink()
     plain = "| Other | 1 | 1.0 | 2.0 | 3.0 | 1.0 | 2.0 | 3.0 | 12.0 |"
     assert plain in shown() and plain in shown(intervals=None)
     content = json.loads(path.read_text()) | made("other", 1)

@@ -84,6 +84,25 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
     assert 300 <= run["seconds"] < 320 and run["resumed_at"] == [1, 2]
 
 
+def test_what_earlier_sessions_ran_on_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of each whether it came to the run's end."""
+    for step, commit in ((0, "a"), (1, "b"), (2, "c")):
+        monkeypatch.setattr(runlog, "commit", lambda commit=commit: commit)
+        with runlog.RunLog(tmp_path, {}, torch.device("cpu"), step) as log:
+            log.step += 1
+            log.write_run(complete=step == 2)
+            run = json.loads((tmp_path / runlog.RUN).read_text())
+            assert (run["step"], run["complete"]) == (step + 1, step == 2)
+    assert run["commit"] == "c" and [each["commit"] for each in run["earlier"]] == ["a", "b"]
+    assert all(each["device"] and each["versions"]["torch"] for each in run["earlier"])
+    (tmp_path / runlog.RUN).write_text('{"resumed_at": [1], "seconds": 1}')  # of an older version
+    with runlog.RunLog(tmp_path, {}, torch.device("cpu"), 3) as log:
+        assert log.run["earlier"] == [{"commit": None, "device": None, "versions": None}]
+        assert not json.loads((tmp_path / runlog.RUN).read_text())["complete"]
+
+
 def test_the_commit_and_whether_files_differ_from_it(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -112,6 +131,8 @@ def test_a_spoilt_run_json_is_named(tmp_path: Path) -> None:
         '{"resumed_at": 3, "seconds": 1}',
         '{"resumed_at": [], "seconds": "x"}',
         '{"resumed_at": [1e999], "seconds": 1}',
+        '{"resumed_at": [], "earlier": 3, "seconds": 1}',
+        '{"resumed_at": [], "earlier": [3], "seconds": 1}',
     ):
         (tmp_path / runlog.RUN).write_text(content)
         with pytest.raises(InputError, match=r"run\.json"):

@@ -83,7 +83,8 @@ def test_a_run_cut_off_and_resumed_ends_with_the_same_bits(
     for key in ("weights", "optimizer", "random", "epoch", "position", "best_rsum", "best_r1"):
         assert same(cut[key], uncut[key]), key
     run = json.loads((tiny / "runs" / direction / "run.json").read_text())
-    assert run["resumed_at"] == [14]
+    assert run["resumed_at"] == [14] and (run["step"], run["complete"]) == (16, True)
+    assert run["earlier"] == [{name: run[name] for name in ("commit", "device", "versions")}]
 
 
 def test_resuming_an_older_checkpoint_cuts_the_log(
@@ -297,7 +298,7 @@ def test_run_json_says_how_it_came_about(tiny: Path, run_train: Callable[..., in
     assert run["options"]["embed_size"] == 8 and run["options"]["seed"] == 0
     assert run["versions"]["torch"] == torch.__version__.split("+")[0]
     assert run["seconds"] > 0 and run["peak_memory_bytes"] > 10**7
-    assert run["device"] and run["resumed_at"] == []
+    assert run["device"] and run["resumed_at"] == run["earlier"] == []
     assert run["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", run["commit"])
 
 

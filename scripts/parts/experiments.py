@@ -12,7 +12,7 @@ from typing import Any, get_origin
 
 from evalconfig import EvaluateConfig
 from files import read_json, read_text
-from options import InputError, parse, require, some
+from options import InputError, parse, require, short, some
 from runfolder import BEST
 from trainconfig import FREE, TrainConfig
 
@@ -49,6 +49,7 @@ class Data(Entry):
     """What a run needs, and the options that all runs on it share."""
 
     needs: str
+    images: int  # that are evaluated
     data_path: str
     data_name: str
     bert_path: str
@@ -158,12 +159,27 @@ class Registry:
             before = [self.train(run, seed, paths)]
         return [*before, self.evaluate(run, seed, paths)]
 
-    def has_made(self, run: Run, seed: int, path: Path) -> bool:
+    def objection(self, run: Run, seed: int, results: Path = RESULTS) -> str:
+        """Why a run's results are not what its row in a table says; empty where they are.
+
+        Raises InputError where they are not there, or damaged.
+        """
+        path = run.result(seed, results)
+        content, images = read_json(path, RESULT), self.data_of(run).images
+        if not self.has_made(run, seed, content):
+            return f"{path}: was made by other commands than now"
+        if content.get("images") != images:
+            return f"{path}: is of {short(content.get('images'))} images; expected {images}"
+        parts = [part.result(seed, results) for part in self.members(run)]
+        if not all(scores_of(p).items() <= scores_of(path).items() for p in parts if p.exists()):
+            return f"{path}: was made of other scores than its models' now"
+        return ""
+
+    def has_made(self, run: Run, seed: int, content: dict[str, Any]) -> bool:
         """Whether a run's results came of what the registry has now, wherever the files were.
 
         Of a model whose training is not known, None among them, the evaluation alone is compared.
         """
-        content = read_json(path, RESULT)
         now = [works(command) for command in self.commands(run, seed, {})]
         try:
             found = [works(typed(text)) for text in content["commands"]]
@@ -198,6 +214,12 @@ class Registry:
         where = {"data_path": data.data_path, "bert_path": data.bert_path} | paths
         options = where | {"data_name": data.data_name}
         return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def scores_of(path: Path) -> dict[str, str]:
+    """The score matrices that results are of, and their SHA-256; none where it is not told."""
+    found = read_json(path, RESULT).get("matrices")
+    return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
 
 
 def shown(command: list[str]) -> str:

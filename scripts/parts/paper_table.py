@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import logging
+import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from scripts.parts.tables import COLUMNS, markdown
 log = logging.getLogger(__name__)
 
 METRICS = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "r10")]
+ABOUT = (
+    "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds, or "
+    "of one seed, where it is known, its 95 % interval over images · the difference."
+)
 NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
 
 
@@ -27,6 +33,7 @@ NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by i
 class Row:
     """A run's figures in a table: six recalls and rsum, the paper's and ours."""
 
+    run: str
     title: str
     paper: list[float] | None
     ours: list[list[float]]  # by seed
@@ -72,13 +79,31 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 paper = [*recalls, sum(recalls)]
             protocol, ours = run.tables[table], {}
             for seed, path in run.results(results).items():
-                ours[path] = figures_of(path, protocol)
-                if not registry.has_made(run, seed, path):
-                    del ours[path]
-                    log.warning("%s: left out, was made by other commands than now", path)
+                figures, objection = (
+                    figures_of(path, protocol),
+                    registry.objection(run, seed, results),
+                )
+                if objection:
+                    log.warning("%s; left out", objection)
+                else:
+                    ours[path] = figures
+            check_same_inputs([*ours])
             interval = intervals_of(*ours, protocol) if len(ours) == 1 else None
-            found.append(Row(run.title, paper, [*ours.values()], interval))
+            found.append(Row(run.name, run.title, paper, [*ours.values()], interval))
     return found
+
+
+def check_same_inputs(paths: Sequence[Path]) -> None:
+    """Raise InputError where results are of other data or another BERT than each other.
+
+    Older ones do not tell.
+    """
+    told = {path: read_json(path, RESULT).get("fingerprints") for path in paths}
+    told = {path: inputs for path, inputs in told.items() if inputs is not None}
+    for path, inputs in told.items():
+        first = next(iter(told))
+        same = inputs == told[first]
+        require(same, f"{path}: is of other data or another BERT than {first}; expected the same")
 
 
 def papers_source(results: Path = RESULTS) -> str:
@@ -140,19 +165,15 @@ def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
             for row in rows(registry, name, results)
         ]
         parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
-    about = (
-        "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds, or\n"
-        "of one seed, where it is known, its 95 % interval over images · the difference.\n"
-    )
-    return "\n".join([*parts, f"{about}The paper's: {papers_source(results)}\n"])
+    return "\n".join([*parts, f"{ABOUT}\nThe paper's: {papers_source(results)}\n"])
 
 
 def as_csv(registry: Registry) -> str:
     """One line a figure, its mean `not run` where it has none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    head = ["table", "model", "metric", "paper", "mean", "sd", "low", "high", "seeds", "difference"]
-    writer.writerow(head)
+    head = ["table", "run", "model", "metric", "paper", "mean", "sd", "low", "high", "seeds"]
+    writer.writerow([*head, "difference"])
     for line in _figures(registry):
         known = line | ({"mean": "not run"} if line["mean"] is None else {})
         writer.writerow(["" if value is None else value for value in known.values()])
@@ -174,19 +195,20 @@ def _figures(registry: Registry) -> list[dict[str, object]]:
 
 
 def _figure(table: str, row: Row, k: int) -> dict[str, object]:
-    def at(values: list[float] | None) -> float | None:
+    def at(values: Sequence[float] | None) -> float | None:
         return None if values is None else round(values[k], 4)
 
-    low, high = row.interval[k] if row.interval else (None, None)
+    low, high = zip(*row.interval, strict=True) if row.interval else (None, None)
     return {
         "table": table,
+        "run": row.run,
         "model": row.title,
         "metric": NAMES[k],
         "paper": at(row.paper),
         "mean": at(row.mean),
         "sd": at(row.deviation),
-        "low": low,
-        "high": high,
+        "low": at(low),
+        "high": at(high),
         "seeds": len(row.ours),
         "difference": at(row.difference),
     }
@@ -203,19 +225,21 @@ def as_latex(registry: Registry) -> str:
         body = "\n".join(lines)
         columns = "lr" + "r" * len(COLUMNS)
         parts.append(
-            f"\\begin{{table}}\n\\caption{{{_tex(title)}}}\n\\begin{{tabular}}{{{columns}}}\n"
+            f"\\begin{{table}}\n\\caption{{{_tex(f'{title}. {ABOUT}')}}}\n"
+            f"\\begin{{tabular}}{{{columns}}}\n"
             f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
         )
     return "\n".join([*parts, f"% The paper's figures: {papers_source()}\n"])
 
 
 def _tex(text: str) -> str:
+    text = re.sub(r"(?<=· )-(?=\d)", "−", text)
     return text.replace("--", "-\0-").translate(TEX)
 
 
 TEX = str.maketrans(
     {mark: f"\\{mark}" for mark in "_%&#${}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"\0": "{}", "±": r"$\pm$", "·": r"$\cdot$", "`": ""}
+    | {"\0": "{}", "±": r"$\pm$", "−": "$-$", "·": r"$\cdot$", "`": ""}
 )
 FORMATS = {"md": as_markdown, "latex": as_latex, "csv": as_csv, "json": as_json}
