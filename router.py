@@ -112,12 +112,14 @@ class Layer(nn.Module):
         """What each cell needs of contexts."""
         return [cell.view(context) for cell in self.cells.values()]
 
-    def _run(self, xs: Sequence[Tensor], views: Views) -> tuple[tuple[Tensor, ...], Tensor]:
-        """N outputs `[Q, C, L, D]` and their gates `[Q, C, O, N]`."""
+    def _gates(self, xs: Sequence[Tensor]) -> Tensor:
+        """What the routers give, `[Q, C, O, N]`."""
         cells = self.cells.values()
-        gates = [cell.router(x) for cell, x in zip(cells, xs, strict=True)]
-        ys = map(_refine, cells, xs, views, gates)
-        return tuple(ys), torch.stack(gates, -1)
+        return torch.stack([cell.router(x) for cell, x in zip(cells, xs, strict=True)], -1)
+
+    def _outputs(self, xs: Sequence[Tensor], views: Views, gates: Tensor) -> tuple[Tensor, ...]:
+        """N outputs `[Q, C, L, D]`, zeros where all of a cell's `gates` `[Q, C, O, N]` are 0."""
+        return tuple(map(_refine, self.cells.values(), xs, views, gates.unbind(-1)))
 
 
 class RoutingLayer(Layer):
@@ -125,12 +127,14 @@ class RoutingLayer(Layer):
 
     def forward(self, xs: Sequence[Tensor], views: Views) -> tuple[tuple[Tensor, ...], Tensor]:
         """Out-paths, O tensors `[Q, C, L, D]`, and normalised gates `[Q, C, O, N]`."""
-        ys, gates = self._run(xs, views)
-        total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
-        dead = (total < CLOSED).to(gates)
-        gates = gates / (total + EPSILON)
+        raw = self._gates(xs)
+        total = raw.sum(-1, keepdim=True)  # [Q, C, O, 1]
+        dead = (total < CLOSED).to(raw)
+        gates = raw / (total + EPSILON)
         if self.hard:  # one, with the gradient of all (straight through)
             gates = _largest(gates) + (gates - gates.detach())
+        # a gate that is not chosen has no part in a score, but in a gradient
+        ys = self._outputs(xs, views, raw if torch.is_grad_enabled() else gates)
         if "ric" in self.cells:  # a dead out-path carries RIC's output, which has no gate then
             weights = torch.cat([gates[..., :1] + dead, gates[..., 1:]], -1)
         else:
@@ -143,13 +147,16 @@ class MergeLayer(Layer):
 
     def forward(self, xs: Sequence[Tensor], views: Views) -> tuple[Tensor, Tensor]:
         """The refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
-        ys, gates = self._run(xs, views)
+        gates = self._gates(xs)
         dead = (gates < CLOSED / len(self.cells)).to(gates)  # such a cell passes its input on
         if self.hard:
             chosen = _largest(gates, closed=True)
             gates, dead = gates * chosen, dead * chosen
         total = (gates + dead).sum(-1, keepdim=True)  # [Q, C, 1, 1]
-        mixed = _mix(ys, gates / total)
+        shares = gates / total
+        if self.hard:  # g / g, whose gradient would be rounding alone
+            shares = torch.where(dead > 0, shares, chosen)
+        mixed = _mix(self._outputs(xs, views, gates), shares)
         if torch.compiler.is_compiling() or dead.any():
             mixed = mixed + _mix(xs, dead / total)
         return mixed.squeeze(2), gates

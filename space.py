@@ -24,9 +24,13 @@ log = logging.getLogger(__name__)
 LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 PATH_SIZE = 128  # width of the embedding that path vectors are compared in
 WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of compiling are won back
-# What training takes, in tensors [L, D] a pair: what is kept of one for the backward pass, and what
-# one of the slice at work takes; and in bytes: gradients, Adam's moments, buffers of libraries.
+# What training of the published model takes, in tensors [L, D] a pair: what is kept of one for the
+# backward pass, and what one of the slice at work takes; and in bytes: gradients, Adam's moments,
+# buffers of libraries.
 KEPT, AT_WORK, BESIDE = 74, 100, 500e6
+# Of what is kept, a cell's part in a layer, the mixing of its paths in it; the score's part.
+KEPT_BY: dict[CellName, float] = {"ric": 2, "glgc": 5, "imrc": 7.5, "cmrc": 10}
+KEPT_OF_SCORE = 1.5
 COMPILER = 250e6  # bytes of what compiles, and of what it made
 SAFE_SHARE = 0.7  # of the free memory that training takes
 LIMIT_SHARE = 0.97  # of a limit: libraries take some more at one time than at another
@@ -188,8 +192,7 @@ class RoutingSpace(nn.Module):
         the same gradients.
         """
         device, dim = self.path_mapping.weight.device, self.norm.num_features
-        cells = len(self.merge.cells) * (1 + len(self.layers))
-        size = tokens * dim * itemsize * cells / (LAYERS * len(CELLS))
+        size = tokens * dim * itemsize * self.tensors_kept(tokens) / KEPT
         if limit is None:
             room = SAFE_SHARE * free_memory(device)
         else:
@@ -203,6 +206,18 @@ class RoutingSpace(nn.Module):
         if self.kept_pairs < pairs:
             share = 100 * (1 - self.kept_pairs / pairs)
             log.info("activations of %.0f %% of the pairs are computed twice, to fit memory", share)
+
+    def tensors_kept(self, tokens: int) -> float:
+        """What the backward pass needs of a pair of `tokens` tokens, in tensors `[L, D]`."""
+        parts = {name: KEPT_BY[name] for name in self.merge.cells}
+        if "imrc" in parts:  # the inner layer, the weights of its attention
+            cell = self.merge.cells["imrc"]
+            inner = cell.fc1.out_features + cell.heads * tokens
+            parts["imrc"] += inner / self.norm.num_features
+        layer = sum(parts.values())
+        alone = parts.pop("ric", 0) + parts.pop("imrc", 0)  # see no context, so the first layer's
+        skip = 1 if "ric" not in self.merge.cells else 0  # of its first cell's input, in its place
+        return layer + len(self.layers) * (layer + skip) - alone + KEPT_OF_SCORE
 
     def closed(self, paths: Tensor) -> Tensor:
         """How many pairs of path vectors `[Q, C, K]` a cell has no part in: `[layers, N]`.

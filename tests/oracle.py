@@ -135,7 +135,7 @@ def route(space: nn.Module, x: Tensor, context: Tensor, guide: Tensor, config) -
             total = gates[k].sum()
             shares = gates[k] / (total + 1e-8)
             if config.routing == "hard" and total > 0:
-                shares = only_largest(shares, 1.0)
+                shares = only_largest(shares, 1.0) + (shares - shares.detach())  # straight through
             out = sum(share * y for share, y in zip(shares, e, strict=True))
             mixed.append(out + xs[0].clamp(min=0) if total < 1e-4 else out)
             path.extend(shares)
@@ -171,7 +171,7 @@ def score(model: nn.Module, images, captions, lengths: list[int]) -> tuple[Tenso
             refined.append(z)
             paths.append(path)
     z = normalised(model.space.norm, torch.stack(refined))  # [Q*C, L, D]
-    whole = [unit(pair.mean(0) + pair.max(0).values) for pair in z]
+    whole = [unit(pair.mean(0) + pair.amax(0)) for pair in z]  # whose gradient equal ones share
     scores = [w @ context.pooled[i % len(context)] for i, w in enumerate(whole)]
     shape = (len(query), len(context))
     scores = torch.stack(scores).view(shape)

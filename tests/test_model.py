@@ -18,6 +18,18 @@ SMALL |= {"hid_IMRC": 6, "hid_router": 5}
 IMAGES, REGIONS, LENGTHS = 3, 7, [10, 2, 5, 4, 3]
 
 
+ABLATIONS = {
+    "none": {},
+    "uniform": {"routing": "uniform"},
+    "hard": {"routing": "hard"},
+    "hard, two cells": {"routing": "hard", "cells": "GLGC,CMRC", "num_layer_routing": 2},
+    "hard, one layer": {"routing": "hard", "num_layer_routing": 1},
+    "no RIC": {"cells": "GLGC,IMRC,CMRC"},
+    "one cell": {"cells": "CMRC"},
+    "one layer": {"num_layer_routing": 1},
+}
+
+
 def tiny_bert(dropout: float = 0.1) -> BertModel:
     sizes = {"vocab_size": 50, "hidden_size": 12, "num_hidden_layers": 2, "intermediate_size": 15}
     drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -88,6 +100,29 @@ def test_any_number_of_layers_any_cells_and_any_routing(
     if routing == "hard":
         assert ((dense == 0) | (dense == 1)).all()
         assert ((paths[..., -count:] > 0).sum(-1) <= 1).all()
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_gradients_of_ablations_are_those_of_the_equations(direction: str, name: str) -> None:
+    """In slices, some of them computed twice: through cells, routers, and the path vectors."""
+    model, found = small_model(direction, **ABLATIONS[name]), []
+    model.space.kept_pairs = 7
+    regions, ids, mask = small_batch(3, 2)
+    for score in (oracle.score, DIME.score):
+        model.zero_grad()
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        how = LENGTHS[:3] if score is oracle.score else 2
+        scores, paths = score(model, images, captions, how)
+        weights = torch.arange(scores.numel()).view_as(scores) - 4.0
+        ((scores * weights).sum() + model.space.embed_paths(paths).square().sum(0)[0]).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected, gradients = found
+    for name, gradient in expected.items():
+        value = gradients.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(value, gradient, atol=1e-4, rtol=1e-3, msg=name)
+    assert sum(g.abs().max() > 1e-3 for g in expected.values()) > 10
+    assert gradients.keys() <= expected.keys()
 
 
 @pytest.mark.parametrize("cells", ["", "RIC,", "IMRC,RIC", "ric", "RIC,RIC", "RIC,XYZ", "RIC CMRC"])

@@ -47,9 +47,10 @@ def test_no_score_depends_on_its_slice_or_tile(
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_skipping_closed_cells_changes_no_score(direction: str) -> None:
+@pytest.mark.parametrize("routing", ["soft", "hard"])
+def test_skipping_closed_cells_changes_no_score(direction: str, routing: str) -> None:
     """And the cells see fewer pairs, exactly those that are counted as closed."""
-    model = small_model(direction)
+    model = small_model(direction, routing=routing)
     encoded = small_encoded(model)
     seen: dict[str, int] = {}
     cells = [

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import same
-from test_model import small_batch, small_model
+from test_model import ABLATIONS, small_batch, small_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -74,9 +75,9 @@ def test_slices_hold_as_many_numbers_at_every_width(
     assert routed == slices
 
 
-def seeded(direction: str) -> DIME:
+def seeded(direction: str, **options: object) -> DIME:
     torch.manual_seed(3)
-    return small_model(direction)
+    return small_model(direction, **options)
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
@@ -91,9 +92,10 @@ def test_what_is_computed_again_has_the_same_gradients_to_the_last_bit(
     assert same(trained(model, 2), expected)
 
 
-def test_skipping_changes_no_gradient() -> None:
-    expected = trained(seeded("i2t"))
-    model = seeded("i2t")
+@pytest.mark.parametrize("routing", ["soft", "hard"])
+def test_skipping_changes_no_gradient(routing: str) -> None:
+    expected = trained(seeded("i2t", routing=routing))
+    model = seeded("i2t", routing=routing)
     model.space.skip_nothing()
     scores, found = trained(model)
     torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
@@ -101,12 +103,35 @@ def test_skipping_changes_no_gradient() -> None:
         torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
 
 
+def test_what_is_kept_of_the_published_model() -> None:
+    sizes = {"embed_size": 256, "num_head_IMRC": 16, "hid_IMRC": 512}
+    assert small_model("i2t", **sizes).space.tensors_kept(36) == KEPT
+
+
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_what_is_kept_of_a_pair_is_what_memory_is_reckoned_with(direction: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hid_IMRC": 2048},
+        {"num_layer_routing": 6, "cells": "IMRC,CMRC"},
+        {"num_layer_routing": 2},
+        {"num_layer_routing": 1},
+        {"cells": "CMRC"},
+        {"cells": "GLGC,CMRC"},
+        {"cells": "RIC,GLGC"},
+        {"routing": "hard"},
+    ],
+)
+def test_what_is_kept_of_a_pair_is_what_memory_is_reckoned_with(
+    direction: str, options: dict[str, object]
+) -> None:
     sizes = {"embed_size": 256, "num_head_IMRC": 16, "hid_IMRC": 512, "hid_router": 512}
-    model = small_model(direction, **sizes).train()
-    images, captions = (torch.randn(4, n, 256, requires_grad=True) for n in (36, 32))
-    mask = torch.ones(4, 32, dtype=torch.bool)
+    model = small_model(direction, **sizes | options).train()
+    model.space.skip_nothing()
+    images, captions = (torch.randn(8, n, 256) for n in (36, 32))
+    images, captions = (F.normalize(x, dim=-1).requires_grad_() for x in (images, captions))
+    mask = torch.ones(8, 32, dtype=torch.bool)
     query, context = (images, captions) if direction == "i2t" else (captions, images)
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     held: dict[int, int] = {}
@@ -120,11 +145,21 @@ def test_what_is_kept_of_a_pair_is_what_memory_is_reckoned_with(direction: str) 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         kept = model.space(
             space.Modality(query, query.mean(1), mask[:, : query.shape[1]]),
-            space.Modality(context, context.mean(1), mask.new_ones(4, context.shape[1])),
+            space.Modality(context, context.mean(1), mask.new_ones(8, context.shape[1])),
         )
-    assert kept[0].shape == (4, 4)
-    tensors = sum(held.values()) / (16 * query[0].numel() * 4)
-    assert 0.8 * KEPT < tensors < KEPT
+    assert kept[0].shape == (8, 8)
+    tensors = sum(held.values()) / (64 * query[0].numel() * 4)
+    assert 0.9 < model.space.tensors_kept(query.shape[1]) / tensors < 1.3
+
+
+def test_a_limit_of_memory_keeps_more_of_a_smaller_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space, "used_memory", lambda device: 1e9)
+    kept = []
+    for options in ({}, {"num_layer_routing": 2}, {"cells": "CMRC"}):
+        room = small_model("i2t", **options).space
+        room.keep_within(1.9e9, 10**6, 36, 4)
+        kept.append(room.kept_pairs * room.tensors_kept(36))
+    assert min(kept) > 0.85 * max(kept)
 
 
 def test_a_limit_of_memory_decides_what_is_kept(
@@ -194,13 +229,16 @@ def test_a_signal_is_no_failure_of_the_compiler(monkeypatch: pytest.MonkeyPatch)
     assert model.space.is_compiled
 
 
-def test_compiled_training_has_the_same_gradients(compiled_frames: CompileCounter) -> None:
-    expected = trained(seeded("i2t"), 6)
-    model = seeded("i2t")
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_compiled_training_has_the_same_gradients(
+    name: str, compiled_frames: CompileCounter
+) -> None:
+    expected = trained(seeded("i2t", **ABLATIONS[name]), 6)
+    model = seeded("i2t", **ABLATIONS[name])
     model.space.compile_routes()
     model.space.kept_pairs = 6
     scores, found = trained(model, 6)
-    assert compiled_frames.frame_count > 0
+    assert compiled_frames.frame_count > 0 and model.space.is_compiled
     torch.testing.assert_close(scores, expected[0], atol=1e-6, rtol=1e-5)
     for name, value in found.items():
         torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
