@@ -4,7 +4,8 @@
     python -m scripts.inspect_routes --model_path ... --out routes --images pictures --pair 3 17
 
 For matching pairs of a split it writes
-  gates.csv       each layer's, path's and cell's mean gate, and the share of pairs it is closed for
+  gates.csv       each layer's, path's and cell's mean gate, and the shares of pairs that it is
+                  closed for, and that its input goes on for instead
   entropy.csv     how evenly the cells share each path, in bits, and how often all are closed
   routes.csv      every pair's path vector, its cluster and its place in the plane
   space.png       the routing space, its paths as open as their mean gates
@@ -90,16 +91,17 @@ def write_tables(pairs: Pairs, paths: Tensor, clusters: Clusters | None, out: Pa
     """The three CSV files."""
     means, shared, columns = [], [], []
     layers = pairs.model.space.gates(paths)
-    for layer, gates in enumerate(layers, 1):
-        closed = (gates == 0).float()
+    for layer, (gates, passed) in enumerate(zip(layers, pairs.passed_on(paths), strict=True), 1):
+        closed, bits = (gates == 0).float(), entropies(gates + passed)
         for o, path in enumerate(pairs.cells if layer < len(layers) else ["score"]):
-            of_path = [entropies(gates)[:, o].mean(), closed[:, o].amin(-1).mean()]
+            of_path = [bits[:, o].mean(), closed[:, o].amin(-1).mean()]
             shared.append([layer, path, *rounded(of_path)])
             for n, cell in enumerate(pairs.cells):
-                of_cell = [gates[:, o, n].mean(), closed[:, o, n].mean()]
+                of_cell = [part[:, o, n].mean() for part in (gates, closed, passed)]
                 means.append([layer, path, cell, *rounded(of_cell)])
                 columns.append(f"{layer} {cell}>{path}")
-    write_csv(out / "gates.csv", ["layer", "path", "cell", "mean gate", "share closed"], means)
+    head = ["layer", "path", "cell", "mean gate", "share closed", "share passed on"]
+    write_csv(out / "gates.csv", head, means)
     write_csv(out / "entropy.csv", ["layer", "path", "mean bits", "share all closed"], shared)
     head, rows = ["image", "caption", "text", *columns], []
     for k, vector in enumerate(paths):
@@ -171,10 +173,16 @@ class Drawings:
     def mean_gates(self) -> None:
         """The routing space."""
         closed = [(layer == 0).float().mean(0).numpy() for layer in self.gates]
+        passed = [layer.mean(0).numpy() for layer in self.pairs.passed_on(self.paths)]
+        drawn = figures.space_figure(
+            self.means, closed, passed, self.space, self._title("mean gates")
+        )
+        self._write("space", drawn)
+
+    def _title(self, what: str) -> str:
         options, direction = self.options, self.pairs.model.direction
-        title = f"{options.model_path} ({direction}): mean gates of {len(self.paths)} "
-        title += f"matching pairs of {options.split}"
-        self._write("space", figures.space_figure(self.means, closed, self.space, title))
+        pairs = f"{len(self.paths)} matching pairs of {options.split}"
+        return f"{options.model_path} ({direction}): {what} of {pairs}"
 
     def different(self) -> None:
         """The most different routes."""
@@ -185,15 +193,21 @@ class Drawings:
     def clusters(self, found: Clusters) -> None:
         """Path vectors in a plane."""
         examples = [self.pairs.split.captions[k] for k in found.middle(self.paths)]
-        self._write("clusters", figures.clusters_figure(found.places, found.numbers, examples))
+        title = f"{self._title('path vectors')}, {found.about}"
+        drawn = figures.clusters_figure(found.places, found.numbers, examples, title)
+        self._write("clusters", drawn)
 
     def _routes(self, name: str, paths: Tensor, numbers: Sequence[tuple[int, int]]) -> None:
         """Routes by path vectors `[pairs, K]` and the numbers of images and captions."""
         layers = self.pairs.model.space.gates(paths)
-        routes = [[layer[k].numpy() for layer in layers] for k in range(len(paths))]
+        passed = self.pairs.passed_on(paths)
+        routes, skips = (
+            [[layer[k].numpy() for layer in part] for k in range(len(paths))]
+            for part in (layers, passed)
+        )
         titles = [self.pairs.title(*pair) for pair in numbers]
         pictures = [shown(self.files[image]) for image, _ in numbers] if self.files else []
-        drawn = figures.routes_figure(routes, self.means, titles, pictures, self.space)
+        drawn = figures.routes_figure(routes, skips, self.means, titles, pictures, self.space)
         self._write(name, drawn)
 
     def pair(self, image: int, caption: int, seen: figures.Seen | None) -> None:

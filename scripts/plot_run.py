@@ -5,7 +5,6 @@
 Reads metrics.jsonl of each run's folder. Writes the picture as PNG, and beside it as SVG.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,11 @@ from options import parse, require, run
 from runlog import events
 from scripts.parts.figures import COLOURS, write_figure
 
-DASHES = ("-", "--", "-.", ":")  # tell runs apart in grey
-MOST_RUNS = math.lcm(len(COLOURS), len(DASHES))  # that no two look alike
+# Tell runs apart in grey: points of ink and of none, by turns.
+DASHES = ((), (6, 2), (1, 1.5), (6, 2, 1, 2), (12, 3), (6, 2, 1, 2, 1, 2), (3, 3), (12, 2, 3, 2))
+MOST_RUNS = len(DASHES)
 RECALLS = {"r1": "i2t R@1", "r1i": "t2i R@1", "r10": "i2t R@10", "r10i": "t2i R@10"}
+LOSS = "ranking loss, summed over the batch,\n+ trade_off x path loss"
 MARKERS = ("o", "^", "s", "x")  # of the recalls
 
 
@@ -66,7 +67,7 @@ def figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     for number, (name, found) in enumerate(runs.items()):
         style = {
             "color": COLOURS[number % len(COLOURS)],
-            "linestyle": DASHES[number % len(DASHES)],
+            "dashes": DASHES[number],
             "linewidth": 1.3,
         }
         losses = curve(found, "Le")
@@ -75,7 +76,7 @@ def figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
             recall.plot(*curve(found, tag), **style, marker=marker, markersize=5)
         text = f"./{name}" if name.startswith("_") else name  # which no legend shows
         handles.append(Line2D([], [], **style, label=text.replace("$", r"\$")))
-    shown(loss, "Training loss", "loss (sum over a batch)")
+    shown(loss, "Training loss, mean of the steps between two points", LOSS)
     shown(recall, "Recall on dev", "recall, %")
     recall.set_ylim(0, 102)
     recalls = [

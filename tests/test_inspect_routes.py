@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from conftest import GOLDEN, Case, run_here
+from matplotlib.axes import Axes
 from PIL import Image
 from test_model import small_model
 from test_train import last_line
@@ -24,8 +25,15 @@ from scoring import encode_split
 from scripts import inspect_routes
 from scripts.inspect_routes import Options
 from scripts.parts import route_figures
-from scripts.parts.route_figures import heat_map
-from scripts.parts.routes import Clusters, Pairs, clustered, entropies, most_different
+from scripts.parts.route_figures import Space, heat_map
+from scripts.parts.routes import (
+    Clusters,
+    Pairs,
+    clustered,
+    entropies,
+    most_different,
+    passed_on,
+)
 
 CELLS = ["RIC", "GLGC", "IMRC", "CMRC"]
 IMAGES = 12  # of the golden test splits
@@ -119,25 +127,34 @@ def test_tables_are_those_of_plain_loops(pairs: Pairs, tmp_path: Path) -> None:
     paths = pairs.paths(IMAGES)
     numbers = np.arange(len(paths)) % 2
     places = np.stack([numbers, -numbers], 1) / 3
-    inspect_routes.write_tables(pairs, paths, Clusters(places, numbers), tmp_path)
-    means, bits = [], []
+    inspect_routes.write_tables(pairs, paths, Clusters(places, numbers, ""), tmp_path)
+    means, bits, skipped = [], [], 0
     for layer, names in ((1, CELLS), (2, CELLS), (3, ["score"])):
         for o, path in enumerate(names):
             first = 16 * (layer - 1) + 4 * o  # of a vector's numbers
             shares = [vector[first : first + 4].tolist() for vector in paths]
             all_closed = sum(not any(gates) for gates in shares) / len(shares)
-            every = [0.0]  # so that a sum is there
+            every, passed = [0.0], []  # so that a sum is there
             for gates in shares:
-                every += [-g / sum(gates) * math.log2(g / sum(gates)) for g in gates if g > 0]
+                if layer < 3:  # a dead path carries the first cell's input
+                    passed.append([float(sum(gates) < 0.9), 0, 0, 0])
+                else:
+                    passed.append([float(gate < 1e-4 / 4) for gate in gates])
+                weights = [g + p for g, p in zip(gates, passed[-1], strict=True)]
+                parts = [weight / sum(weights) for weight in weights if weight > 0]
+                every += [-part * math.log2(part) for part in parts]
             bits.append([layer, path, sum(every) / len(shares), all_closed])
             for n, cell in enumerate(CELLS):
                 gates = [vector[first + n].item() for vector in paths]
                 closed = sum(gate == 0 for gate in gates) / len(gates)
-                means.append([layer, path, cell, sum(gates) / len(gates), closed])
-    assert any(0 < row[-1] < 1 for row in means) and any(row[-1] > 0 for row in bits)
+                on = sum(pair[n] for pair in passed) / len(gates)
+                means.append([layer, path, cell, sum(gates) / len(gates), closed, on])
+                skipped += on > 0
+    assert any(0 < row[-2] < 1 for row in means) and any(row[-1] > 0 for row in bits)
+    assert skipped > 2
     for name, names, expected in (("gates", 3, means), ("entropy", 2, bits)):
         head, *rows = table(tmp_path / f"{name}.csv")
-        assert len(head) == names + 2 and len(rows) == len(expected)
+        assert len(head) == len(expected[0]) and len(rows) == len(expected)
         for row, wanted in zip(rows, expected, strict=True):
             assert row[:names] == [str(x) for x in wanted[:names]]
             assert [float(x) for x in row[names:]] == pytest.approx(wanted[names:], abs=2e-6)
@@ -181,6 +198,90 @@ def test_words_have_the_weights_that_the_model_gives_them(
 def test_entropy_is_zero_for_one_cell_and_two_bits_for_four() -> None:
     gates = torch.tensor([[[0, 0.7, 0, 0], [0.3] * 4, [0.0] * 4, [0.5, 0, 0.5, 0]]])
     torch.testing.assert_close(entropies(gates), torch.tensor([[0.0, 2, 0, 1]]))
+
+
+def test_what_goes_on_where_gates_are_closed() -> None:
+    """By hand: two cells, a dense layer and the last one, three pairs."""
+    dense = torch.tensor([[[0.5, 0.5], [0.0, 0.0]], [[1.0, 0.0], [0.2, 0.8]], [[0.0, 0.0]] * 2])
+    last = torch.tensor([[[0.3, 0.0]], [[0.0, 0.0]], [[0.00004, 0.6]]])
+    found = passed_on([dense, last], hard=False)
+    assert found[0].tolist() == [[[0, 0], [1, 0]], [[0, 0], [0, 0]], [[1, 0], [1, 0]]]
+    assert found[1].tolist() == [[[0, 1]], [[1, 1]], [[1, 0]]]
+    _, of_chosen = passed_on([dense, last], hard=True)
+    assert of_chosen.tolist() == [[[0, 0]], [[1, 0]], [[0, 0]]]
+
+
+def drawn_lines(axes: Axes) -> set[tuple[float, ...]]:
+    """Lines between layers: ends, gate by their width, and whether they are dashed."""
+    found = set()
+    for line in axes.lines:
+        (x1, x2), (y1, y2) = line.get_data()
+        if x1 >= 0 and line.get_color() != route_figures.GREY:
+            gate = (line.get_linewidth() - 0.4) / 5
+            dashed = line.get_linestyle() != "-"
+            found.add((x1, x2, round(y1, 2), round(y2, 2), round(gate, 4), dashed))
+    return found
+
+
+def test_a_route_is_drawn_as_its_gates_are() -> None:
+    """Of two cells, RIC above CMRC, by hand."""
+    space = Space(("ric", "cmrc"), "regions")
+    gates = [np.array([[0.75, 0.25], [0.0, 0.0]]), np.array([[0.0, 0.6]])]
+    skips = [np.array([[0, 0], [1, 0]]), np.array([[1, 0]])]
+    axes = route_figures.Figure().subplots()
+    route_figures.draw_space(axes, gates, skips, space)
+    high, low, middle = 1.0, 0.0, 0.5
+    assert drawn_lines(axes) == {
+        (0, 1, high, high, 0.75, False),  # RIC to RIC
+        (0, 1, low, high, 0.25, False),  # CMRC to RIC
+        (0, 1, high - 0.1, low - 0.1, 1, True),  # RIC's input to CMRC, whose path is dead
+        (1, 2, high - 0.1, middle - 0.1, 1, True),  # RIC's input to the score
+        (1, 2, low, middle, 0.6, False),
+    }
+    names = [text.get_text() for text in axes.texts]
+    assert names == ["RIC", "CMRC", "layer 1", "RIC", "CMRC", "layer 2", "regions", "score"]
+
+
+def test_drawings_show_what_the_tables_hold(pairs: Pairs, tmp_path: Path, drawn: dict) -> None:
+    paths = pairs.paths(IMAGES)
+    options = Options(model_path="m", out=str(tmp_path))
+    drawings = inspect_routes.Drawings(pairs, paths, [], options)
+    drawings.mean_gates()
+    drawings.different()
+    inspect_routes.write_tables(pairs, paths, None, tmp_path)
+    rows = table(tmp_path / "gates.csv")[1:]
+    upper, *panels, _ = drawn["space.png"].axes
+    shown = [text.get_text() for axes in panels for text in axes.texts]
+    assert shown == [f"{float(row[3]):.2f}\n{100 * float(row[4]):.0f} %" for row in rows]
+    by_hand = set()
+    for layer, path, cell, mean, _, passed in rows:
+        start, x = 3 - CELLS.index(cell), int(layer) - 1
+        end = 1.5 if path == "score" else 3 - CELLS.index(path)
+        for gate, below in ((float(mean), 0), (float(passed), 0.1)):
+            if gate >= 0.02:
+                by_hand.add((x, x + 1, start - below, end - below, round(gate, 4), below > 0))
+    found = drawn_lines(upper)
+    assert len(found) == len(by_hand) > 25
+    for line, wanted in zip(sorted(found), sorted(by_hand), strict=True):
+        assert line == pytest.approx(wanted, abs=2e-4)
+    chosen = most_different(paths, 4)
+    means = paths.mean(0)
+    changes = [axes.images[0].get_array() for axes in drawn["different.png"].axes if axes.images]
+    for k, change in zip(chosen, changes, strict=True):
+        expected = (paths[k] - means).numpy()
+        for layer in (0, 1):
+            part = expected[16 * layer : 16 * layer + 16].reshape(4, 4)
+            np.testing.assert_allclose(change[:, 4 * layer : 4 * layer + 4], part, atol=1e-6)
+        np.testing.assert_allclose(change[:, 8:], np.tile(expected[32:], (4, 1)), atol=1e-6)
+
+
+def test_a_change_has_its_sign_in_print(drawn: dict) -> None:
+    axes = route_figures.Figure().subplots()
+    change = np.array([[0.5, -0.5], [0.01, 0.2]])
+    route_figures._draw_change(axes, change, 0.5, 1, Space(("ric", "cmrc"), "regions"))
+    signs = {text.get_position(): text.get_text() for text in axes.texts}
+    assert {(0, 0): "+", (1, 0): "−", (1, 1): "+"}.items() <= signs.items()
+    assert (0, 1) not in signs
 
 
 def test_the_most_different_pairs_are_far_apart_and_none_alike() -> None:
@@ -261,6 +362,9 @@ def test_ablated_models_are_drawn_as_far_as_they_go(
     said = texts(drawn["space.png"])
     assert f"layer {layers}" in said and f"layer {layers + 1}" not in said
     gates = table(tmp_path / "gates.csv")[1:]
+    if name in ("hard", "uniform"):  # of the last layer one cell counts, or all of them
+        last = [float(row[3]) + float(row[5]) for row in gates if row[1] == "score"]
+        assert sum(last) <= 1 + 1e-5 if name == "hard" else last == [1] * cells
     assert len(gates) == (layers - 1) * cells**2 + cells
     assert [row[1] == "score" for row in gates] == [row[0] == str(layers) for row in gates]
     assert ("words_0_3.png" in drawn) == (name != "two cells")

@@ -21,17 +21,21 @@ from scripts.parts.figures import COLOURS
 
 FAINTEST = 0.02  # gates below it are not drawn
 SHOWN_GATES = (0.1, 0.25, 0.5, 1.0)  # in the legend
+SKIP, BELOW = (2, 1), 0.1  # dashes, in widths of the line; how far below the gate's own line
 MARKERS = "os^Dv<>P"  # clusters are told apart by them where two have one colour
 ENTRY = -0.8  # where the query stands, in layers
 GREY = "#555555"
 NOTE = (
-    "Widths are gates. The gates of a path to a cell are shares of it: they sum to 1, or are all "
-    "closed. The gates to the score are each from 0 to 1."
+    "Widths are gates. Those of a path to a cell are shares that sum to 1; where all are closed, "
+    "the first cell's rectified input goes on (dashed). Those to the score are each from 0 to 1, "
+    "and weights of a mean; where one is closed, the cell's input goes on, weighted by 1 (dashed)."
 )
 SMALLEST_LIMIT = 0.01  # of the scale of differences: less is no difference to look at
 COLUMNS = 5  # of words
 # Darker is more, in print too; where there is nothing the picture is left as it is.
-VEIL = LinearSegmentedColormap.from_list("veil", ["#08306b00", "#08306be6"])
+VEIL = LinearSegmentedColormap.from_list("veil", ["#08306b00", "#08306bb3"])
+PALE = 0.5  # of the picture under it, the rest is white
+SIGNED = 0.1  # of the largest difference: from there on its sign is written
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,27 @@ class Space:
         return np.arange(len(self.cells))[::-1].astype(float)
 
 
-def draw_space(axes: Axes, gates: Sequence[np.ndarray], space: Space) -> None:
-    """A column of cells a layer, and its paths as wide as their gates are open."""
+def draw_space(
+    axes: Axes, gates: Sequence[np.ndarray], skips: Sequence[np.ndarray], space: Space
+) -> None:
+    """A column of cells a layer, and its paths as wide as their gates are open.
+
+    Dashed is what goes on where gates are closed: `skips` are their weights, as gates are.
+    """
     heights = space.heights()
     middle, last = heights.mean(), len(gates) - 1
     for height in heights:
         axes.plot([ENTRY, 0], [middle, height], color=GREY, lw=0.6, zorder=0)
-    for layer, values in enumerate(gates):
+    for layer, (values, passed) in enumerate(zip(gates, skips, strict=True)):
         ends = heights if layer < last else [middle]
         for o, end in enumerate(ends):
             for n, start in enumerate(heights):
-                gate = float(values[o, n])
-                if gate >= FAINTEST:
-                    colour = space.colours[n]
-                    axes.plot([layer, layer + 1], [start, end], color=colour, **_line(gate))
+                kinds = ((values[o, n], (), 0.0), (passed[o, n], SKIP, BELOW))
+                for weight, dashes, by in kinds:
+                    if weight >= FAINTEST:
+                        style = _line(float(weight)) | {"color": space.colours[n]}
+                        places = [start - by, end - by]
+                        axes.plot([layer, layer + 1], places, dashes=dashes, **style)
         for node in zip(heights, space.names, space.colours, strict=True):
             _node(axes, layer, *node)
         axes.text(layer, len(heights) - 0.35, f"layer {layer + 1}", ha="center", fontsize=8)
@@ -90,6 +101,7 @@ def _node(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
 
 def _gate_legend(figure: Figure) -> None:
     lines = [Line2D([], [], color=GREY, label=f"gate {g:g}", **_line(g)) for g in SHOWN_GATES]
+    lines.append(Line2D([], [], color=GREY, label="input goes on", dashes=SKIP, **_line(0.5)))
     title = textwrap.fill(NOTE, 90)
     figure.legend(
         handles=lines,
@@ -104,13 +116,17 @@ def _gate_legend(figure: Figure) -> None:
 
 
 def space_figure(
-    means: Sequence[np.ndarray], closed: Sequence[np.ndarray], space: Space, title: str
+    means: Sequence[np.ndarray],
+    closed: Sequence[np.ndarray],
+    skips: Sequence[np.ndarray],
+    space: Space,
+    title: str,
 ) -> Figure:
     """The mean gates of many pairs, drawn above, and as numbers with the closed shares below."""
     figure = Figure(figsize=(2.4 * len(means) + 2, 6.5), layout="constrained")
     figure.suptitle(textwrap.fill(title, 30 * len(means) + 30), fontsize=10, parse_math=False)
     above, below = figure.subfigures(2, 1, height_ratios=[3, 2])
-    draw_space(above.subplots(), means, space)
+    draw_space(above.subplots(), means, skips, space)
     panels = below.subplots(1, len(means), squeeze=False)[0]
     for layer, (axes, mean, share) in enumerate(zip(panels, means, closed, strict=True), 1):
         shade = axes.imshow(mean, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -131,6 +147,7 @@ def space_figure(
 
 def routes_figure(
     routes: Sequence[Sequence[np.ndarray]],
+    skips: Sequence[Sequence[np.ndarray]],
     means: Sequence[np.ndarray],
     titles: Sequence[str],
     pictures: Sequence[Image.Image],
@@ -143,8 +160,9 @@ def routes_figure(
     panels = figure.subplots(len(routes), len(ratios), squeeze=False, width_ratios=ratios)
     changes = [side_by_side(gates) - side_by_side(means) for gates in routes]
     limit = max(np.abs(changes).max(), SMALLEST_LIMIT)
-    for row, gates, change, title in zip(panels, routes, changes, titles, strict=True):
-        draw_space(row[-2], gates, space)
+    parts = zip(panels, routes, skips, changes, titles, strict=True)
+    for row, gates, passed, change, title in parts:
+        draw_space(row[-2], gates, passed, space)
         text = textwrap.fill(title, 24 * layers + 10)
         row[-2].set_title(text, fontsize=8, parse_math=False)
         shade = _draw_change(row[-1], change, limit, layers, space)
@@ -170,6 +188,10 @@ def _draw_change(
     """By how much each gate is more or less open than the mean."""
     count = len(space.cells)
     shade = axes.imshow(change, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    for (n, place), value in np.ndenumerate(change):
+        if abs(value) >= SIGNED * limit:  # for print
+            sign, colour = "+" if value > 0 else "−", "white" if abs(value) > limit / 2 else "black"
+            axes.text(place, n, sign, ha="center", va="center", fontsize=6, color=colour)
     ticks = {"fontsize": 6, "rotation": 90}
     axes.set_xticks(range(layers * count), space.names * layers, **ticks)
     to = [f"to {name}" for name in space.names] if layers > 1 else []
@@ -182,7 +204,9 @@ def _draw_change(
     return shade
 
 
-def clusters_figure(places: np.ndarray, clusters: np.ndarray, examples: Sequence[str]) -> Figure:
+def clusters_figure(
+    places: np.ndarray, clusters: np.ndarray, examples: Sequence[str], title: str
+) -> Figure:
     """Path vectors in a plane `[pairs, 2]`, by cluster, with an example of each."""
     figure = Figure(figsize=(7, 6 + 0.25 * len(examples)), layout="constrained")
     axes = figure.subplots()
@@ -198,7 +222,7 @@ def clusters_figure(places: np.ndarray, clusters: np.ndarray, examples: Sequence
             label=f"{len(own)} pairs: {textwrap.shorten(example, 85)}".replace("$", r"\$"),
         )
     axes.set(xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
-    axes.set_title(f"Path vectors of {len(places)} matching pairs", fontsize=10)
+    axes.set_title(textwrap.fill(title, 90), fontsize=9, parse_math=False)
     figure.legend(
         loc="outside lower left",
         fontsize=7,
@@ -231,11 +255,12 @@ def words_figure(
     for axes in panels.flat:
         axes.axis("off")
     first.imshow(seen.picture)
-    grey = np.asarray(seen.picture.convert("L"))
+    white = Image.new("RGB", seen.picture.size, "white")
+    pale = np.asarray(Image.blend(white, seen.picture.convert("RGB"), PALE))
     percent = 100 * weights
     for axes, word, row in zip(others, words, percent, strict=False):
-        axes.imshow(grey, cmap="gray", vmin=-255, vmax=255)  # the lighter half of all greys
-        heat = heat_map(row, seen.boxes, grey.shape)
+        axes.imshow(pale)
+        heat = heat_map(row, seen.boxes, pale.shape[:2])
         shade = axes.imshow(heat, cmap=VEIL, vmin=percent.min(), vmax=percent.max())
         axes.set_title(word, fontsize=9, parse_math=False)
     bar = figure.colorbar(shade, ax=panels, fraction=0.04, shrink=0.7)

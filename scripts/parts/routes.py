@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import Split
 from layout import CAPTIONS_PER_IMAGE
 from model import DIME
 from options import progress
-from router import Modality
+from router import CLOSED, EPSILON, Modality
 from scoring import Encoded, evaluating
 from vocab import Vocabulary
 
@@ -56,6 +57,10 @@ class Pairs:
             _, paths = self.model.score(*self._some(image, captions), len(captions))
         return paths.flatten(0, 1).cpu()
 
+    def passed_on(self, paths: Tensor) -> list[Tensor]:
+        """What goes on where gates of path vectors `[pairs, K]` are closed, see `passed_on`."""
+        return passed_on(self.model.space.gates(paths), self.model.config.routing == "hard")
+
     def attention(self, image: int, caption: int) -> np.ndarray:
         """Weights `[words, regions]` of the first layer's CMRC, without `[CLS]` and `[SEP]`.
 
@@ -92,12 +97,31 @@ class Pairs:
         return images.to(device), self.encoded.captions[text].to(device)
 
 
-def entropies(gates: Tensor) -> Tensor:
-    """Bits by which cells share each path, for gates `[pairs, O, N]`: 0 for one cell, 2 for four.
+def passed_on(gates: Sequence[Tensor], hard: bool) -> list[Tensor]:
+    """What goes on where gates are closed (SPEC §6), `[pairs, O, N]` a layer: 1 where it does.
 
-    A path whose gates are all closed has 0.
+    A path whose gates are all closed carries the first cell's input, rectified. A cell of the last
+    layer whose gate is closed passes its input on, weighted by 1 where the others have their gates;
+    with `hard` routing so does the chosen cell alone.
     """
-    shares = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    *dense, last = gates
+    count = last.shape[-1]
+    found = []
+    for layer in dense:
+        dead = layer.sum(-1, keepdim=True) < CLOSED / (CLOSED + EPSILON)  # of normalised gates
+        found.append(F.pad(dead.float(), (0, count - 1)))
+    closed = last < CLOSED / count
+    if hard:
+        closed &= F.one_hot(last.argmax(-1), count).bool()
+    return [*found, closed.float()]
+
+
+def entropies(weights: Tensor) -> Tensor:
+    """Bits by which cells share each path, of weights `[pairs, O, N]`: 0 for one cell, 2 for four.
+
+    A path that has none has 0.
+    """
+    shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return torch.special.entr(shares).sum(-1) / np.log(2)
 
 
@@ -120,6 +144,7 @@ class Clusters:
 
     places: np.ndarray  # [pairs, 2]
     numbers: np.ndarray  # [pairs] from 0
+    about: str  # how they were found
 
     def middle(self, paths: Tensor) -> list[int]:
         """The pair of each cluster whose path vector is the closest to the cluster's mean."""
@@ -154,4 +179,6 @@ def clustered(paths: Tensor, count: int) -> Clusters | None:
     init = "pca" if vectors.shape[1] > 1 else "random"  # there is no second component of one number
     places = TSNE(2, perplexity=perplexity, init=init, random_state=0).fit_transform(vectors)
     same = same.reshape(-1)  # numpy 2.0 gave it a second axis
-    return Clusters(places[same], numbers[same])
+    about = f"{len(vectors)} different ones; t-SNE of perplexity {perplexity:.0f}, seed 0; "
+    about += f"spectral clusters of the graph of {spectral.n_neighbors} neighbours"
+    return Clusters(places[same], numbers[same], about)
