@@ -208,8 +208,9 @@ class Trainer:
         allowed = self.place.skipped < self.config.skip_bad_batches
         # batch normalisation's running statistics have seen the batch by the time its loss is known
         before = [buffer.clone() for buffer in self.model.buffers()] if allowed else []
+        compiled = self.model.space.is_compiled
         try:
-            return self.learner.step(batch.to(self.device))
+            figures = self.learner.step(batch.to(self.device))
         except BadBatch as error:
             found = f"step {self.place.step + 1}: {error}"
             if not allowed:
@@ -221,6 +222,10 @@ class Trainer:
             limit = self.config.skip_bad_batches
             log.warning("%s; skipped, %d of %d", found, self.place.skipped, limit)
             return None
+        if compiled and not self.model.space.is_compiled:
+            # a Ctrl-C ends the compiler, too: a step without it would come to other bits
+            self.signals.obey()
+        return figures
 
     def _kept(self) -> str:
         newest = self.config.folder / NEWEST

@@ -169,6 +169,35 @@ def test_what_a_signal_left_goes_on_to_the_same_bits(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_step_whose_compiler_a_signal_ended_is_given_up(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """As Ctrl-C does, which the compiler gets, too: what is computed without it has other bits."""
+    argv, folder = tiny_train(tiny, "--max_steps", "3", "--compile"), tiny / "runs/i2t"
+
+    def compile_(signalled: bool) -> None:
+        def killed(*given: object) -> None:
+            if signalled:
+                signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("g++: killed")
+
+        monkeypatch.setattr(torch, "compile", lambda function, **options: killed)
+
+    compile_(signalled=True)
+    assert run_train(*argv) == 128 + signal.SIGINT
+    assert (
+        "stopped by SIGINT at step 0; no checkpoint yet; the same comm" in capsys.readouterr().err
+    )
+    assert not (folder / NEWEST).exists()
+    compile_(signalled=False)
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert "not compiled, going on without: g++: killed" in capsys.readouterr().err
+    assert state(folder / NEWEST)["step"] == 3
+
+
 def test_a_signal_leaves_a_validation_at_once_and_it_is_made_again(
     tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
