@@ -105,10 +105,11 @@ def evaluate(
     `EvaluateConfig`.
 
     Returns what `--json` writes, None where it is not known: models, scores, data_name, split,
-    images, captions, fingerprints of data and BERT by model, the seconds of scoring, the share of
-    closed gates by model, layer and cell, with `shortlist` how far the figures can be right, the
-    extended figures, and by protocol (the first one's at the top, too) metrics, folds, whose mean
-    the metrics are, and intervals. Raises InputError where a file or a combination cannot be used.
+    images, captions, by model fingerprints of data, BERT and training data, the seconds of scoring,
+    the share of closed gates by model, layer and cell, with `shortlist` how far the figures can be
+    right, the extended figures, and by protocol (the first one's at the top, too) metrics, folds,
+    whose mean the metrics are, and intervals. Raises InputError where a file or a combination
+    cannot be used.
     """
     paths, more["scores"] = _several(model_paths), _several(more.get("scores"))
     config = EvaluateConfig(
@@ -230,7 +231,7 @@ def _scorer(
     name: SplitName,
     config: EvaluateConfig,
     device: torch.device,
-) -> tuple[Scorer, dict[str, str]]:
+) -> tuple[Scorer, dict[str, str | None]]:
     """One model with a split's images and captions, encoded by it; fingerprints of what it read."""
     split = Split.open(folder, name, checkpoint.config.img_dim)
     selected_on = checkpoint.state.get("dev_data")
@@ -255,6 +256,7 @@ def _scorer(
     words, workers = checkpoint.config.max_words, config.workers
     encoded = encode_split(model, split, bert.vocabulary, words, device=device, workers=workers)
     read = {"data": split.fingerprint, "bert": bert.fingerprint}
+    read["training"] = checkpoint.state.get("train_data")
     return Scorer(model, encoded, device, str(checkpoint.path)), read
 
 

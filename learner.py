@@ -38,9 +38,9 @@ class Learner:
         config = self.config
         warn_of_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
-        space, itemsize = self.model.space, 2 if config.precision == "bf16" else 4
         self.model.compile_where_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
-        space.keep_within(config.memory * 1e9 or None, pairs, tokens, itemsize)
+        limit = config.memory * 1e9 or None
+        self.model.space.keep_within(limit, pairs, tokens, config.precision)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step on a batch of the device; its losses, and the number of pairs scored.

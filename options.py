@@ -115,9 +115,8 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
     else:
         option["default"] = field.default
         if field.default not in (None, ""):
-            shown = field.default
-            shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-            option["help"] = f"{text} (default: {shown})"
+            several = field.default if isinstance(field.default, tuple) else (field.default,)
+            option["help"] = f"{text} (default: {' '.join(map(str, several))})"
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(k for k in get_args(kind) if k is not type(None))
         if kind is str:

@@ -133,7 +133,7 @@ class RoutingLayer(Layer):
         gates = raw / (total + EPSILON)
         if self.hard:  # one, with the gradient of all (straight through)
             gates = _largest(gates) + (gates - gates.detach())
-        # a gate that is not chosen has no part in a score, but in a gradient
+        # with hard routing, what is not chosen has no part in a score, but in a gradient
         ys = self._outputs(xs, views, raw if torch.is_grad_enabled() else gates)
         if "ric" in self.cells:  # a dead out-path carries RIC's output, which has no gate then
             weights = torch.cat([gates[..., :1] + dead, gates[..., 1:]], -1)

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+import provenance
 from evaluation import Retrieval
 from files import naming, read_json, read_text, size_of, write_bytes, write_json
 from memory import peak_memory
@@ -33,7 +33,7 @@ METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
 LOG_LINE = re.compile(rb"\S+ \S+ \[(\d{1,18})\] ")  # date, time and step
 LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e20 long
-ON_WHAT = ("commit", "device", "versions")  # of run.json: what a session ran on
+RAN_ON = ("commit", "device", "versions")  # of run.json, by session
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
 
 
@@ -59,10 +59,10 @@ class RunLog:
             "options": dict(options),
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in PACKAGES},
-            "commit": commit(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "commit": provenance.commit(),
+            "device": _name(device),
             "resumed_at": [],
-            "earlier": [],  # sessions: on what
+            "earlier": [],  # what each session before ran on
         }
         self.seconds_before = 0.0
         if step:
@@ -198,10 +198,18 @@ def earlier_sessions(path: Path) -> tuple[dict[str, list[Any]], float]:
     try:
         steps = [int(step) for step in run["resumed_at"]]
         earlier = [dict(session) for session in run.get("earlier", [])]
-        earlier.append({name: run.get(name) for name in ON_WHAT})
+        earlier.append({name: run.get(name) for name in RAN_ON})
         return {"resumed_at": steps, "earlier": earlier}, float(run["seconds"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
+
+
+def completed(folder: Path, step: int) -> None:
+    """Have run.json say that the run is at its end, which a kill may have kept it from."""
+    path = folder / RUN
+    if os.path.lexists(path):
+        run = read_json(path, "what an earlier session of the run wrote")
+        write_json(path, run | {"step": step, "complete": True})
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -251,48 +259,7 @@ def said(line: bytes, step: int) -> bool:
     return match is not None and int(match[1]) <= step
 
 
-CODE = (".", ":!results", ":!README.md")  # as git names files
-
-
-def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The folder's commit, with a + where tracked files differ from it; None without git.
-
-    Results and the README's tables do not count: they are what is written of that commit.
-    """
-    try:
-        head = _git(folder, "rev-parse", "HEAD")
-    except OSError:
-        return None
-    if head.returncode:
-        return None
-    changed = _git(folder, "diff", "--quiet", "HEAD", "--", *CODE).returncode
-    return head.stdout.decode().strip() + "+" * (changed != 0)
-
-
-def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, check=False)
-
-
-def provenance(command: str, device: torch.device | None = None) -> dict[str, Any]:
-    """How figures came about: the command, and where it was run."""
-    return {"command": command} | surroundings(device)
-
-
-def surroundings(device: torch.device | None = None) -> dict[str, Any]:
-    """Machine, torch and commit; `device` if it is not the processor."""
-    machine = f"{processor()}, {os.cpu_count()} cores"
-    if device is not None and device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    return {"machine": machine, "torch": torch.__version__, "commit": commit()}
-
-
-def processor() -> str:
-    """What Linux calls the processor, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _processor() -> str:
-    return f"{processor()}, {torch.get_num_threads()} threads"
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{provenance.processor()}, {torch.get_num_threads()} threads"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import runlog
+import provenance
 from bert import Bert
 from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
 from data import Split, TrainingBatches
@@ -36,7 +36,7 @@ class Snapshots:
         dev: Split,
     ) -> None:
         self.config, self.bert, self.batches, self.dev = config, bert, batches, dev
-        self.commit = runlog.commit()  # of what is loaded; the files may change while it runs
+        self.commit = provenance.commit()  # of what is loaded; the files may change while it runs
         self.model, self.optimizer, self.device = learner.model, learner.optimizer, learner.device
 
     def write(

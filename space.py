@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 PATH_SIZE = 128  # width of the embedding that path vectors are compared in
 WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of compiling are won back
-# What training of the published model takes, in tensors [L, D] a pair: what is kept of one for the
-# backward pass, and what one of the slice at work takes; and in bytes: gradients, Adam's moments,
-# buffers of libraries.
-KEPT, AT_WORK, BESIDE = 74, 100, 500e6
-# Of what is kept, a cell's part in a layer, the mixing of its paths in it; the score's part.
-KEPT_BY: dict[CellName, float] = {"ric": 2, "glgc": 5, "imrc": 7.5, "cmrc": 10}
-KEPT_OF_SCORE = 1.5
+# What is kept of a pair for the backward pass, in tensors [L, D], as counted in autograd's graph:
+# for a cell and the mixing of its paths, and for the score.
+KEPT_FOR: dict[CellName, float] = {"ric": 2, "glgc": 5, "imrc": 7.5, "cmrc": 9.6}
+KEPT_FOR_SCORE = 1.5
+BYTES_KEPT: dict[Precision, float] = {"fp32": 4, "bf16": 2.4}  # a number; some stay in float32
+AT_WORK = 1.35  # what a pair of the slice at work takes, in times what is kept of it
+BESIDE = 500e6  # bytes of gradients, Adam's moments, buffers of libraries
 COMPILER = 250e6  # bytes of what compiles, and of what it made
 SAFE_SHARE = 0.7  # of the free memory that training takes
 LIMIT_SHARE = 0.97  # of a limit: libraries take some more at one time than at another
@@ -184,40 +184,43 @@ class RoutingSpace(nn.Module):
             )
             self.compile_routes()
 
-    def keep_within(self, limit: float | None, pairs: int, tokens: int, itemsize: int) -> None:
+    def keep_within(
+        self, limit: float | None, pairs: int, tokens: int, precision: Precision
+    ) -> None:
         """Keep as many activations of a batch for its backward pass as memory allows.
 
         `limit` is in bytes of this process, None for what is free; a batch is of `pairs` pairs of
-        `tokens` tokens, whose numbers take `itemsize` bytes. What is not kept is computed again, to
-        the same gradients.
+        `tokens` tokens. What is not kept is computed again, to the same gradients.
         """
-        device, dim = self.path_mapping.weight.device, self.norm.num_features
-        size = tokens * dim * itemsize * self.tensors_kept(tokens) / KEPT
+        device, size = self.path_mapping.weight.device, self.pair_memory(tokens, precision)
         if limit is None:
             room = SAFE_SHARE * free_memory(device)
         else:
             room = LIMIT_SHARE * limit - used_memory(device)
-        room -= (
-            step_memory(min(pairs, most_pairs(device, dim)), 0, size) + COMPILER * self.is_compiled
-        )
-        self.kept_pairs = max(0, int(room / (size * KEPT)))
+        at_once = min(pairs, most_pairs(device, self.norm.num_features))
+        room -= step_memory(at_once, 0, size) + COMPILER * self.is_compiled
+        self.kept_pairs = max(0, int(room / size))
         if limit is not None and room < 0:
             log.warning("training will take about %.1f GB all the same", (limit - room) / 1e9)
         if self.kept_pairs < pairs:
             share = 100 * (1 - self.kept_pairs / pairs)
             log.info("activations of %.0f %% of the pairs are computed twice, to fit memory", share)
 
-    def tensors_kept(self, tokens: int) -> float:
-        """What the backward pass needs of a pair of `tokens` tokens, in tensors `[L, D]`."""
-        parts = {name: KEPT_BY[name] for name in self.merge.cells}
-        if "imrc" in parts:  # the inner layer, the weights of its attention
-            cell = self.merge.cells["imrc"]
-            inner = cell.fc1.out_features + cell.heads * tokens
-            parts["imrc"] += inner / self.norm.num_features
-        layer = sum(parts.values())
-        alone = parts.pop("ric", 0) + parts.pop("imrc", 0)  # see no context, so the first layer's
-        skip = 1 if "ric" not in self.merge.cells else 0  # of its first cell's input, in its place
-        return layer + len(self.layers) * (layer + skip) - alone + KEPT_OF_SCORE
+    def pair_memory(self, tokens: int, precision: Precision) -> float:
+        """Bytes that are kept for the backward pass of a pair of `tokens` query tokens."""
+        cells, dim = self.merge.cells, self.norm.num_features
+        kept = {name: KEPT_FOR[name] for name in cells}
+        if "imrc" in kept:  # its inner layer and attention weights, at any sizes
+            inner = cells["imrc"].fc1.out_features + cells["imrc"].heads * tokens
+            kept["imrc"] += inner / dim
+        if "cmrc" in kept:  # its affinities and weights, of about as many context tokens
+            kept["cmrc"] += 3 * tokens / dim
+        later = sum(kept.values()) + (
+            "ric" not in kept
+        )  # a dead path's rectified input, without RIC
+        first = kept.get("glgc", 0) + kept.get("cmrc", 0)  # RIC and IMRC work on queries there
+        tensors = first + len(self.layers) * later + KEPT_FOR_SCORE
+        return tensors * tokens * dim * BYTES_KEPT[precision]
 
     def closed(self, paths: Tensor) -> Tensor:
         """How many pairs of path vectors `[Q, C, K]` a cell has no part in: `[layers, N]`.
@@ -238,9 +241,9 @@ class RoutingSpace(nn.Module):
         return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
 
 
-def step_memory(at_once: int, kept: int, size: int) -> float:
+def step_memory(at_once: int, kept: int, size: float) -> float:
     """Bytes that training takes beside what was there before it, `at_once` pairs worked on at once.
 
-    The activations of `kept` pairs are kept; a pair's refined tokens `[L, D]` take `size` bytes.
+    The activations of `kept` pairs are kept, of each `size` bytes.
     """
-    return at_once * size * AT_WORK + BESIDE + kept * size * KEPT
+    return (at_once * AT_WORK + kept) * size + BESIDE

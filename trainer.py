@@ -95,6 +95,7 @@ class Trainer:
         """Train to the end. Raises Stopped where a signal ended it earlier, in good order."""
         if self.complete:
             log.info("%s: complete at step %d", self.config.folder, self.place.step)
+            runlog.completed(self.config.folder, self.place.step)
             return
         self._give_up_later_steps()
         place, terminal = self.place, sys.stderr.isatty()
@@ -208,9 +209,8 @@ class Trainer:
         allowed = self.place.skipped < self.config.skip_bad_batches
         # batch normalisation's running statistics have seen the batch by the time its loss is known
         before = [buffer.clone() for buffer in self.model.buffers()] if allowed else []
-        compiled = self.model.space.is_compiled
         try:
-            figures = self.learner.step(batch.to(self.device))
+            return self._step(batch)
         except BadBatch as error:
             found = f"step {self.place.step + 1}: {error}"
             if not allowed:
@@ -222,10 +222,15 @@ class Trainer:
             limit = self.config.skip_bad_batches
             log.warning("%s; skipped, %d of %d", found, self.place.skipped, limit)
             return None
-        if compiled and not self.model.space.is_compiled:
-            # a Ctrl-C ends the compiler, too: a step without it would come to other bits
-            self.signals.obey()
-        return figures
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        """A step's figures. Raises Stopped where a signal ended the compiler in it, too."""
+        compiled = self.model.space.is_compiled
+        try:
+            return self.learner.step(batch.to(self.device))
+        finally:
+            if compiled and not self.model.space.is_compiled:
+                self.signals.obey()  # what was computed without it has other bits
 
     def _kept(self) -> str:
         newest = self.config.folder / NEWEST

@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 
-import runlog
+import provenance
 from compiling import gains_by_compiling
 from evaluation import owners, retrieval
 from files import check_writable, write_blocks, write_json
@@ -198,7 +198,7 @@ def main() -> None:
     figures = {"ranks": apart(ranking)} | all_rows(chosen.only, device)
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
     minutes = round((time.monotonic() - since) / 60, 1)
-    found = runlog.provenance(command, device) | {"minutes": minutes} | figures
+    found = provenance.of(command, device) | {"minutes": minutes} | figures
     if chosen.json is not None:
         write_json(Path(chosen.json), found)
     say(speed_tables(found))

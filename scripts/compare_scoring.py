@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
-import runlog
+import provenance
 from checkpoint import build_model, warn_of_selection
 from evaluation import ceiling, map_scores, owners, retrieval
 from files import check_writable, write_json
@@ -149,7 +149,7 @@ def main() -> None:
     options = parse(Options, None, __doc__)
     comparison = Comparison(options)
     command = shlex.join(["python", "-m", "scripts.compare_scoring", *sys.argv[1:]])
-    found = runlog.provenance(command, comparison.device) | {
+    found = provenance.of(command, comparison.device) | {
         "direction": comparison.checkpoint.config.direction,
         "split": options.split,
         "images": comparison.images,

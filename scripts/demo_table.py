@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import provenance
 import runlog
 from files import check_writable, read_json, read_text, write_json
 from layout import CAPTIONS_PER_IMAGE, count_images, files_of, read_captions, split_files
@@ -55,7 +56,7 @@ def collected(folder: Path) -> dict[str, Any]:
         for path in sorted((folder / "done").iterdir())
         if path.name != "settings" and not path.name.startswith(".")  # one that was cut off
     }
-    return runlog.provenance("bash scripts/demo.sh") | {
+    return provenance.of("bash scripts/demo.sh") | {
         "settings": read_text(folder / "done/settings", "the demonstration's settings").strip(),
         "width": trained["options"]["embed_size"],
         "images": images,

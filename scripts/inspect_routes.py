@@ -4,8 +4,8 @@
     python -m scripts.inspect_routes --model_path ... --out routes --images pictures --pair 3 17
 
 For matching pairs of a split it writes
-  gates.csv       each layer's, path's and cell's mean gate, and the shares of pairs that it is
-                  closed for, and that its input goes on for instead
+  gates.csv       each layer's, path's and cell's mean gate, and the shares of pairs where it is
+                  closed, and where the cell's input goes on in place of closed gates
   entropy.csv     how evenly the cells share each path, in bits, and how often all are closed
   routes.csv      every pair's path vector, its cluster and its place in the plane
   space.png       the routing space, its paths as open as their mean gates
@@ -166,7 +166,9 @@ class Drawings:
         self, pairs: Pairs, paths: Tensor, files: Sequence[Path], options: Options
     ) -> None:
         self.pairs, self.paths, self.files, self.options = pairs, paths, files, options
-        self.space = figures.Space(pairs.model.config.cell_names, QUERIES[pairs.model.direction])
+        config = pairs.model.config
+        hard, query = config.routing == "hard", QUERIES[config.direction]
+        self.space = figures.Space(config.cell_names, query, hard)
         self.gates = pairs.model.space.gates(paths)
         self.means = [layer.mean(0).numpy() for layer in self.gates]
 

@@ -29,7 +29,7 @@ MARKERS = ("o", "^", "s", "x")  # of the recalls
 
 @dataclass(frozen=True)
 class Options:
-    runs: Annotated[list[str], "folders of runs, LOGGER_NAME/DIRECTION", "RUN"]
+    runs: Annotated[list[str], "folders of runs, LOGGER_NAME/DIRECTION; 8 at most", "RUN"]
     out: Annotated[str, "picture to write, .png; .svg is written beside it"]
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import provenance
 import runlog
 from files import read_json, sha256_of, write_json
 from options import InputError, parse, require, run, say, short
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 HOW_TRAINED = "how a model was trained"
 ROOT = Path(__file__).parent.parent
 # What results tell of run.json.
-TRAINING = ("command", *runlog.ON_WHAT, "seconds", "resumed_at", "earlier", "step", "complete")
+TRAINING = ("command", *runlog.RAN_ON, "seconds", "resumed_at", "earlier", "step", "complete")
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ def listed(registry: Registry) -> str:
 
 
 def state(registry: Registry, each: Run) -> str:
-    """Which seeds of a run are done, whose results are not what they should be, or damaged."""
+    """Which seeds of a run are done, and whose results are stale or damaged."""
     seeds: dict[str, list[str]] = {}
     for seed, path in each.results().items():
         try:
             check_figures(each, path)
-            word = "done otherwise than now" if registry.objection(each, seed) else "done"
+            word = "stale" if registry.objection(each, seed) else "done"
         except InputError:
             word = "damaged"
         seeds.setdefault(word, []).append(str(seed))
@@ -106,8 +107,6 @@ def reproduce(
         if not of_ensemble or has_scores(each, seed):
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return
-        gone = f"{path}: its scores are gone, and its model {each.model(seed)}, too"
-        require(each.model(seed).exists(), f"{gone}; delete it to have it trained anew")
         log.info("%s: done again, %s has not its scores", path, each.scores(seed))
     if each.of:
         for member in registry.members(each):
@@ -143,7 +142,7 @@ def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> d
         trainings = [{name: found.get(name) for name in TRAINING} if found else None]
         commands = [found["command"]] if "command" in found else []
         read = {str(each.scores(seed)): sha256_of(each.scores(seed))}
-    about = {"commands": [*commands, shown(evaluation)]} | runlog.surroundings()
+    about = {"commands": [*commands, shown(evaluation)]} | provenance.surroundings()
     return about | {"trainings": trainings, "matrices": read}
 
 
@@ -154,8 +153,12 @@ def has_scores(each: Run, seed: int) -> bool:
 
 
 def check_results(registry: Registry, each: Run, seed: int) -> None:
-    """Raise InputError where results of a run or its members are damaged, or not the registry's."""
-    for part in [each, *registry.members(each)]:
+    """Raise InputError where results are damaged, stale, or scores that are needed cannot be made.
+
+    So it is for a run and its members.
+    """
+    to_do = not os.path.lexists(each.result(seed))
+    for part in [each, *map(registry.run, each.of)]:
         path = part.result(seed)
         if os.path.lexists(path):
             try:
@@ -164,6 +167,10 @@ def check_results(registry: Registry, each: Run, seed: int) -> None:
                 require(not objection, objection)
             except InputError as error:
                 raise InputError(f"{error}; delete it to have the run done again") from error
+            if to_do and not has_scores(part, seed):
+                found = f"{path}: its scores are gone, and {part.model(seed)}, too"
+                again = f"delete {path} to have the model trained anew"
+                require(part.model(seed).exists(), f"{found}; {again}")
 
 
 def check_complete(path: Path) -> None:

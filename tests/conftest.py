@@ -18,7 +18,7 @@ import torch
 
 import evaluate_models
 import options
-import runlog
+import provenance
 import train
 from bert import Bert
 from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
@@ -184,6 +184,6 @@ def same(a: object, b: object) -> bool:
 def report(part: str, found: dict[str, object], path: Path) -> None:
     """Write what a program by hand found into its part of a JSON file, and how it was found."""
     module = sys.modules["__main__"].__spec__.name  # they are run as `python -m tests.NAME`
-    about = runlog.provenance(shlex.join(["python", "-m", module, *sys.argv[1:]]))
+    about = provenance.of(shlex.join(["python", "-m", module, *sys.argv[1:]]))
     parts = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, parts | {part: about | found})

@@ -36,6 +36,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import options
+import provenance
 import runlog
 from bert import Bert, load_bert
 from checkpoint import build_model, json_beside, load_model, read_checkpoint
@@ -467,7 +468,7 @@ def saved(array: np.ndarray) -> bytes:
 
 def fuzz(name: str, inputs: int, folder: Path, memory: int = 0) -> dict[str, Any]:
     """Try one reader; what came of it, with `faults` for what must not come of it."""
-    commit = runlog.commit()  # of what is loaded; the tree may go on meanwhile
+    commit = provenance.commit()  # of what is loaded; the tree may go on meanwhile
     reader, room = readers(folder)[name](), folder / name
     room.mkdir(exist_ok=True)
     logging.disable(logging.WARNING)

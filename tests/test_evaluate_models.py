@@ -52,7 +52,8 @@ def test_golden_checkpoints_give_the_published_metrics(case: Case, tmp_path: Pat
         "fingerprints",
     }
     data = Split.open(case.data_path / "f30k_precomp", "test", None).fingerprint
-    assert result["fingerprints"] == [{"data": data, "bert": case.load()[1].fingerprint}]
+    bert = case.load()[1].fingerprint
+    assert result["fingerprints"] == [{"data": data, "bert": bert, "training": None}]
     assert all(result[name] is None for name in ("shortlist", "scores", "extended", "intervals"))
     assert result["data_name"] == "f30k_precomp" and result["split"] == "test"
     assert (result["images"], result["captions"]) == scores.shape and result["folds"] == []

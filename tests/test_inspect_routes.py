@@ -275,7 +275,7 @@ def test_drawings_show_what_the_tables_hold(pairs: Pairs, tmp_path: Path, drawn:
         np.testing.assert_allclose(change[:, 8:], np.tile(expected[32:], (4, 1)), atol=1e-6)
 
 
-def test_a_change_has_its_sign_in_print(drawn: dict) -> None:
+def test_a_change_has_its_sign_in_print() -> None:
     axes = route_figures.Figure().subplots()
     change = np.array([[0.5, -0.5], [0.01, 0.2]])
     route_figures._draw_change(axes, change, 0.5, 1, Space(("ric", "cmrc"), "regions"))
@@ -364,7 +364,7 @@ def test_ablated_models_are_drawn_as_far_as_they_go(
     gates = table(tmp_path / "gates.csv")[1:]
     if name in ("hard", "uniform"):  # of the last layer one cell counts, or all of them
         last = [float(row[3]) + float(row[5]) for row in gates if row[1] == "score"]
-        assert sum(last) <= 1 + 1e-5 if name == "hard" else last == [1] * cells
+        assert 0.1 < sum(last) <= 1 + 1e-5 if name == "hard" else last == [1] * cells
     assert len(gates) == (layers - 1) * cells**2 + cells
     assert [row[1] == "score" for row in gates] == [row[0] == str(layers) for row in gates]
     assert ("words_0_3.png" in drawn) == (name != "two cells")

@@ -103,10 +103,10 @@ def test_any_number_of_layers_any_cells_and_any_routing(
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_gradients_of_ablations_are_those_of_the_equations(direction: str, name: str) -> None:
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_gradients_of_ablations_are_those_of_the_equations(direction: str, ablation: str) -> None:
     """In slices, some of them computed twice: through cells, routers, and the path vectors."""
-    model, found = small_model(direction, **ABLATIONS[name]), []
+    model, found = small_model(direction, **ABLATIONS[ablation]), []
     model.space.kept_pairs = 7
     regions, ids, mask = small_batch(3, 2)
     for score in (oracle.score, DIME.score):

@@ -71,6 +71,7 @@ def test_imports_point_one_way() -> None:
         "checkpoint",
         "evaluation",
         "scoring",
+        "provenance",
         "runlog",
         "runfolder",
     ]

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import subprocess
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+import provenance
 import runlog
 from evaluation import Recall, Retrieval
 from options import InputError
@@ -87,9 +86,9 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
 def test_what_earlier_sessions_ran_on_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And of each whether it came to the run's end."""
+    """And of the present one whether it came to the run's end."""
     for step, commit in ((0, "a"), (1, "b"), (2, "c")):
-        monkeypatch.setattr(runlog, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(provenance, "commit", lambda commit=commit: commit)
         with runlog.RunLog(tmp_path, {}, torch.device("cpu"), step) as log:
             log.step += 1
             log.write_run(complete=step == 2)
@@ -101,27 +100,6 @@ def test_what_earlier_sessions_ran_on_is_kept(
     with runlog.RunLog(tmp_path, {}, torch.device("cpu"), 3) as log:
         assert log.run["earlier"] == [{"commit": None, "device": None, "versions": None}]
         assert not json.loads((tmp_path / runlog.RUN).read_text())["complete"]
-
-
-def test_the_commit_and_whether_files_differ_from_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
-    assert runlog.commit(tmp_path) is None
-    assert capfd.readouterr() == ("", "")
-    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    (tmp_path / "results").mkdir()
-    names = ("file", "README.md", "results/table")
-    for name in names:
-        (tmp_path / name).write_text("a")
-    for command in (["init", "-q"], ["add", *names], [*who, "commit", "-qm", "first"]):
-        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
-    assert re.fullmatch("[0-9a-f]{40}", runlog.commit(tmp_path))
-    (tmp_path / "file").write_text("b")
-    assert runlog.commit(tmp_path).endswith("+")
-    (tmp_path / "file").write_text("a")
-    for name in names[1:]:
-        (tmp_path / name).write_text("b")
-    assert re.fullmatch("[0-9a-f]{40}", runlog.commit(tmp_path))  # tables of that commit
 
 
 def test_a_spoilt_run_json_is_named(tmp_path: Path) -> None:

@@ -68,20 +68,22 @@ def of_training(
     config = TrainConfig(direction=direction, img_dim=img_dim, max_words=max_words, **extra)
     pairs = 2 * config.batch_size**2
     at_once = min(pairs, most_pairs(CPU, config.embed_size))
-    size = (regions if direction == "i2t" else max_words) * config.embed_size * FLOAT
+    model = without_weights(config, hidden)
+    size = model.space.pair_memory(regions if direction == "i2t" else max_words, "fp32")
     least, most = (base + int(step_memory(at_once, kept, size)) for kept in (0, pairs))
+    learned = sum(weight.numel() for weight in model.parameters())
     return {
         "what": f"training {direction}",
         "least": least,
         "most": most,
-        "checkpoints": CHECKPOINTS * COPIES * FLOAT * weights_of(config, hidden),
+        "checkpoints": CHECKPOINTS * COPIES * FLOAT * learned,
         "cache_text": len(split.captions) * max_words * hidden * FLOAT,
     }
 
 
-def weights_of(config: TrainConfig, hidden: int) -> int:
-    """Numbers that a model learns, beside a BERT of that width."""
+def without_weights(config: TrainConfig, hidden: int) -> DIME:
+    """A model beside a BERT of that width, in name alone: neither takes memory."""
     bert = nn.Module()
     bert.config = SimpleNamespace(hidden_size=hidden)
     with torch.device("meta"):
-        return sum(weight.numel() for weight in DIME(config, bert).parameters())
+        return DIME(config, bert)

@@ -25,11 +25,11 @@ REGISTRY = Path(__file__).parent.parent / "experiments.toml"
 RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
 RESULT = "the results of an evaluation"
-# What results may differ in from the registry: where files are, what figures and intervals do not
-# depend on, and the features' width, which the data has.
+# What results may differ in from the registry: where files are, what figures do not depend on, and
+# the features' width, which the data has.
 ELSEWHERE = {
     "train.py": FREE - {"num_epochs", "max_steps", "val_step", "skip_bad_batches"} | {"img_dim"},
-    "evaluate_models.py": {"data_path", "bert_path", "device", "workers", "compile"},
+    "evaluate_models.py": {"data_path", "bert_path", "device", "workers", "compile", "bootstrap"},
 }
 CONFIGS = {"train.py": TrainConfig, "evaluate_models.py": EvaluateConfig}
 

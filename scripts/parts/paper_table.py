@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class Row:
 def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
     """The rows of a table, from the files under `results`. Raises InputError on damaged ones.
 
-    Results of other commands than the registry's now are left out, with a warning.
+    Left out, with a warning, are results that the registry has an objection to, and seeds of other
+    data or another BERT than the seed before them.
     """
     papers = read_json(results / "paper.json", "the paper's figures")
     found = []
@@ -79,31 +80,27 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 paper = [*recalls, sum(recalls)]
             protocol, ours = run.tables[table], {}
             for seed, path in run.results(results).items():
-                figures, objection = (
-                    figures_of(path, protocol),
-                    registry.objection(run, seed, results),
-                )
+                objection = registry.objection(run, seed, results) or mismatch(path, ours)
                 if objection:
                     log.warning("%s; left out", objection)
                 else:
-                    ours[path] = figures
-            check_same_inputs([*ours])
+                    ours[path] = figures_of(path, protocol)
             interval = intervals_of(*ours, protocol) if len(ours) == 1 else None
             found.append(Row(run.name, run.title, paper, [*ours.values()], interval))
     return found
 
 
-def check_same_inputs(paths: Sequence[Path]) -> None:
-    """Raise InputError where results are of other data or another BERT than each other.
+def mismatch(path: Path, others: Iterable[Path]) -> str:
+    """Why results are no further seed of others; empty where they are, or older ones do not tell.
 
-    Older ones do not tell.
+    That is where they are of other data or another BERT.
     """
-    told = {path: read_json(path, RESULT).get("fingerprints") for path in paths}
-    told = {path: inputs for path, inputs in told.items() if inputs is not None}
-    for path, inputs in told.items():
-        first = next(iter(told))
-        same = inputs == told[first]
-        require(same, f"{path}: is of other data or another BERT than {first}; expected the same")
+    inputs = read_json(path, RESULT).get("fingerprints")
+    for other in others:
+        theirs = read_json(other, RESULT).get("fingerprints")
+        if None not in (inputs, theirs) and inputs != theirs:
+            return f"{path}: is of other data or another BERT than {other}"
+    return ""
 
 
 def papers_source(results: Path = RESULTS) -> str:
@@ -172,9 +169,9 @@ def as_csv(registry: Registry) -> str:
     """One line a figure, its mean `not run` where it has none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    head = ["table", "run", "model", "metric", "paper", "mean", "sd", "low", "high", "seeds"]
-    writer.writerow([*head, "difference"])
-    for line in _figures(registry):
+    for number, line in enumerate(_figures(registry)):
+        if number == 0:
+            writer.writerow(line)
         known = line | ({"mean": "not run"} if line["mean"] is None else {})
         writer.writerow(["" if value is None else value for value in known.values()])
     return text.getvalue()

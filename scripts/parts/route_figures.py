@@ -30,9 +30,13 @@ NOTE = (
     "the first cell's rectified input goes on (dashed). Those to the score are each from 0 to 1, "
     "and weights of a mean; where one is closed, the cell's input goes on, weighted by 1 (dashed)."
 )
+HARD_NOTE = (
+    "Each path takes one cell alone: the gate is 1 to a cell, and what the router gives to the "
+    "score. Where all are closed, the first cell's input goes on (dashed), rectified to a cell."
+)
 SMALLEST_LIMIT = 0.01  # of the scale of differences: less is no difference to look at
 COLUMNS = 5  # of words
-# Darker is more, in print too; where there is nothing the picture is left as it is.
+# Darker is more, in print too; where there is nothing the picture is only paled.
 VEIL = LinearSegmentedColormap.from_list("veil", ["#08306b00", "#08306bb3"])
 PALE = 0.5  # of the picture under it, the rest is white
 SIGNED = 0.1  # of the largest difference: from there on its sign is written
@@ -44,6 +48,7 @@ class Space:
 
     cells: Sequence[CellName]  # N of them
     query: str  # what goes in: regions or words
+    hard: bool = False  # routing: one cell a path
 
     @property
     def names(self) -> list[str]:
@@ -99,10 +104,10 @@ def _node(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
     axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
 
 
-def _gate_legend(figure: Figure) -> None:
+def _gate_legend(figure: Figure, space: Space) -> None:
     lines = [Line2D([], [], color=GREY, label=f"gate {g:g}", **_line(g)) for g in SHOWN_GATES]
     lines.append(Line2D([], [], color=GREY, label="input goes on", dashes=SKIP, **_line(0.5)))
-    title = textwrap.fill(NOTE, 90)
+    title = textwrap.fill(HARD_NOTE if space.hard else NOTE, 90)
     figure.legend(
         handles=lines,
         loc="outside lower center",
@@ -141,7 +146,7 @@ def space_figure(
     bar = below.colorbar(shade, ax=panels, fraction=0.05)
     bar.set_label("mean gate; below it the\nshare of pairs it is closed for", fontsize=7)
     bar.ax.tick_params(labelsize=7)
-    _gate_legend(figure)
+    _gate_legend(figure, space)
     return figure
 
 
@@ -172,7 +177,7 @@ def routes_figure(
     bar = figure.colorbar(shade, ax=panels[:, -1], fraction=0.05)
     bar.set_label("gate minus the mean gate", fontsize=7)
     bar.ax.tick_params(labelsize=7)
-    _gate_legend(figure)
+    _gate_legend(figure, space)
     return figure
 
 

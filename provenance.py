@@ -1,0 +1,54 @@
+"""provenance.py — how figures came about: the command, the machine, torch and the commit.
+
+For all that writes figures into a file: training, evaluation, the benchmark, chaos and fuzzing.
+"""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CODE = (".", ":!results", ":!README.md")  # as git names files
+
+
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """The folder's commit, with a + where tracked files differ from it; None without git.
+
+    Results and the README's tables do not count: they are what is written of that commit.
+    """
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+    except OSError:
+        return None
+    if head.returncode:
+        return None
+    changed = _git(folder, "diff", "--quiet", "HEAD", "--", *CODE).returncode
+    return head.stdout.decode().strip() + "+" * (changed != 0)
+
+
+def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", "-C", str(folder), *command], capture_output=True, check=False)
+
+
+def of(command: str, device: torch.device | None = None) -> dict[str, Any]:
+    """How figures came about: the command, and where it was run."""
+    return {"command": command} | surroundings(device)
+
+
+def surroundings(device: torch.device | None = None) -> dict[str, Any]:
+    """Machine, torch and commit; `device` if it is not the processor."""
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    if device is not None and device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    return {"machine": machine, "torch": torch.__version__, "commit": commit()}
+
+
+def processor() -> str:
+    """What Linux calls the processor, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

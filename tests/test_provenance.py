@@ -1,0 +1,30 @@
+"""provenance.py: the commit that figures are of."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import provenance
+
+
+def test_the_commit_and_whether_files_differ_from_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    assert provenance.commit(tmp_path) is None
+    assert capfd.readouterr() == ("", "")
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    (tmp_path / "results").mkdir()
+    names = ("file", "README.md", "results/table")
+    for name in names:
+        (tmp_path / name).write_text("a")
+    for command in (["init", "-q"], ["add", *names], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", provenance.commit(tmp_path))
+    (tmp_path / "file").write_text("b")
+    assert provenance.commit(tmp_path).endswith("+")
+    (tmp_path / "file").write_text("a")
+    for name in names[1:]:
+        (tmp_path / name).write_text("b")
+    assert re.fullmatch("[0-9a-f]{40}", provenance.commit(tmp_path))  # tables of that commit
