@@ -215,11 +215,10 @@ class RoutingSpace(nn.Module):
             kept["imrc"] += inner / dim
         if "cmrc" in kept:  # its affinities and weights, of about as many context tokens
             kept["cmrc"] += 3 * tokens / dim
-        later = sum(kept.values()) + (
-            "ric" not in kept
-        )  # a dead path's rectified input, without RIC
-        first = kept.get("glgc", 0) + kept.get("cmrc", 0)  # RIC and IMRC work on queries there
-        tensors = first + len(self.layers) * later + KEPT_FOR_SCORE
+        later = sum(kept.values()) + ("ric" not in kept)  # without RIC, what a dead path carries
+        # in the first layer RIC and IMRC work on queries, not on pairs
+        tensors = kept.get("glgc", 0) + kept.get("cmrc", 0) + len(self.layers) * later
+        tensors += KEPT_FOR_SCORE
         return tensors * tokens * dim * BYTES_KEPT[precision]
 
     def closed(self, paths: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import runlog
+import provenance
 import space
 import trainer
 from data import Batch
@@ -354,7 +354,7 @@ def test_a_checkpoint_names_its_commit_and_no_figures_of_others(
     tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two validations there are none."""
-    monkeypatch.setattr(runlog, "commit", lambda: "c0ffee")
+    monkeypatch.setattr(provenance, "commit", lambda: "c0ffee")
     argv = tiny_train(tiny, "--val_step", "2", "--max_steps", "3", "--save_step", "1")
     assert run_train(*argv) == 0
     found = {name: state(tiny / "runs/i2t" / name) for name in (NEWEST, PREVIOUS, BEST)}
