@@ -505,7 +505,7 @@ def test_help_teaches(
     ("old", "new", "said"),
     [
         ('data = "tiny"', 'data = "none"', "run.one: names data 'none'; expected one of tiny"),
-        ('of = ["one"', 'of = ["none"', "run.both: is of runs that are not there: none"),
+        ('of = ["one"', 'of = ["none"', "run.both: names runs that are not there: none"),
         ('first = "First"', 'third = "First"', "run.one: names tables that are not there: first"),
         ("title", "tittle", "no registry of runs: TypeError"),
         ("[run.one]", "[run.one", "no registry of runs: TOMLDecodeError"),
@@ -661,6 +661,22 @@ def test_one_seed_shows_its_interval(
         path.write_text(json.dumps(other | {"protocols": {"5k": part}}))
         assert run_here(monkeypatch, reproduce.main, ["table"]) == 2
         assert "other_seed0.json: " in last_line(capsys)
+
+
+def test_runs_are_compared_seed_by_seed(small: Path) -> None:
+    path = small / "small.toml"
+    path.write_text(
+        path.read_text().replace('direction = "t2i"', 'direction = "t2i"\nbeside = "one"')
+    )
+    registry = Registry(path)
+    (small / "results/reproduce").mkdir()
+    for name, seed, r1 in (("one", 0, 1), ("one", 2, 1), ("other", 0, 4.5), ("other", 1, 9)):
+        figures = GOOD | {"i2t": GOOD["i2t"] | {"r1": r1}, "rsum": 11 + r1}
+        content = {"protocols": {p: {"metrics": figures} for p in ("5k", "1k5")}}
+        registry.run(name).result(seed).write_text(json.dumps(made(name, seed) | content))
+    assert "| Other | One | 0 | +3.5 |" in as_markdown(registry)  # the seed that both have
+    registry.run("one").result(0).unlink()
+    assert "beside" not in as_markdown(registry)
 
 
 def test_a_deleted_file_turns_its_cell_into_not_run(small: Path) -> None:

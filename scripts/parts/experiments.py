@@ -69,6 +69,7 @@ class Run(Entry):
     train: str = ""
     of: list[str] = field(default_factory=list)
     paper: str = ""  # its row in results/paper.json
+    beside: str = ""  # a run that it is compared with, seed by seed
 
     def folder(self, seed: int) -> Path:
         """Where its checkpoints are."""
@@ -117,9 +118,10 @@ class Registry:
 
     def _check_names(self, run: Run) -> None:
         """Raise InputError where a run names what is not there."""
-        tables, runs = set(run.tables) - set(self.tables), set(run.of) - set(self.runs)
+        tables, named = set(run.tables) - set(self.tables), {*run.of, run.beside or run.name}
+        runs = named - set(self.runs)
         require(not tables, f"names tables that are not there: {some(sorted(tables))}")
-        require(not runs, f"is of runs that are not there: {some(sorted(runs))}")
+        require(not runs, f"names runs that are not there: {some(sorted(runs))}")
         require(not run.of or not run.data, "is of other runs and names data, too")
         known = bool(run.of) or run.data in self.data
         require(known, f"names data {run.data!r}; expected one of {some(sorted(self.data))}")

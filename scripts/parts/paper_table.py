@@ -36,19 +36,21 @@ class Row:
     run: str
     title: str
     paper: list[float] | None
-    ours: list[list[float]]  # by seed
+    ours: dict[int, list[float]]  # by seed
     interval: list[list[float]] | None = None  # of a single seed's figures, low and high
+    beside: str = ""  # the run that it is compared with, seed by seed
 
     @property
     def mean(self) -> list[float] | None:
         """Over seeds."""
-        return [statistics.mean(column) for column in zip(*self.ours, strict=True)] or None
+        columns = zip(*self.ours.values(), strict=True)
+        return [statistics.mean(column) for column in columns] or None
 
     @property
     def deviation(self) -> list[float] | None:
         """Over seeds; None for one seed."""
         several = len(self.ours) > 1
-        columns = zip(*self.ours, strict=True)
+        columns = zip(*self.ours.values(), strict=True)
         return [statistics.stdev(column) for column in columns] if several else None
 
     @property
@@ -78,15 +80,16 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 where = f"{results / 'paper.json'}: {run.paper} in {table} is {short(recalls)}"
                 require(six == [True] * len(METRICS), f"{where}; expected six recalls")
                 paper = [*recalls, sum(recalls)]
-            protocol, ours = run.tables[table], {}
+            protocol, paths = run.tables[table], {}
             for seed, path in run.results(results).items():
-                objection = registry.objection(run, seed, results) or mismatch(path, ours)
+                objection = registry.objection(run, seed, results) or mismatch(path, paths.values())
                 if objection:
                     log.warning("%s; left out", objection)
                 else:
-                    ours[path] = figures_of(path, protocol)
-            interval = intervals_of(*ours, protocol) if len(ours) == 1 else None
-            found.append(Row(run.name, run.title, paper, [*ours.values()], interval))
+                    paths[seed] = path
+            ours = {seed: figures_of(path, protocol) for seed, path in paths.items()}
+            interval = intervals_of(*paths.values(), protocol) if len(paths) == 1 else None
+            found.append(Row(run.name, run.title, paper, ours, interval, run.beside))
     return found
 
 
@@ -157,12 +160,24 @@ def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
     """Every table."""
     parts = []
     for name, title in registry.tables.items():
-        lines = [
-            [row.title, str(len(row.ours) or ""), *texts(row)]
-            for row in rows(registry, name, results)
-        ]
-        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
+        every = rows(registry, name, results)
+        lines = [[row.title, str(len(row.ours) or ""), *texts(row)] for row in every]
+        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}{by_seed(every)}")
     return "\n".join([*parts, f"{ABOUT}\nThe paper's: {papers_source(results)}\n"])
+
+
+def by_seed(every: Sequence[Row]) -> str:
+    """How far rsum lies from that of the run that a row is compared with, at each seed of both."""
+    runs = {row.run: row for row in every}
+    lines = []
+    for row in every:
+        other = runs.get(row.beside)
+        seeds = sorted(row.ours.keys() & other.ours.keys()) if other else []
+        if seeds:
+            differences = (f"{row.ours[seed][-1] - other.ours[seed][-1]:+.1f}" for seed in seeds)
+            numbers = ", ".join(map(str, seeds))
+            lines.append([row.title, other.title, numbers, ", ".join(differences)])
+    return f"\n{markdown(['', 'beside', 'seeds', 'rsum differs by'], lines)}" if lines else ""
 
 
 def as_csv(registry: Registry) -> str:
