@@ -149,7 +149,9 @@ def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> d
 def has_scores(each: Run, seed: int) -> bool:
     """Whether the scores that gave a model's results are there."""
     path = each.scores(seed)
-    return path.exists() and scores_of(each.result(seed)) == {str(path): sha256_of(path)}
+    if not path.exists():
+        return False
+    return scores_of(read_json(each.result(seed), RESULT)) == {str(path): sha256_of(path)}
 
 
 def check_results(registry: Registry, each: Run, seed: int) -> None:

@@ -172,8 +172,10 @@ class Registry:
             return f"{path}: was made by other commands than now"
         if content.get("images") != images:
             return f"{path}: is of {short(content.get('images'))} images; expected {images}"
+        held = scores_of(content).items()
         parts = [part.result(seed, results) for part in self.members(run)]
-        if not all(scores_of(p).items() <= scores_of(path).items() for p in parts if p.exists()):
+        parts = [read_json(part, RESULT) for part in parts if part != path and part.exists()]
+        if not all(scores_of(part).items() <= held for part in parts):
             return f"{path}: was made of other scores than its models' now"
         return ""
 
@@ -218,9 +220,9 @@ class Registry:
         return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
-def scores_of(path: Path) -> dict[str, str]:
+def scores_of(content: dict[str, Any]) -> dict[str, str]:
     """The score matrices that results are of, and their SHA-256; none where it is not told."""
-    found = read_json(path, RESULT).get("matrices")
+    found = content.get("matrices")
     return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
 
 
