@@ -40,10 +40,15 @@ def of(command: str, device: torch.device | None = None) -> dict[str, Any]:
 
 def surroundings(device: torch.device | None = None) -> dict[str, Any]:
     """Machine, torch and commit; `device` if it is not the processor."""
-    machine = f"{processor()}, {os.cpu_count()} cores"
+    found = machine(device, f"{os.cpu_count()} cores")
+    return {"machine": found, "torch": torch.__version__, "commit": commit()}
+
+
+def machine(device: torch.device | None, extent: str) -> str:
+    """The GPU's name; of the processor with its extent, the cores that it has or threads used."""
     if device is not None and device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    return {"machine": machine, "torch": torch.__version__, "commit": commit()}
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {extent}"
 
 
 def processor() -> str:

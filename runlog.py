@@ -60,7 +60,7 @@ class RunLog:
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in PACKAGES},
             "commit": provenance.commit(),
-            "device": _name(device),
+            "device": provenance.machine(device, f"{torch.get_num_threads()} threads"),
             "resumed_at": [],
             "earlier": [],  # what each session before ran on
         }
@@ -257,9 +257,3 @@ def said(line: bytes, step: int) -> bool:
     """Whether a line of train.log is of the steps up to `step`."""
     match = LOG_LINE.match(line)
     return match is not None and int(match[1]) <= step
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{provenance.processor()}, {torch.get_num_threads()} threads"

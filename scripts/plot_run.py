@@ -29,7 +29,9 @@ MARKERS = ("o", "^", "s", "x")  # of the recalls
 
 @dataclass(frozen=True)
 class Options:
-    runs: Annotated[list[str], "folders of runs, LOGGER_NAME/DIRECTION; 8 at most", "RUN"]
+    runs: Annotated[
+        list[str], f"folders of runs, LOGGER_NAME/DIRECTION; {MOST_RUNS} at most", "RUN"
+    ]
     out: Annotated[str, "picture to write, .png; .svg is written beside it"]
 
 
