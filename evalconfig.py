@@ -1,4 +1,4 @@
-"""evalconfig.py — every option of evaluation (SPEC §9, §10), and whether its outputs can be.
+"""evalconfig.py — every option of evaluation (SPEC §9, §10), and a check of where it writes.
 
 Kept apart from evaluate_models.py, so that either can be read at one go.
 """
@@ -12,25 +12,39 @@ from evaluation import Protocol
 from files import check_writable
 from options import InputError, Precision, check_range, require
 
+DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.
+
+  python evaluate_models.py --model_path runs/f30k/i2t/model_best.pth.tar --data_path data
+  python evaluate_models.py --model_path I2T.pth.tar T2I.pth.tar --data_path data --fold5
+  python evaluate_models.py --scores i2t.npy t2i.npy --protocols 1k5 5k --bootstrap 1000
+
+Prints R@1 R@5 R@10, median and mean rank, both ways. Reads this project's checkpoints, the
+published ones, and .safetensors."""
+
+EvaluatedSplit = Literal["dev", "test", "testall"]
+THEIRS = " (default: the checkpoint's)"
 LEAST_SAMPLES = 100  # of the bootstrap: fewer have no 2.5 % at either end
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Every option of evaluation. What is not given comes from the checkpoints."""
+    """Every option of evaluation.
+
+    Data, BERT and precision that are not given are the checkpoints'.
+    """
 
     model_path: Annotated[
-        list[str] | None, "checkpoints, own or published; two or more are an ensemble"
+        list[str] | None, "checkpoints, own, published or .safetensors; two or more are an ensemble"
     ] = None
-    data_path: Annotated[str | None, "folder that holds the data sets' folders"] = None
-    data_name: Annotated[str | None, "data set's folder: f30k_precomp, coco_precomp, ..."] = None
-    bert_path: Annotated[str | None, "folder of the BERT that the models were trained with"] = None
+    data_path: Annotated[str | None, "folder that holds the data sets' folders" + THEIRS] = None
+    data_name: Annotated[str | None, "data set's folder, f30k_precomp or so" + THEIRS] = None
+    bert_path: Annotated[str | None, "folder of the BERT that it was trained with" + THEIRS] = None
     split: Annotated[
-        Literal["dev", "test", "testall"] | None,
+        EvaluatedSplit | None,
         "default: test; for --fold5, --protocols and --extended testall where there is one",
     ] = None
     fold5: Annotated[bool, "average over five slices of the images (MSCOCO 1K)"] = False
-    precision: Annotated[Precision | None, "bf16 computes products in bfloat16"] = None
+    precision: Annotated[Precision | None, "bf16 computes products in bfloat16" + THEIRS] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
     workers: Annotated[int, "processes that read features; 0 reads in the program itself"] = 2
     shortlist: Annotated[
@@ -72,8 +86,14 @@ class EvaluateConfig:
         require(sum(given) == 1, "expected either --model_path or --scores")
         check_range(self, ("workers", "bootstrap"), 0)
         check_range(self, ("shortlist",), 1)
-        known = set(self.protocols or ()) <= set(get_args(Protocol))
-        require(known, f"--protocols {self.protocols}: expected some of {get_args(Protocol)}")
+        for name, choice, given in (
+            ("split", EvaluatedSplit, [self.split or "test"]),
+            ("precision", Precision, [self.precision or "fp32"]),
+            ("protocols", Protocol, self.protocols or ()),
+        ):
+            known = get_args(choice)
+            for value in given:
+                require(value in known, f"--{name} {value}: expected one of {', '.join(known)}")
         twice = self.fold5 and self.protocols is not None
         require(not twice, "--fold5 and --protocols exclude each other")
         of_models = ("shortlist", "precision", "bert_path", "compile", "device", "workers", "skip")

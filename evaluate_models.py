@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from bert import bert_files
+from bert import Bert, bert_files
 from checkpoint import (
     Checkpoint,
     bert_folder,
@@ -26,7 +27,7 @@ from checkpoint import (
     warn_of_selection,
 )
 from data import Split
-from evalconfig import EvaluateConfig, check_outputs
+from evalconfig import DESCRIPTION, EvaluateConfig, EvaluatedSplit, check_outputs
 from evaluation import (
     MSCOCO_IMAGES,
     as_text,
@@ -40,17 +41,9 @@ from evaluation import (
 )
 from files import write_array, write_arrays, write_json
 from layout import SplitName, count_images, files_of, read_captions, split_files
+from model import DIME
 from mscoco import eccv_metrics, extended, known_ids
-from options import (
-    InputError,
-    Precision,
-    parse,
-    pick_device,
-    require,
-    run,
-    say,
-    warn_of_slow,
-)
+from options import InputError, Precision, parse, pick_device, require, run, say, warn_of_slow
 from scoring import Scorer, behind, encode_split, shortlist, shortlisted
 
 log = logging.getLogger(__name__)
@@ -90,7 +83,7 @@ def evaluate(
     data_path: str | Path | None = None,
     data_name: str | None = None,
     bert_path: str | Path | None = None,
-    split: SplitName | None = None,
+    split: EvaluatedSplit | None = None,
     fold5: bool = False,
     precision: Precision | None = None,
     device: str = "auto",
@@ -100,16 +93,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Results of one model, or of an ensemble: the mean of the models' score matrices.
 
-    What is not given comes from the checkpoints, but the split: that is test, or for fold5,
-    protocols and extended testall where there is one. `more` are further options of
-    `EvaluateConfig`.
+    Data, BERT and precision that are not given are the checkpoints'; the split is test, or for
+    fold5, protocols and extended testall where there is one. `more` are further options of
+    `EvaluateConfig`. Raises InputError where a file or a combination cannot be used.
 
-    Returns what `--json` writes, None where it is not known: models, scores, data_name, split,
-    images, captions, by model fingerprints of data, BERT and training data, the seconds of scoring,
-    the share of closed gates by model, layer and cell, with `shortlist` how far the figures can be
-    right, the extended figures, and by protocol (the first one's at the top, too) metrics, folds,
-    whose mean the metrics are, and intervals. Raises InputError where a file or a combination
-    cannot be used.
+    Returns what `--json` writes, None where it is not known:
+
+    * `models`, `scores`, `data_name`, `split`, `images`, `captions`: what was evaluated;
+    * `fingerprints`: what each model read and was trained on: `data`, `bert`, `training`;
+    * `seconds` of scoring, and `closed`, the share of closed gates `[model][layer][cell]`;
+    * `shortlist`: `count`, the `share` of pairs that were scored, `ceiling` of the recalls, %;
+    * `extended`: figures by name and direction, %;
+    * `protocols`: by name `metrics`, the `folds` whose mean they are, and `intervals`;
+    * `metrics`, `folds`, `intervals` of the first protocol.
     """
     paths, more["scores"] = _several(model_paths), _several(more.get("scores"))
     config = EvaluateConfig(
@@ -207,9 +203,9 @@ def _of_models(
     berts = [bert_folder(checkpoint, config.bert_path) for checkpoint in checkpoints]
     inputs = [*models, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
     check_outputs(config, inputs)
-    opened = [_scorer(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
-    scorers = [scorer for scorer, _ in opened]
-    ids = known_ids(package, folder, split, len(scorers[0].encoded.images)) if package else None
+    opened = [_open(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
+    ids = known_ids(package, folder, split, opened[0].split.images) if package else None
+    scorers = [each.scorer(config, device) for each in opened]
     since = time.monotonic()
     scores, limits = _scores(scorers, config.shortlist, config.compile)
     about = {
@@ -217,7 +213,7 @@ def _of_models(
         "scores": None,
         "data_name": data_name,
         "split": split,
-        "fingerprints": [fingerprints for _, fingerprints in opened],
+        "fingerprints": [each.fingerprints for each in opened],
         "seconds": round(time.monotonic() - since, 2),
         "closed": [(scorer.closed / scorer.scored).tolist() for scorer in scorers],
         "shortlist": limits,
@@ -225,14 +221,43 @@ def _of_models(
     return about, scores, ids
 
 
-def _scorer(
+@dataclass(frozen=True)
+class _Opened:
+    """One model, and what it is evaluated on."""
+
+    checkpoint: Checkpoint
+    split: Split
+    bert: Bert
+    model: DIME
+
+    @property
+    def fingerprints(self) -> dict[str, str | None]:
+        """Of what the model read, and was trained on."""
+        read = {"data": self.split.fingerprint, "bert": self.bert.fingerprint}
+        return read | {"training": self.checkpoint.state.get("train_data")}
+
+    def scorer(self, config: EvaluateConfig, device: torch.device) -> Scorer:
+        """The model with all images and captions of the split, encoded by it."""
+        path, sizes = self.checkpoint.path, self.checkpoint.config
+        log.info(
+            "%s (%s on %s): %d images and %d captions of %s",
+            *(path, sizes.direction, device),
+            *(self.split.images, len(self.split.captions), self.split.path),
+        )
+        where = {"device": device, "workers": config.workers}
+        texts = (self.bert.vocabulary, sizes.max_words)
+        encoded = encode_split(self.model, self.split, *texts, **where)
+        return Scorer(self.model, encoded, device, str(path))
+
+
+def _open(
     checkpoint: Checkpoint,
     folder: Path,
     name: SplitName,
     config: EvaluateConfig,
     device: torch.device,
-) -> tuple[Scorer, dict[str, str | None]]:
-    """One model with a split's images and captions, encoded by it; fingerprints of what it read."""
+) -> _Opened:
+    """A model, ready to encode a split. Raises InputError where one does not go with the other."""
     split = Split.open(folder, name, checkpoint.config.img_dim)
     selected_on = checkpoint.state.get("dev_data")
     warn_of_selection(checkpoint.path, name, selected_on, split.fingerprint)
@@ -248,16 +273,7 @@ def _scorer(
         f"{checkpoint.path}: precision {model.precision!r}; expected one of {get_args(Precision)}",
     )
     warn_of_slow(model.precision, device)
-    log.info(
-        "%s (%s on %s): %d images and %d captions of %s",
-        *(checkpoint.path, checkpoint.config.direction, device),
-        *(split.images, len(split.captions), split.path),
-    )
-    words, workers = checkpoint.config.max_words, config.workers
-    encoded = encode_split(model, split, bert.vocabulary, words, device=device, workers=workers)
-    read = {"data": split.fingerprint, "bert": bert.fingerprint}
-    read["training"] = checkpoint.state.get("train_data")
-    return Scorer(model, encoded, device, str(checkpoint.path)), read
+    return _Opened(checkpoint, split, bert, model)
 
 
 def _scores(
@@ -276,16 +292,6 @@ def _scores(
     scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
     limits = {"count": count, "share": float(wanted.mean())}
     return scores, limits | {"ceiling": ceiling(wanted, owners(wanted.shape[1]))}
-
-
-DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.
-
-  python evaluate_models.py --model_path runs/f30k/i2t/model_best.pth.tar --data_path data
-  python evaluate_models.py --model_path I2T.pth.tar T2I.pth.tar --data_path data --fold5
-  python evaluate_models.py --scores i2t.npy t2i.npy --protocols 1k5 5k --bootstrap 1000
-
-Prints R@1 R@5 R@10, median and mean rank, both ways. Reads this project's checkpoints and the
-published ones."""
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from files import map_array
 from layout import CAPTIONS_PER_IMAGE
 from options import require
 
-Protocol = Literal["1k5", "5k"]  # of MSCOCO: the mean of five folds, and the whole split
+# Named by MSCOCO's: the mean of five folds, and the whole split, of however many images.
+Protocol = Literal["1k5", "5k"]
 Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from 0
 
 FOLDS = 5
@@ -132,7 +133,7 @@ def check_folds(images: int) -> None:
     """Raise InputError where the images cannot be cut into equal folds."""
     require(
         images > 0 and images % FOLDS == 0,
-        f"five folds: {images} images; expected a multiple of {FOLDS}",
+        f"--fold5, --protocols 1k5: {images} images; expected a multiple of {FOLDS}",
     )
 
 
@@ -265,7 +266,8 @@ def map_scores(path: Path) -> np.ndarray:
     fits = matrix.ndim == 2 and matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
     fits = fits and matrix.dtype in (np.float16, np.float32, np.float64)  # of this byte order
     found = f"{matrix.dtype}, shape {matrix.shape}"
-    require(fits, f"{path}: {found}; expected scores (images, five captions an image)")
+    wanted = "floats of this machine's byte order (images, five captions an image)"
+    require(fits, f"{path}: {found}; expected {wanted}")
     for first in range(0, len(matrix), ROW_BLOCK):
         whole = np.isfinite(matrix[first : first + ROW_BLOCK]).all()
         require(bool(whole), f"{path}: {NO_NUMBERS}")

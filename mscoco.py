@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluation import best_items
 from layout import CAPTIONS_PER_IMAGE, ids_file, names_file, read_ids, read_names
-from options import InputError, require
+from options import InputError, require, some
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,9 @@ def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarr
     wanted = [rows.get(int(match[1])) if match else None for match in found]
     fits = len(wanted) == images == len(known) and all(row is not None for row in wanted)
     fits = fits and len({int(row[0]) for row in wanted}) == images
-    require(fits, f"{path}: expected the ids of MSCOCO's {len(known)} test images")
+    unknown = [key for key, row in zip(ids, wanted, strict=True) if row is None]
+    found = f"{images} ids, {len(unknown)} of them not MSCOCO's test images' ({some(unknown)})"
+    require(fits, f"{path}: {found}; expected those of its {len(known)} test images, each once")
     return np.stack(wanted)
 
 

@@ -264,7 +264,10 @@ def shortlist(products: np.ndarray, count: int) -> np.ndarray:
 
 
 def shortlisted(scores: np.ndarray) -> bool:
-    """Whether a matrix has what lies `behind`, far below scores of unit vectors."""
+    """Whether a matrix has what lies `behind`, far below scores of unit vectors.
+
+    With `--no_imgnorm` scores of all pairs may lie as low.
+    """
     return bool(scores.min() < -BEHIND / 2)
 
 

@@ -103,7 +103,8 @@ class Comparison:
         fits = len(scores) == self.split.images
         found = f"{self.options.scores}: scores of {len(scores)} images"
         require(fits, f"{found}; {self.split.path} has {self.split.images}")
-        all_pairs = not shortlisted(scores)
+        # Of vectors that are not of unit length no score tells whether it is of a shortlist.
+        all_pairs = self.checkpoint.config.no_imgnorm or not shortlisted(scores)
         require(all_pairs, f"{self.options.scores}: scores of a shortlist; expected all pairs'")
         return scores[: self.images, : CAPTIONS_PER_IMAGE * self.images]
 

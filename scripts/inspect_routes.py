@@ -68,6 +68,7 @@ class Options(ModelOnSplit):
         check_range(self, ("count",), 1)
         check_range(self, ("clusters",), 0, len(figures.MARKERS))
         require(self.pair is None or len(self.pair) == 2, "--pair: expected an image and a caption")
+        require(self.pair is not None or not self.grid, "--grid goes with --pair")
 
 
 def opened(options: Options) -> Pairs:

@@ -121,13 +121,18 @@ def reproduce(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     _call([*evaluation, "--json", str(part)])
-    write_json(path, origin(registry, each, seed, evaluation) | read_json(part, RESULT))
+    about, found = origin(registry, each, seed, evaluation), read_json(part, RESULT)
+    write_json(path, about | {name: found[name] for name in found if name not in about})
     part.unlink()
+    objection = registry.objection(each, seed)
+    require(not objection, objection)
     log.info("%s, seed %d: %s", each.name, seed, path)
 
 
 def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> dict[str, Any]:
     """How results came about: the commands that were run, where, the trainings, the scores.
+
+    Of an ensemble what its models read, too.
 
     A model that came without its run.json has null for its training, and no command of it.
     """
@@ -136,14 +141,16 @@ def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> d
         commands = [command for part in parts for command in part["commands"]]
         trainings = [training for part in parts for training in part["trainings"]]
         read = {path: digest for part in parts for path, digest in part["matrices"].items()}
+        inputs = [one for part in parts for one in part.get("fingerprints") or [None]]
+        known = {"fingerprints": inputs}  # which the evaluation of scores cannot know
     else:
         path = each.model(seed).parent / runlog.RUN
         found = read_json(path, HOW_TRAINED) if path.exists() else {}
         trainings = [{name: found.get(name) for name in TRAINING} if found else None]
         commands = [found["command"]] if "command" in found else []
-        read = {str(each.scores(seed)): sha256_of(each.scores(seed))}
+        read, known = {str(each.scores(seed)): sha256_of(each.scores(seed))}, {}
     about = {"commands": [*commands, shown(evaluation)]} | provenance.surroundings()
-    return about | {"trainings": trainings, "matrices": read}
+    return about | {"trainings": trainings, "matrices": read} | known
 
 
 def has_scores(each: Run, seed: int) -> bool:

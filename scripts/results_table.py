@@ -6,6 +6,7 @@
 What has not been run says so.
 """
 
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 from files import read_json, read_text, write_text
 from layout import CAPTIONS_PER_IMAGE
-from options import parse, run, say
+from options import parse, require, run, say
 from runlog import METRICS, RUN, events
 from scripts.parts.experiments import REGISTRY, RESULTS, Registry
 from scripts.parts.paper_table import as_markdown
@@ -159,8 +160,9 @@ def updated(readme: str, folder: Path = RESULTS) -> str:
     """The README with each block between its markers as the files under results/ have it."""
     for name, block in BLOCKS.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        before, rest = readme.split(begin)
-        readme = f"{before}{begin}{block(folder)}{end}{rest.split(end)[1]}"
+        parts = re.split(f"{re.escape(begin)}.*?{re.escape(end)}", readme, flags=re.DOTALL)
+        require(len(parts) == 2, f"{README}: expected the markers of {name}, once, in this order")
+        readme = f"{begin}{block(folder)}{end}".join(parts)
     return readme
 
 

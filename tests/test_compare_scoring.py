@@ -96,6 +96,19 @@ def test_saved_scores_are_compared_with(
     assert f"scores.npy: scores of {len(scores) - 1} images; " in capsys.readouterr().err
 
 
+def test_low_scores_are_no_shortlist_where_vectors_have_any_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is with --no_imgnorm: scores of all pairs may lie below -2 then."""
+    case = Case(GOLDEN / "t2i_variant")
+    scores = case.expected("eval")["sims"]
+    np.save(tmp_path / "scores.npy", np.where(scores < np.median(scores), scores - 4, scores))
+    argv = ["--model_path", case.model_path, "--data_path", case.data_path, "--bert_path"]
+    argv += [case.bert_path, "--ways", "fp32", "--images", "2", "--shortlist", "1"]
+    argv += ["--scores", tmp_path / "scores.npy"]
+    assert run_here(monkeypatch, compare_scoring.main, argv) == 0
+
+
 def test_a_split_that_selected_the_model_is_told(
     tiny: Path,
     run_train: Callable[..., int],

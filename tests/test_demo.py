@@ -187,6 +187,13 @@ def test_retrievals(retrieved: list[object], tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(show_retrievals, "frame", lambda axes, right: marks.append(right))
     assert run_here(monkeypatch, show_retrievals.main, retrieved) == 0
     assert marks == [True, False, False] + 2 * [False, False, True]
+    found = show_retrievals.opened(parse(show_retrievals.Options, list(map(str, retrieved)), ""))
+    below = show_retrievals.figure(found, 3).subfigs[1].axes[1::2]  # captions of each picture
+    texts = [[(text.get_text()[:16], text.get_color()) for text in axes.texts] for axes in below]
+    right, wrong = (show_retrievals.RIGHT, show_retrievals.WRONG)
+    assert texts[0] == [(f"right: caption {k}", right) for k in range(5)]
+    for number, first in ((1, 10), (2, 5)):  # those of the other one
+        assert texts[number] == [(f"wrong: caption {first + k}"[:16], wrong) for k in range(5)]
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size[0] > 1000
 

@@ -423,6 +423,7 @@ def no_picture(data: Path) -> None:
 FAULTS: dict[str, tuple[list[object], str, Callable[[Path], None] | None]] = {
     "pair": (["--pair", 2, 999], "--pair 2 999: ", None),
     "one number": (["--pair", 2], "--pair: expected an image and a caption", None),
+    "grid alone": (["--grid"], "--grid goes with --pair", None),
     "clusters": (["--clusters", 9], "--clusters 9: expected 0 to 8", None),
     "count": (["--count", 0], "--count 0: expected 1 or more", None),
     "boxes": (["--pair", 2, 11], "shape (12, 36, 3); expected (12, 36, 4)", narrow_boxes),

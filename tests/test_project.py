@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 from scripts import results_table
 
@@ -137,6 +137,28 @@ def test_the_readmes_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)
     found = results_table.updated(README)
     assert found == README, "run: python -m scripts.results_table --write"
+
+
+def test_the_tables_are_put_between_the_markers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "results").symlink_to(ROOT / "results")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "README.md"
+    empty = re.sub(
+        r"(<!-- \w+: begin -->\n).*?(<!-- \w+: end -->)", r"\1\2", README, flags=re.DOTALL
+    )
+    assert len(empty) < len(README)
+    path.write_text(empty)
+    assert run_here(monkeypatch, results_table.main, []) == 0
+    assert "| DIME (i-t) |" in capsys.readouterr().out and path.read_text() == empty
+    assert run_here(monkeypatch, results_table.main, ["--write"]) == 0
+    assert path.read_text() == README
+    for wrong in (empty.replace("<!-- speed: end -->", ""), empty.replace("<!-- speed: begin", "")):
+        path.write_text(wrong)
+        assert run_here(monkeypatch, results_table.main, ["--write"]) == 2
+        assert "README.md: expected the markers of speed, once" in capsys.readouterr().err
+        assert path.read_text() == wrong
 
 
 def test_a_run_without_its_log_is_not_run(tmp_path: Path) -> None:

@@ -66,12 +66,16 @@ def test_both_protocols_are_two_evaluations(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_what_python_may_give(tmp_path: Path) -> None:
-    """One path in place of a list; protocols that are none are told."""
+    """One path in place of a list; words that are no choice are told by their option."""
     path = saved(tmp_path, "a.npy")
     assert evaluate(scores=str(path)) == evaluate(scores=[path])
     for protocols in ("1k5", ["1k"]):
-        with pytest.raises(InputError, match=r"--protocols .*: expected some of"):
+        with pytest.raises(InputError, match=r"--protocols .*: expected one of 1k5, 5k"):
             evaluate(scores=path, protocols=protocols)
+    with pytest.raises(InputError, match="--split train: expected one of dev, test, testall"):
+        evaluate("model.pth.tar", split="train")
+    with pytest.raises(InputError, match="--precision fp16: expected one of fp32, bf16"):
+        evaluate("model.pth.tar", precision="fp16")
 
 
 def test_ranks_of_every_query_are_written(tmp_path: Path) -> None:
@@ -136,7 +140,7 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda t: ["--scores", saved(t, "a.npy"), saved(t, "b.npy", 5)],
         "b.npy: scores of shape (5, 25)",
     ),
-    "flat": (lambda t: ["--scores", array(t, np.zeros(5, np.float32))], "shape (5,); expected sc"),
+    "flat": (lambda t: ["--scores", array(t, np.zeros(5, np.float32))], "shape (5,); expected floats"),
     "wide": (lambda t: ["--scores", array(t, np.zeros((2, 9), np.float32))], "shape (2, 9)"),
     "empty": (lambda t: ["--scores", array(t, np.zeros((0, 0), np.float32))], "shape (0, 0)"),
     "whole": (lambda t: ["--scores", array(t, np.zeros((1, 5), int))], "int64, shape (1, 5)"),
@@ -344,7 +348,8 @@ def test_figures_of_eccv_caption(package, mapped: bool, tmp_path: Path) -> None:
 
 def test_ids_of_other_images_are_told(package, tmp_path: Path) -> None:
     folder = folder_of(package, tmp_path, np.arange(79), False)
-    with pytest.raises(InputError, match="expected the ids of MSCOCO's 80 test images"):
+    told = r"79 ids, 0 of them not .* \(\); expected those of its 80 test images, each once"
+    with pytest.raises(InputError, match=rf"testall_ids.txt: {told}"):
         mscoco.caption_ids(package, folder, "testall", 79)
     with pytest.raises(InputError, match=r"test_ids.txt: not found"):
         mscoco.caption_ids(package, folder, "test", 79)

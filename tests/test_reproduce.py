@@ -133,6 +133,8 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
     one, other = (json.loads((results / f"{n}_seed1.json").read_text()) for n in ("one", "other"))
     assert found["matrices"] == one["matrices"] | other["matrices"]
     assert found["trainings"] == [*one["trainings"], *other["trainings"]]
+    assert found["fingerprints"] == [*one["fingerprints"], *other["fingerprints"]]
+    assert all(each["data"] and each["bert"] for each in found["fingerprints"])
     assert [(t["step"], t["complete"]) for t in found["trainings"]] == [(2, True)] * 2
     one = json.loads((results / "one_seed0.json").read_text())
     assert one["machine"] and "commit" in one and one["trainings"][0]["seconds"] > 0
@@ -403,8 +405,38 @@ def test_seeds_of_other_data_or_berts_are_not_averaged(
             content |= {"fingerprints": each and [each]}
             registry.run("other").result(seed).write_text(json.dumps(content))
         assert len(rows(registry, "first")[1].ours) == count
-        said = "json: is of other data or another BERT than results/reproduce/other_seed"
+        first = next(seed for seed, each in enumerate(inputs) if each)
+        said = f"json: is of other data or another BERT than results/reproduce/other_seed{first}"
         assert (said in caplog.text) == (count < len(inputs))
+        stale = f"done for seed {', '.join(map(str, registry.run('other').results()))}\n"
+        assert (f"Other; {stale}" in reproduce.listed(registry)) == (count == len(inputs))
+
+
+def test_no_row_is_of_other_data_than_its_table(
+    small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ensembles, rows that stand beside others, and models of an ensemble among themselves."""
+    registry = Registry(reproduce.REGISTRY)
+    (small / "results/reproduce").mkdir()
+    known, else_ = ({"data": data, "bert": "b", "training": None} for data in "de")
+    content = {"protocols": {p: {"metrics": GOOD} for p in ("5k", "1k5")}}
+
+    def seeds(**inputs: list[object]) -> list[int]:
+        for name, each in inputs.items():
+            about = made(name) | content | {"fingerprints": each}
+            registry.run(name).result(0).write_text(json.dumps(about))
+        caplog.clear()
+        return [len(row.ours) for row in rows(registry, "first")]
+
+    assert seeds(one=[known], other=[known], both=[known, known]) == [1, 1, 1]
+    assert seeds(one=[known], other=[else_], both=[known, else_]) == [1, 0, 0]
+    assert "both_seed0.json: its models are of different data or BERTs; left out" in caplog.text
+    assert seeds(one=[known], other=[known], both=[else_, else_]) == [1, 1, 0]
+    assert "both_seed0.json: is of other data or another BERT than results" in caplog.text
+    assert seeds(one=[known], other=[None], both=[known, None]) == [1, 1, 1]
+    assert seeds(one=None, other=[else_], both=[None, else_]) == [1, 1, 1]
+    registry.run("one").result(0).write_text("none")
+    assert not registry.objection(registry.run("other"), 0)  # one's file is told by itself
 
 
 def test_an_ensemble_of_older_scores_is_told(
@@ -486,6 +518,7 @@ def test_signals_reach_the_training_and_let_it_save(
 
 
 def test_latex_keeps_what_is_written() -> None:
+    assert paper_table._tex("-0.6, [-1, 2] 3-4") == "$-$0.6, [$-$1, 2] 3-4"
     assert paper_table._tex("a `--routing hard` & 5 % of x_1 #2") == (
         r"a -{}-routing hard \& 5 \% of x\_1 \#2"
     )
@@ -507,6 +540,12 @@ def test_help_teaches(
         ('data = "tiny"', 'data = "none"', "run.one: names data 'none'; expected one of tiny"),
         ('of = ["one"', 'of = ["none"', "run.both: names runs that are not there: none"),
         ('first = "First"', 'third = "First"', "run.one: names tables that are not there: first"),
+        (
+            "[run.other]",
+            '[run.third]\ntitle = "Third"\ndata = "tiny"\ndirection = "t2i"\ntables = {}\n'
+            '[run.other]\nbeside = "third"',
+            "run.other: is beside third, which has no row in its tables",
+        ),
         ("title", "tittle", "no registry of runs: TypeError"),
         ("[run.one]", "[run.one", "no registry of runs: TOMLDecodeError"),
         ("[run.one]", "[run]\nnone = 3\n[run.one]", "no registry of runs: TypeError"),
@@ -663,7 +702,9 @@ def test_one_seed_shows_its_interval(
         assert "other_seed0.json: " in last_line(capsys)
 
 
-def test_runs_are_compared_seed_by_seed(small: Path) -> None:
+def test_runs_are_compared_seed_by_seed(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     path = small / "small.toml"
     path.write_text(
         path.read_text().replace('direction = "t2i"', 'direction = "t2i"\nbeside = "one"')
@@ -675,6 +716,9 @@ def test_runs_are_compared_seed_by_seed(small: Path) -> None:
         content = {"protocols": {p: {"metrics": figures} for p in ("5k", "1k5")}}
         registry.run(name).result(seed).write_text(json.dumps(made(name, seed) | content))
     assert "| Other | One | 0 | +3.5 |" in as_markdown(registry)  # the seed that both have
+    monkeypatch.setattr(reproduce, "REGISTRY", path)
+    assert run_here(monkeypatch, reproduce.main, ["table", "--format", "latex"]) == 0
+    assert "\\hline\nOther & One & 0 & +3.5 \\\\\n" in capsys.readouterr().out
     registry.run("one").result(0).unlink()
     assert "beside" not in as_markdown(registry)
 

@@ -66,7 +66,7 @@ def test_skipping_closed_cells_changes_no_score(direction: str, routing: str) ->
         )
     scorer = Scorer(model, encoded, CPU)
     skipped = scorer.all_pairs()
-    counts, seen = dict(seen), seen
+    counts = dict(seen)
     model.space.skip_nothing()
     np.testing.assert_allclose(skipped, Scorer(model, encoded, CPU).all_pairs(), rtol=0, atol=1e-6)
     closed = scorer.closed.numpy()

@@ -25,12 +25,14 @@ REGISTRY = Path(__file__).parent.parent / "experiments.toml"
 RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
 RESULT = "the results of an evaluation"
-# What results may differ in from the registry: where files are, what figures do not depend on, and
-# the features' width, which the data has.
+# What results may differ in from the registry: where files are, what changes figures by rounding
+# alone (device, compilation), what changes none of a table's, and the features' width, which the
+# data has.
 ELSEWHERE = {
     "train.py": FREE - {"num_epochs", "max_steps", "val_step", "skip_bad_batches"} | {"img_dim"},
     "evaluate_models.py": {"data_path", "bert_path", "device", "workers", "compile", "bootstrap"},
 }
+INPUTS = ("data", "bert", "training")  # fingerprints of what a model read
 CONFIGS = {"train.py": TrainConfig, "evaluate_models.py": EvaluateConfig}
 
 
@@ -122,6 +124,8 @@ class Registry:
         runs = named - set(self.runs)
         require(not tables, f"names tables that are not there: {some(sorted(tables))}")
         require(not runs, f"names runs that are not there: {some(sorted(runs))}")
+        shared = not run.beside or run.tables.keys() & self.runs[run.beside].tables.keys()
+        require(bool(shared), f"is beside {run.beside}, which has no row in its tables")
         require(not run.of or not run.data, "is of other runs and names data, too")
         known = bool(run.of) or run.data in self.data
         require(known, f"names data {run.data!r}; expected one of {some(sorted(self.data))}")
@@ -177,7 +181,25 @@ class Registry:
         parts = [read_json(part, RESULT) for part in parts if part != path and part.exists()]
         if not all(scores_of(part).items() <= held for part in parts):
             return f"{path}: was made of other scores than its models' now"
+        inputs = inputs_of(content)
+        if not alike(inputs):
+            return f"{path}: its models are of different data or BERTs"
+        first = self._first_on(self.data_of(run), results)
+        if first and not alike([*inputs, *first[1]]):
+            return f"{path}: is of other data or another BERT than {first[0]}"
         return ""
+
+    def _first_on(self, data: Data, results: Path) -> tuple[Path, list[dict[str, Any]]] | None:
+        """The first results on that data that tell what their models read, and what they tell."""
+        for run in self.runs.values():
+            for path in run.results(results).values() if self.data_of(run) == data else ():
+                try:
+                    inputs = inputs_of(read_json(path, RESULT))
+                except InputError:
+                    continue  # which is told where these results are asked for
+                if inputs:
+                    return path, inputs
+        return None
 
     def has_made(self, run: Run, seed: int, content: dict[str, Any]) -> bool:
         """Whether a run's results came of what the registry has now, wherever the files were.
@@ -226,6 +248,18 @@ def scores_of(content: dict[str, Any]) -> dict[str, str]:
     return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
 
 
+def inputs_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Fingerprints of what each model of some results read; none where it is not told."""
+    found = content.get("fingerprints")
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
+
+
+def alike(inputs: list[dict[str, Any]]) -> bool:
+    """Whether models read the same data and BERT, as far as it is told."""
+    told = ([each[name] for each in inputs if each.get(name) is not None] for name in INPUTS)
+    return all(values.count(values[0]) == len(values) for values in told if values)
+
+
 def shown(command: list[str]) -> str:
     """A command of the registry as it is typed."""
     return f"python {shlex.join(command)}"
@@ -238,7 +272,7 @@ def typed(text: str) -> list[str]:
 
 
 def works(command: list[str]) -> tuple[str, dict[str, Any]]:
-    """A command's program, and the options that its figures depend on."""
+    """A command's program, and the options that its figures depend on, beyond rounding."""
     program, *words = command
     require(not {"-h", "--help"} & set(words), f"{shown(command)}: computes nothing")
     options = asdict(parse(CONFIGS[program], words, ""))

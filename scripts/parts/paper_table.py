@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ ABOUT = (
     "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds, or "
     "of one seed, where it is known, its 95 % interval over images · the difference."
 )
+BESIDE = ["", "beside", "seeds", "rsum differs by"]
 NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
 
 
@@ -64,8 +65,7 @@ class Row:
 def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
     """The rows of a table, from the files under `results`. Raises InputError on damaged ones.
 
-    Left out, with a warning, are results that the registry has an objection to, and seeds of other
-    data or another BERT than the seed before them.
+    Left out, with a warning, are results that the registry has an objection to.
     """
     papers = read_json(results / "paper.json", "the paper's figures")
     found = []
@@ -82,7 +82,7 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 paper = [*recalls, sum(recalls)]
             protocol, paths = run.tables[table], {}
             for seed, path in run.results(results).items():
-                objection = registry.objection(run, seed, results) or mismatch(path, paths.values())
+                objection = registry.objection(run, seed, results)
                 if objection:
                     log.warning("%s; left out", objection)
                 else:
@@ -91,19 +91,6 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
             interval = intervals_of(*paths.values(), protocol) if len(paths) == 1 else None
             found.append(Row(run.name, run.title, paper, ours, interval, run.beside))
     return found
-
-
-def mismatch(path: Path, others: Iterable[Path]) -> str:
-    """Why results are no further seed of others; empty where they are, or older ones do not tell.
-
-    That is where they are of other data or another BERT.
-    """
-    inputs = read_json(path, RESULT).get("fingerprints")
-    for other in others:
-        theirs = read_json(other, RESULT).get("fingerprints")
-        if None not in (inputs, theirs) and inputs != theirs:
-            return f"{path}: is of other data or another BERT than {other}"
-    return ""
 
 
 def papers_source(results: Path = RESULTS) -> str:
@@ -162,11 +149,13 @@ def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
     for name, title in registry.tables.items():
         every = rows(registry, name, results)
         lines = [[row.title, str(len(row.ours) or ""), *texts(row)] for row in every]
-        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}{by_seed(every)}")
+        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
+        if compared := by_seed(every):
+            parts.append(markdown(BESIDE, compared))
     return "\n".join([*parts, f"{ABOUT}\nThe paper's: {papers_source(results)}\n"])
 
 
-def by_seed(every: Sequence[Row]) -> str:
+def by_seed(every: Sequence[Row]) -> list[list[str]]:
     """How far rsum lies from that of the run that a row is compared with, at each seed of both."""
     runs = {row.run: row for row in every}
     lines = []
@@ -177,7 +166,7 @@ def by_seed(every: Sequence[Row]) -> str:
             differences = (f"{row.ours[seed][-1] - other.ours[seed][-1]:+.1f}" for seed in seeds)
             numbers = ", ".join(map(str, seeds))
             lines.append([row.title, other.title, numbers, ", ".join(differences)])
-    return f"\n{markdown(['', 'beside', 'seeds', 'rsum differs by'], lines)}" if lines else ""
+    return lines
 
 
 def as_csv(registry: Registry) -> str:
@@ -230,22 +219,26 @@ def as_latex(registry: Registry) -> str:
     """Tables for a paper."""
     parts = []
     for name, title in registry.tables.items():
-        lines = [" & ".join(map(_tex, ["", "seeds", *COLUMNS])) + r" \\ \hline"]
-        for row in rows(registry, name):
-            line = [row.title, str(len(row.ours) or ""), *texts(row)]
-            lines.append(" & ".join(map(_tex, line)) + r" \\")
-        body = "\n".join(lines)
-        columns = "lr" + "r" * len(COLUMNS)
-        parts.append(
-            f"\\begin{{table}}\n\\caption{{{_tex(f'{title}. {ABOUT}')}}}\n"
-            f"\\begin{{tabular}}{{{columns}}}\n"
-            f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
-        )
+        every = rows(registry, name)
+        lines = [[row.title, str(len(row.ours) or ""), *texts(row)] for row in every]
+        parts.append(_latex(f"{title}. {ABOUT}", ["", "seeds", *COLUMNS], lines))
+        if compared := by_seed(every):
+            parts.append(_latex(f"{title}. Seed by seed.", BESIDE, compared))
     return "\n".join([*parts, f"% The paper's figures: {papers_source()}\n"])
 
 
+def _latex(caption: str, head: list[str], lines: list[list[str]]) -> str:
+    body = "\n".join(" & ".join(map(_tex, line)) + r" \\" for line in lines)
+    return (
+        f"\\begin{{table}}\n\\caption{{{_tex(caption)}}}\n"
+        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n"
+        f"{' & '.join(map(_tex, head))} \\\\ \\hline\n"
+        f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
+    )
+
+
 def _tex(text: str) -> str:
-    text = re.sub(r"(?<=· )-(?=\d)", "−", text)
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
     return text.replace("--", "-\0-").translate(TEX)
 
 

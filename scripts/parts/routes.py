@@ -102,7 +102,8 @@ def passed_on(gates: Sequence[Tensor], hard: bool) -> list[Tensor]:
 
     A path whose gates are all closed carries the first cell's input, rectified. A cell of the last
     layer whose gate is closed passes its input on, weighted by 1 where the others have their gates;
-    with `hard` routing so does the chosen cell alone.
+    with `hard` routing so does the chosen cell alone. What goes on where hard routing's gates to a
+    dense layer sum to less than 1e-4, but not to 0, is not told: here they are 1 already.
     """
     *dense, last = gates
     count = last.shape[-1]
