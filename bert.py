@@ -4,6 +4,7 @@ Nothing that a file holds is executed, and nothing is downloaded. Knows nothing 
 """
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from options import InputError, require, short, some
 from torchfiles import read_safetensors, read_torch, write_safetensors
 from vocab import Vocabulary
 from weights import Weights, check_finite, check_named, filled
+
+log = logging.getLogger(__name__)
 
 # What a BERT of 2018 is made of; nothing else of its configuration changes what it computes.
 BERT_SIZES = {  # with bert-base's value where a configuration may leave it out
@@ -66,6 +69,9 @@ def read_bert(folder: str | Path) -> tuple[Weights, Path]:
     folder = Path(folder)
     require(os.path.isdir(folder), f"{folder}: no such folder; --bert_path must name a BERT folder")
     source = _one_of(folder, *WEIGHTS)
+    for other in (folder / name for name in WEIGHTS):
+        if other != source and os.path.isfile(other):
+            log.info("%s: is not read, for there is %s, too", other, source.name)
     return _read_weights(source), source
 
 

@@ -23,6 +23,7 @@ Direction = Literal["i2t", "t2i"]
 CELL_NAMES = ",".join(CELLS).upper()
 WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
 MOST_LAYERS = 100
+NO_SCORE = " (in i2t no score depends on it, but what --shortlist chooses does)"
 WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
 
 
@@ -47,8 +48,8 @@ class ModelConfig:
         float, "inverse temperature of cross-modal attention", "--lambda_softmax"
     ] = 4.0
     hid_router: Annotated[int, "inner width of a router"] = 512
-    use_abs: Annotated[bool, "absolute value of the image embedding"] = False
-    no_imgnorm: Annotated[bool, "do not normalise the image embedding"] = False
+    use_abs: Annotated[bool, "absolute value of the image embedding" + NO_SCORE] = False
+    no_imgnorm: Annotated[bool, "do not normalise the image embedding" + NO_SCORE] = False
     routing: Annotated[
         Routing, "ablation: uniform opens every gate, hard the largest one of an out-path alone"
     ] = "soft"

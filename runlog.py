@@ -32,7 +32,7 @@ from options import InputError, require, short
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
 LOG_LINE = re.compile(rb"\S+ \S+ \[(\d{1,18})\] ")  # date, time and step
-LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e20 long
+LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e24 long
 RAN_ON = ("commit", "device", "versions")  # of run.json, by session
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
 
@@ -135,7 +135,10 @@ class _LogFile(logging.FileHandler):
 
 
 class Window:
-    """Means over the steps since the last report: losses, and seconds a step and its loading."""
+    """Means over an epoch's steps since its last report: losses, seconds a step and its loading.
+
+    Steps after an epoch's last report are in none, and neither are batches that were skipped.
+    """
 
     def __init__(self) -> None:
         self.steps = 0

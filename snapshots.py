@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 import provenance
+import runlog
 from bert import Bert
 from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
 from data import Split, TrainingBatches
 from learner import Learner
 from options import InputError, require
-from runfolder import BEST, Place
+from runfolder import BEST, NEWEST, PREVIOUS, Place
 from trainconfig import FREE, TrainConfig
 from weights import load_strictly
 
@@ -84,6 +85,25 @@ class Snapshots:
             raise InputError(f"{path}: cannot be gone on with: {reason}") from error
         return self._with_best(place)
 
+    def is_newest(self, path: Path) -> bool:
+        """Whether a checkpoint is the newest one of the run's folder."""
+        return self._is(path, NEWEST)
+
+    def _is(self, path: Path, name: str) -> bool:
+        return os.path.realpath(path) == os.path.realpath(self.config.folder / name)
+
+    def give_up_later_steps(
+        self, restored: Path, place: Place, metrics: dict[str, float] | None
+    ) -> None:
+        """Have the newest checkpoint be the one that is gone on from, before the logs are cut."""
+        folder = self.config.folder
+        if not self._is(restored, NEWEST):
+            if not self._is(restored, PREVIOUS):
+                runlog.remove(folder / PREVIOUS)
+            if place.best_rsum < 0:  # the best model is of later steps, or damaged
+                runlog.remove(folder / BEST)
+            self.write(folder / NEWEST, place, metrics)
+
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         """Raise InputError where a checkpoint is of a run with other options, data or BERT."""
         path = checkpoint.path
@@ -99,18 +119,26 @@ class Snapshots:
             require(same, f"{path}: was trained on other data than {split.path} and its captions")
 
     def _with_best(self, place: Place) -> Place:
-        """The place with the best scores of the best model that is there."""
+        """The place with the best scores of the best model that is there.
+
+        One of a later step than the checkpoint that the user named is given up, as that step is.
+        """
         path = self.config.folder / BEST
         try:
             checkpoint = read_checkpoint(path)
             self._check_same_run(checkpoint)
             best = Place.read(checkpoint.state, len(self.batches))
+            later = best.step > place.step and self.config.resume != "auto"
+            require(not later, f"{path}: is of step {best.step}, which is given up")
             rsum, r1 = best.best_rsum, best.best_r1
             # it may be newer than the checkpoint, where a run was cut off between the two
             rsum, r1 = max(rsum, place.best_rsum), max(r1, place.best_r1)
         except (InputError, ValueError) as error:
             if os.path.lexists(path):
                 log.warning("%s; the next one takes its place", error)
+            elif place.best_rsum >= 0:
+                found = f"{path}: not found, whose R@1+R@5 was {place.best_rsum:.1f}"
+                log.warning("%s; the next one takes its place", found)
             rsum, r1 = -1.0, -1.0
         return replace(place, best_rsum=rsum, best_r1=r1)
 

@@ -56,8 +56,8 @@ def _states(
     encoder: TextEncoder, bert: Bert, captions: Sequence[str], max_words: int
 ) -> Iterator[np.ndarray]:
     """BERT's states of captions, block by block, its dropout off."""
-    # DEVIATION: with --cache_text, BERT reads each caption once and without dropout (the published
-    # code read it anew in every step, its dropout on).
+    # DEVIATION: with --cache_text, BERT reads each caption once, in float32, without dropout (the
+    # published code read it anew in every step, its dropout on).
     device = encoder.fc.weight.device
     encoder.bert.eval()
     with progress("reading captions", len(captions), "captions") as bar:

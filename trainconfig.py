@@ -59,8 +59,8 @@ class TrainConfig(DataConfig, ModelConfig):
     )
     cache_text: Annotated[
         bool,
-        "let BERT read the captions once, without its dropout, and not in every step: not the "
-        "paper's method",
+        "let BERT read the captions once, in float32 and without its dropout, and not in every "
+        "step: not the paper's method",
     ] = False
     compile: Annotated[bool | None, "compile the routing (default: where it pays)"] = None
     memory: Annotated[

@@ -6,7 +6,6 @@ runlog.py.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -29,7 +28,7 @@ from layout import CAPTIONS_PER_IMAGE
 from learner import BadBatch, Learner
 from memory import no_memory, out_of_memory
 from model import DIME
-from options import InputError
+from options import InputError, require
 from runfolder import BEST, NEWEST, PREVIOUS, Place
 from scoring import BadScores, score_split
 from signals import Signals, Stopped
@@ -39,6 +38,7 @@ from trainconfig import TrainConfig
 log = logging.getLogger(__name__)
 
 LR_DECAY = 0.1
+MENDED = "once that is mended, "
 LONGEST_TIME = 1e9  # seconds that are told
 
 
@@ -65,7 +65,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was written. Raises InputError where the run is another."""
         self.place, self.metrics = self.snapshots.restore(checkpoint), checkpoint.metrics
-        self.restored = Path(os.path.realpath(checkpoint.path))
+        self.restored = checkpoint.path
 
     @property
     def finished(self) -> bool:
@@ -94,10 +94,14 @@ class Trainer:
     def train(self) -> None:
         """Train to the end. Raises Stopped where a signal ended it earlier, in good order."""
         if self.complete:
+            own = self.config.resume == "auto" or self.snapshots.is_newest(self.restored)
+            found = f"{self.restored}: its run is complete at step {self.place.step}"
+            require(own, f"{found}; expected more of --max_steps or --num_epochs")
             log.info("%s: complete at step %d", self.config.folder, self.place.step)
             runlog.completed(self.config.folder, self.place.step)
             return
-        self._give_up_later_steps()
+        if self.restored is not None:
+            self.snapshots.give_up_later_steps(self.restored, self.place, self.metrics)
         place, terminal = self.place, sys.stderr.isatty()
         validated = place.validated == place.step
         options = asdict(self.config)
@@ -129,14 +133,6 @@ class Trainer:
                 raise InputError(said) from error
             log.info("done: the best model is %s", self.config.folder / BEST)
 
-    def _give_up_later_steps(self) -> None:
-        """Have the newest checkpoint be the one that is gone on from, before the logs are cut."""
-        newest, previous = (self.config.folder / name for name in (NEWEST, PREVIOUS))
-        if self.restored is not None and self.restored != Path(os.path.realpath(newest)):
-            if self.restored != Path(os.path.realpath(previous)):
-                runlog.remove(previous)
-            self.snapshots.write(newest, self.place, self.metrics)
-
     def _announce(self) -> None:
         c, data = self.config, self.batches.split
         weights = sum(p.numel() for p in self.learner.parameters)
@@ -157,8 +153,7 @@ class Trainer:
         for batch in self._batches():
             window.loaded()
             figures = self._attempt(batch)
-            if figures is not None:
-                window.stepped(figures)
+            window.resumed() if figures is None else window.stepped(figures)
             self._advance()
             self.bar.update()
             if window.steps and self.place.step % config.log_step == 0:
@@ -178,7 +173,7 @@ class Trainer:
             if self.place.step:
                 self._save(NEWEST)
             self.signals.obey()  # one that ends a worker, too
-            raise InputError(f"{error}; {self._further()}") from error
+            raise InputError(f"{error}; {self._further(MENDED)}") from error
 
     def _milestone(self) -> bool:
         """Save and validate where the step asks for it, end where a signal does.
@@ -236,9 +231,9 @@ class Trainer:
         newest = self.config.folder / NEWEST
         return f"the last checkpoint is {newest}" if newest.exists() else "no checkpoint yet"
 
-    def _further(self) -> str:
+    def _further(self, when: str = "") -> str:
         instead = " in place of --overwrite" if self.config.overwrite else ""
-        return f"{self._kept()}; the same command with --resume auto{instead} goes on"
+        return f"{self._kept()}; {when}the same command with --resume auto{instead} goes on"
 
     def _report(self, epoch: int, lr: float, window: runlog.Window) -> None:
         figures = window.mean()
@@ -291,7 +286,7 @@ class Trainer:
             raise InputError(message) from error
         except InputError as error:
             self.signals.obey()  # one that ends a worker, too
-            raise InputError(f"{error}; {self._further()}") from error
+            raise InputError(f"{error}; {self._further(MENDED)}") from error
 
     def _save(self, name: str) -> None:
         keep = self.config.folder / PREVIOUS if name == NEWEST else None

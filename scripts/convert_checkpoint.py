@@ -150,6 +150,8 @@ def _counts(checkpoint: Checkpoint) -> dict[str, int | float]:
     found = {name: state[name] for name in COUNTS if type(state.get(name)) in (int, float)}
     if checkpoint.bert_weights is not None and "epoch" in found:
         found["epoch"] -= 1  # REFERENCE: the published trainer counts them from 1
+    elif state.get("position") == 0 < found.get("step", 0) and "epoch" in found:
+        found["epoch"] -= 1  # a run's own checkpoint names the epoch of the next batch
     return found
 
 

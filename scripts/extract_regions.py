@@ -6,8 +6,9 @@
 
 Reads {split}_ids.txt and id_mapping.json of the folder that prepare_captions wrote. Writes
 {split}_ims.npy (pictures, 36, width) and {split}_boxes.npy (pictures, 36, 4), x1 y1 x2 y2 in pixels
-of the picture as it is seen. Work in progress has other names; the same command goes on with it,
-and gives the bytes of a run that was not cut off. What was done is noted in {split}_regions.json.
+of the picture as it is seen. Work in progress has other names; the same command, without
+--overwrite, goes on with it, and gives the bytes of a run that was not cut off. What was done is
+noted in {split}_regions.json.
 """
 
 import logging

@@ -157,13 +157,12 @@ def test_there_and_back_gives_the_same_bits(
     assert all(value.is_contiguous() for value in arrays)
 
 
+@pytest.mark.parametrize("end", ["--max_steps", "--num_epochs"])
 def test_a_checkpoint_of_ones_own_training_goes_there_and_back(
-    tiny: Path,
-    run_train: Callable[..., int],
-    convert: Callable[..., int],
+    tiny: Path, run_train: Callable[..., int], convert: Callable[..., int], end: str
 ) -> None:
     """It brings no pooler and no idle layers: they are zeros, under all the published keys."""
-    assert run_train(*tiny_train(tiny, "--max_steps", "2")) == 0
+    assert run_train(*tiny_train(tiny, end, "1")) == 0
     own, out, back = tiny / "runs/i2t/checkpoint.pth.tar", tiny / "p.pth.tar", tiny / "o.pth.tar"
     assert convert(own, out, "published") == 0
     assert convert(out, back, "own") == 0
@@ -174,7 +173,8 @@ def test_a_checkpoint_of_ones_own_training_goes_there_and_back(
     published, golden = content_of(out), content_of(CASE.model_path)
     for found, expected in zip(published["model"], golden["model"], strict=True):
         assert found.keys() == expected.keys()
-    assert (published["epoch"], published["Eiters"]) == (mine["epoch"] + 1, mine["step"])
+    assert (published["epoch"], published["Eiters"]) == (1, mine["step"])  # the last step's epoch
+    assert mine["epoch"] == (end == "--num_epochs")  # the next step's, from 0
     assert not published["model"][1]["bert.pooler.dense.weight"].any()
     assert published["model"][0]["bn.weight"].eq(1).all()
 

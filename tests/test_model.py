@@ -198,6 +198,18 @@ def test_a_training_batch_with_extra_negatives() -> None:
         torch.testing.assert_close(unit.norm(dim=1), torch.ones(2))
 
 
+@pytest.mark.parametrize(("direction", "changed"), [("i2t", False), ("t2i", True)])
+def test_options_of_the_image_embedding_reach_scores_as_their_help_says(
+    direction: str, changed: bool
+) -> None:
+    plain, other = small_model(direction), small_model(direction, use_abs=True, no_imgnorm=True)
+    other.load_state_dict(plain.state_dict(), strict=False)
+    regions, ids, mask = small_batch()
+    with torch.no_grad():
+        found = [model(regions, ids, mask, IMAGES).scores for model in (plain, other)]
+    assert torch.equal(*found) == (not changed)
+
+
 def test_a_closed_cell_gets_a_zero_gradient_and_not_none() -> None:
     model = small_model("i2t").train()
     nn.init.constant_(model.space.merge.cells["imrc"].router.mlp[2].bias, -99)

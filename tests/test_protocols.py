@@ -140,7 +140,10 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda t: ["--scores", saved(t, "a.npy"), saved(t, "b.npy", 5)],
         "b.npy: scores of shape (5, 25)",
     ),
-    "flat": (lambda t: ["--scores", array(t, np.zeros(5, np.float32))], "shape (5,); expected floats"),
+    "flat": (
+        lambda t: ["--scores", array(t, np.zeros(5, np.float32))],
+        "shape (5,); expected floats",
+    ),
     "wide": (lambda t: ["--scores", array(t, np.zeros((2, 9), np.float32))], "shape (2, 9)"),
     "empty": (lambda t: ["--scores", array(t, np.zeros((0, 0), np.float32))], "shape (0, 0)"),
     "whole": (lambda t: ["--scores", array(t, np.zeros((1, 5), int))], "int64, shape (1, 5)"),

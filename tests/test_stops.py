@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,6 +358,41 @@ def test_a_run_gone_on_with_from_an_older_checkpoint_gives_up_what_came_after_it
     assert not (folder / PREVIOUS).exists()
     assert run_train(*argv, "--max_steps", "14", "--resume", "auto") == 0
     assert logged(folder) == uncut
+
+
+def test_a_best_model_of_steps_that_are_given_up_is_given_up(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    argv, folder = tiny_train(tiny), tiny / "runs/i2t"
+    older = folder / "older.pth.tar"
+
+    def trained(selection: float, *more: object) -> int:
+        monkeypatch.setattr(Retrieval, "selection", property(lambda _: selection))
+        return run_train(*argv, *more)
+
+    assert trained(40.0, "--max_steps", "4") == 0
+    shutil.copy(folder / NEWEST, older)
+    assert trained(200.0, "--max_steps", "8", "--resume", "auto") == 0
+    run = (folder / "run.json").read_bytes()
+    for name in ("runs", "new"):  # where there is nothing to be done
+        there = ["--max_steps", "4", "--logger_name", tiny / name]
+        assert trained(50.0, *there, "--resume", older) == 2
+        said = "older.pth.tar: its run is complete at step 4; expected more of --max_steps"
+        assert said in last_line(capsys)
+    assert (folder / "run.json").read_bytes() == run and state(folder / BEST)["step"] == 8
+    assert trained(50.0, "--max_steps", "6", "--resume", older) == 0
+    assert "model_best.pth.tar: is of step 8, which is given up; the next one" in caplog.text
+    best = state(folder / BEST)
+    assert (best["step"], best["best_rsum"]) == (6, 50.0)
+
+    (folder / BEST).unlink()
+    assert trained(45.0, "--max_steps", "7", "--resume", "auto") == 0
+    assert "model_best.pth.tar: not found, whose R@1+R@5 was 50.0; the next one" in caplog.text
+    assert state(folder / BEST)["step"] == 7
 
 
 def test_what_ends_a_run_in_another_folder_finds_its_checkpoint_there(

@@ -78,7 +78,7 @@ def _numbers(field: bytes) -> np.ndarray:
 
 
 class Tsv:
-    """Rows of bottom-up attention's TSV files, in any order; the first whole one of an id counts.
+    """Rows of bottom-up attention's TSV files, in any order; of an id the first whole line counts.
 
     `by_name`: their image_id is the name of the picture's file without its ending, not its id.
     """
