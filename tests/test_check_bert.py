@@ -97,6 +97,15 @@ def test_a_cased_vocabulary_is_a_fault(folder: Path, check: Check) -> None:
     assert any("vocab.txt: is cased" in fault for fault in report["faults"])
 
 
+def test_weights_that_are_not_read_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_bert.write_bert(folder.parent / "plain", load_bert(folder))
+    shutil.copy(folder.parent / "plain/model.safetensors", folder)
+    (folder / "pytorch_model.bin").write_text("none")
+    with caplog.at_level("INFO"):
+        load_bert(folder)
+    assert "pytorch_model.bin: is not read, for there is model.safetensors, too" in caplog.text
+
+
 def test_a_normalised_folder_is_the_same_bert(folder: Path, check: Check, tmp_path: Path) -> None:
     out = tmp_path / "out"
     _, report = check(folder, "--write", out)

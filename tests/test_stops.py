@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from test_train import events, last_line, state
 import data
 import options
 import runfolder
+import runlog
 import snapshots
 import trainer
 from data import Batch, TrainingBatches
@@ -433,7 +435,7 @@ def test_what_ends_a_validation_names_the_checkpoint(
     assert run_train(*tiny_train(tiny, "--max_steps", "3")) == 2
     said = last_line(capsys)
     assert "a process of --workers 1 is gone; the last checkpoint is" in said
-    assert "--resume auto goes on" in said
+    assert "; once that is mended, the same command with --resume auto goes on" in said
 
 
 @pytest.mark.parametrize("name", ["dev", "train"])
@@ -840,6 +842,21 @@ def test_bad_batches_are_skipped_up_to_a_number(
     assert all(value.isfinite().all() for value in found["weights"].values())
     assert {int(m["step"]) for m in found["optimizer"]["state"].values()} == {5}
     assert [event["step"] for event in events(folder) if "Le" in event] == [1, 2, 5, 7, 8]
+
+
+def test_a_skipped_batch_is_in_no_steps_time(
+    tiny: Path,
+    run_train: Callable[..., int],
+    bad_steps: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bad_steps += [3, 4]
+    clock = iter(range(10**6))  # a second passes from each look to the next
+    monkeypatch.setattr(runlog, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    argv = tiny_train(tiny, "--max_steps", "6", "--log_step", "1", "--skip_bad_batches", "2")
+    assert run_train(*argv) == 0
+    times = [event["batch_time"] for event in events(tiny / "runs/i2t") if "Le" in event]
+    assert times == [2] * 4
 
 
 def test_a_gradient_that_is_no_number_is_a_bad_batch_too(
