@@ -40,6 +40,7 @@ CONFIGURATIONS = ("bert_config.json", "config.json")  # files of a BERT folder, 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
 MOST_LAYERS = 100  # of BERT; the largest published one has 24
+MOST_SIZE = 2**24  # of any of its sizes; vocabularies have 10**5 entries
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
     absent = [name for name, size in sizes.items() if size is None]
     require(not absent, f"{path}: lacks {some(absent)}; expected the sizes of a BERT")
     for name, value in sizes.items():
-        fits = type(value) is int and 0 < value < 2**24
+        fits = type(value) is int and 0 < value < MOST_SIZE
         if name.endswith("_prob"):
             fits = type(value) in (int, float) and 0 <= value < 1
         require(fits, f"{path}: {name} is {short(value)}; expected a size or a probability")

@@ -23,7 +23,7 @@ published ones, and .safetensors."""
 
 EvaluatedSplit = Literal["dev", "test", "testall"]
 THEIRS = " (default: the checkpoint's)"
-LEAST_SAMPLES = 100  # of the bootstrap: fewer have no 2.5 % at either end
+LEAST_SAMPLES = 100  # of the bootstrap: of fewer, one or two samples would be a bound
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class EvaluateConfig:
     json: Annotated[str | None, "write the results here, unrounded"] = None
 
     def __post_init__(self) -> None:
-        given = [bool(self.model_path), bool(self.scores)]
-        require(sum(given) == 1, "expected either --model_path or --scores")
+        require(self.model_path or self.scores, "no --model_path and no --scores: expected one")
+        both = self.model_path and self.scores
+        require(not both, "--model_path and --scores exclude each other")
         check_range(self, ("workers", "bootstrap"), 0)
         check_range(self, ("shortlist",), 1)
         for name, choice, given in (

@@ -82,8 +82,12 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def parse(cls: type[Options], argv: Sequence[str] | None, description: str) -> Options:
+def parse(
+    cls: type[Options], argv: Sequence[str] | None, description: str, program: str | None = None
+) -> Options:
     """Read the options of dataclass `cls` from the command line; one option a field.
+
+    `program` is what the help calls it (default: the file's name).
 
     A field is `Annotated[type, help, *further spellings]`; one without a default is required. With
     a spelling without dashes it goes by its place, and is called so in the help.
@@ -91,6 +95,7 @@ def parse(cls: type[Options], argv: Sequence[str] | None, description: str) -> O
     lists take one or more values. Raises InputError on a wrong or abbreviated option.
     """
     parser = _Parser(
+        prog=program,
         allow_abbrev=False,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,13 +17,15 @@ CODE = (".", ":!results", ":!README.md")  # as git names files
 def commit(folder: Path = Path(__file__).parent) -> str | None:
     """The folder's commit, with a + where tracked files differ from it; None without git.
 
+    Nor is it that of a repository around the folder which does not track it.
+
     Results and the README's tables do not count: they are what is written of that commit.
     """
     try:
-        head = _git(folder, "rev-parse", "HEAD")
+        head, tracked = _git(folder, "rev-parse", "HEAD"), _git(folder, "ls-files")
     except OSError:
         return None
-    if head.returncode:
+    if head.returncode or not tracked.stdout:
         return None
     changed = _git(folder, "diff", "--quiet", "HEAD", "--", *CODE).returncode
     return head.stdout.decode().strip() + "+" * (changed != 0)

@@ -83,7 +83,7 @@ class Snapshots:
         except Exception as error:  # what a file holds can be wrong in any way
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: cannot be gone on with: {reason}") from error
-        return self._with_best(place)
+        return self._with_best(place, self.config.resume == "auto" or self.is_newest(path))
 
     def is_newest(self, path: Path) -> bool:
         """Whether a checkpoint is the newest one of the run's folder."""
@@ -118,10 +118,11 @@ class Snapshots:
             same = type(found) is str and found == split.fingerprint
             require(same, f"{path}: was trained on other data than {split.path} and its captions")
 
-    def _with_best(self, place: Place) -> Place:
+    def _with_best(self, place: Place, newest: bool) -> Place:
         """The place with the best scores of the best model that is there.
 
         One of a later step than the checkpoint that the user named is given up, as that step is.
+        Where there is none, the newest checkpoint's model is validated again if that was due.
         """
         path = self.config.folder / BEST
         try:
@@ -139,7 +140,8 @@ class Snapshots:
             elif place.best_rsum >= 0:
                 found = f"{path}: not found, whose R@1+R@5 was {place.best_rsum:.1f}"
                 log.warning("%s; the next one takes its place", found)
-            rsum, r1 = -1.0, -1.0
+            validated = 0 if newest else place.validated
+            return replace(place, best_rsum=-1.0, best_r1=-1.0, validated=validated)
         return replace(place, best_rsum=rsum, best_r1=r1)
 
     def _restore_adam(self, moments: dict[int, dict[str, Tensor]], steps: int) -> None:

@@ -148,7 +148,7 @@ def _ends_plainly(file: IO[bytes]) -> bool:
 def has_checksum(path: Path) -> bool:
     """Whether `write_torch` wrote a file."""
     with naming(path, "a file that torch wrote"), path.open("rb") as file:
-        return not _ends_plainly(file)
+        return file.read(len(ZIP_START)) == ZIP_START and not _ends_plainly(file)
 
 
 def _check_seal(file: IO[bytes], size: int) -> None:

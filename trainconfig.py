@@ -38,7 +38,7 @@ class TrainConfig(DataConfig, ModelConfig):
     max_steps: Annotated[int, "end at this step, counted over resumes; 0: after num_epochs"] = 0
     learning_rate: Annotated[float, "Adam's learning rate"] = 0.0002
     lr_update: Annotated[int, "epochs until the learning rate falls to a tenth"] = 15
-    grad_clip: Annotated[float, "longest gradient; 0: any length"] = 2.0
+    grad_clip: Annotated[float, "maximum gradient norm; 0: any"] = 2.0
     margin: Annotated[float, "margin of the triplet loss"] = 0.2
     max_violation: Annotated[bool, "hardest negative only, else the sum over all"] = True
     trade_off: Annotated[float, "weight of the path regulariser"] = 0.5

@@ -23,6 +23,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 LONGEST_WORD = 100  # characters; a longer word is one [UNK]
 
+# REFERENCE: a carriage return is a control character like any other and vanishes; the library alone
+# would make it a space.
+# DEVIATION: characters younger than Unicode 8 are classed as the tokenizers library does (the
+# published code asked Python).
+CLEANED = normalizers.Sequence(
+    [
+        normalizers.Replace("\r", ""),
+        normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=False
+        ),
+    ]
+)
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -51,18 +64,9 @@ class Vocabulary:
         tokenizer = Tokenizer(
             models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=LONGEST_WORD)
         )
-        tokenizer.normalizer = normalizers.Sequence(
-            [
-                # REFERENCE: a carriage return is a control character like any other and vanishes;
-                # the library alone would make it a space.
-                normalizers.Replace("\r", ""),
-                # REFERENCE: CJK characters stay inside their word.
-                # DEVIATION: characters younger than Unicode 8 are classed as the tokenizers
-                # library does (the published code asked Python).
-                normalizers.BertNormalizer(
-                    clean_text=True, handle_chinese_chars=False, strip_accents=True, lowercase=True
-                ),
-            ]
+        # REFERENCE: CJK characters stay inside their word.
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            clean_text=False, handle_chinese_chars=False, strip_accents=True, lowercase=True
         )
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return tokenizer
@@ -89,7 +93,8 @@ class Vocabulary:
 
     def _pieces(self, captions: Sequence[str]) -> list[list[int]]:
         """WordPieces of captions, uncut, without `[CLS]` and `[SEP]`."""
-        # Python's lower-casing, as in 2018, knows the final sigma; the library's does not.
-        lower = [caption.lower() for caption in captions]
+        # Python's lower-casing, as in 2018, knows the final sigma; the library's does not. What
+        # is dropped goes first: it has a say in which sigma is the final one.
+        lower = [CLEANED.normalize_str(caption).lower() for caption in captions]
         encoded = self._tokenizer.encode_batch(lower, add_special_tokens=False)
         return [pieces.ids for pieces in encoded]

@@ -32,8 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert import (
-    CONFIGURATIONS,
-    WEIGHTS,
     Bert,
     assembled_bert,
     bert_files,
@@ -57,7 +55,6 @@ LONGEST = 16  # WordPieces
 # 0.51, layers at random 1.00 and 0.56, query and key swapped 0.97 and 0.63, 3 heads 1.00 and 0.69.
 # No other trained BERT was measured.
 BOUNDS = {"meaning": 0.75, "senses": 0.85}
-FILES = (*CONFIGURATIONS, *WEIGHTS, "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ def checked(folder: Path) -> tuple[Bert, dict[str, Any]]:
     config = bert.model.config
     found: dict[str, Any] = {
         "folder": str(folder),
-        "files": {n: (folder / n).stat().st_size for n in FILES if (folder / n).is_file()},
+        "files": {path.name: path.stat().st_size for path in bert_files(folder) if path.is_file()},
         "weights": source.name,
         "keys": style,
         "layers": config.num_hidden_layers,

@@ -71,19 +71,19 @@ step scenes "10 s" "draw $((train + dev + tested)) scenes" \
     "$python" -m scripts.draw_scenes --out "$scenes" --train "$train" --dev "$dev" --test "$tested"
 step captions "5 s" "captions in SCAN's layout" \
     "$python" -m scripts.prepare_captions "$scenes/dataset_scenes.json" --out "$data"
-step regions "1 minute" "36 region features a picture, EfficientNet-Lite2" \
+step regions "30 s" "36 region features a picture, EfficientNet-Lite2" \
     "$python" -m scripts.extract_regions --images "$scenes/images" --data "$data" \
     --model efficientnet_lite2
 step data "5 s" "check the data and what it will take" \
     "$python" -m scripts.check_data "$data" --bert_path "$bert" --full
 step bert "10 s" "check BERT" "$python" -m scripts.check_bert "$bert"
-step i2t "4 minutes" "train i2t: regions see words" training i2t --lambda_softmax 4
-step t2i "4 minutes" "train t2i: words see regions" training t2i --lambda_softmax 9
+step i2t "2 minutes" "train i2t: regions see words" training i2t --lambda_softmax 4
+step t2i "2 minutes" "train t2i: words see regions" training t2i --lambda_softmax 9
 for direction in i2t t2i; do
     step "eval_$direction" "20 s" "evaluate $direction on $tested unseen scenes" \
         evaluation $direction $direction
 done
-step ensemble "40 s" "evaluate the two together" evaluation ensemble i2t t2i
+step ensemble "30 s" "evaluate the two together" evaluation ensemble i2t t2i
 step curves "5 s" "plot the curves" \
     "$python" -m scripts.plot_run "$out/i2t" "$out/t2i" --out "$out/curves.png"
 step examples "5 s" "draw example retrievals" \

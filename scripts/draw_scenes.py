@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from files import naming, write_bytes, write_json
-from options import InputError, check_range, parse, progress, require, run
-
-try:
-    from PIL import Image, ImageDraw
-except ImportError as error:
-    Image, MISSING = None, error
+from options import InputError, check_range, parse, progress, run
 
 SIDE = 260  # pixels, what EfficientNet-Lite2 takes
 FINE = 3  # drawn so many times larger, so that edges are smooth
@@ -232,7 +228,6 @@ def scenes(count: int, rng: np.random.Generator) -> Iterator[tuple[Scene, list[s
 
 def main() -> None:
     chosen = parse(Options, None, __doc__)
-    require(Image is not None, "Pillow is missing: pip install -r requirements.txt")
     out = Path(chosen.out)
     with naming(out, "a folder to write to"):
         (out / "images").mkdir(parents=True, exist_ok=True)

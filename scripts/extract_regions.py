@@ -91,6 +91,7 @@ def source_of(options: Options) -> Source:
     if options.model == "tsv":
         return Tsv([Path(path) for path in options.tsv], options.tsv_key == "name")
     folder, device = Path(options.images), pick_device(options.device)
+    log.info("%s on %s", options.model, device)
     if options.model == "fasterrcnn":
         return Detector(folder, Path(options.weights), device)
     return Grid(folder, device)

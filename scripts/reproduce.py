@@ -3,7 +3,9 @@
     python -m scripts.reproduce list                       # every run: commands, data, state
     python -m scripts.reproduce run f30k_ensemble          # what is missing of it: hours to days
     python -m scripts.reproduce run ablation_uniform --seeds 0 1 2
+    python -m scripts.reproduce run f30k_i2t --no-train    # evaluate a model that is there already
     python -m scripts.reproduce table [--format md|latex|csv|json]
+    python -m scripts.reproduce run --help                 # --seeds, --data_path, --bert_path, ...
 
 The runs are those of scripts/experiments.toml. `run` skips what is done, goes on with what was cut
 off, and writes results/reproduce/NAME_seedN.json; checkpoints go to runs/reproduce/. A table holds
@@ -37,6 +39,7 @@ TRAINING = ("command", *runlog.RAN_ON, "seconds", "resumed_at", "earlier", "step
 
 @dataclass(frozen=True)
 class RunOptions:
+    names: Annotated[list[str], "runs that `list` tells of", "NAME"]
     seeds: Annotated[list[int], "one training for each"] = (0,)
     data_path: Annotated[str | None, "in place of the registry's"] = None
     bert_path: Annotated[str | None, "in place of the registry's"] = None
@@ -220,15 +223,14 @@ def main() -> None:
     action, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     registry = Registry(REGISTRY)
     if action == "list":
-        parse(ListOptions, rest, __doc__)
+        parse(ListOptions, rest, __doc__, "reproduce.py list")
         say(listed(registry))
     elif action == "table":
-        say(FORMATS[parse(TableOptions, rest, __doc__).format](registry))
+        options = parse(TableOptions, rest, __doc__, "reproduce.py table")
+        say(FORMATS[options.format](registry))
     elif action == "run":
-        names = rest[: next((k for k, word in enumerate(rest) if word.startswith("-")), len(rest))]
-        options = parse(RunOptions, rest[len(names) :], __doc__)
-        require(bool(names), f"run: expected a name, one of {', '.join(registry.runs)}")
-        runs = [(registry.run(name), seed) for name in names for seed in options.seeds]
+        options = parse(RunOptions, rest, __doc__, "reproduce.py run")
+        runs = [(registry.run(name), seed) for name in options.names for seed in options.seeds]
         for each, seed in runs:  # before the long work
             check_results(registry, each, seed)
         for each, seed in runs:

@@ -65,9 +65,9 @@ def test_affinities_of_nothing_have_finite_gradients(norm: str) -> None:
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_context_padding_is_invisible(name: str) -> None:
-    cell, seen, x = SIZES.cell(name, 4), context(), torch.randn(Q, C, L, D)
+def test_context_padding_is_invisible() -> None:
+    """To the one cell that reads the context's tokens."""
+    cell, seen, x = SIZES.cell("cmrc", 4), context(), torch.randn(Q, C, L, D)
     noisy = replace(seen, tokens=torch.where(seen.mask[..., None], seen.tokens, 9.0))
     torch.testing.assert_close(cell(x, *cell.view(seen)), cell(x, *cell.view(noisy)))
 

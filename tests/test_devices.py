@@ -2,7 +2,7 @@
 
     DIME_DEVICE=cuda python -m pytest -m "slow or not slow" tests/test_devices.py
 
-In the suite it is the CPU; `scripts/check_gpu.sh` asks for a GPU.
+In the suite it is the CPU, whose float32 test_golden.py has; `scripts/check_gpu.sh` asks for a GPU.
 """
 
 import os
@@ -39,6 +39,7 @@ def scores(case: Case, precision: str = "fp32", compiled: bool = False) -> np.nd
     return found
 
 
+@pytest.mark.slow
 def test_float32_equals_the_golden_scores(case: Case) -> None:
     np.testing.assert_allclose(scores(case), case.expected("eval")["sims"], rtol=0, atol=EXACT)
 

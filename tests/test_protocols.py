@@ -123,8 +123,8 @@ def test_intervals_hold_their_figures(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
-    "nothing": (lambda t: [], "expected either --model_path or --scores"),
-    "both": (lambda t: ["--scores", "a", "--model_path", "b"], "either --model_path or --scores"),
+    "nothing": (lambda t: [], "no --model_path and no --scores: expected one"),
+    "both": (lambda t: ["--scores", "a", "--model_path", "b"], "--model_path and --scores exclude"),
     "twice": (
         lambda t: ["--scores", saved(t, "a.npy"), "--fold5", "--protocols", "5k"],
         "--fold5 and --protocols exclude each other",

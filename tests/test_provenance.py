@@ -28,3 +28,6 @@ def test_the_commit_and_whether_files_differ_from_it(
     for name in names[1:]:
         (tmp_path / name).write_text("b")
     assert re.fullmatch("[0-9a-f]{40}", provenance.commit(tmp_path))  # tables of that commit
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / "unpacked/file").write_text("a")
+    assert provenance.commit(tmp_path / "unpacked") is None

@@ -260,7 +260,7 @@ def test_a_training_that_was_cut_off_is_no_result(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["run"], "run: expected a name, one of one, other, both"),
+        (["run"], "required: NAME"),
         (["run", "four"], "four: no such run; expected one, other, both"),
         (["dance"], "dance: expected list, run or table"),
         (["table", "--format", "pdf"], "invalid choice: 'pdf'"),
@@ -532,6 +532,9 @@ def test_help_teaches(
 ) -> None:
     assert run_here(monkeypatch, reproduce.main, ["--help"]) == 0
     assert "python -m scripts.reproduce run f30k_ensemble" in capsys.readouterr().out
+    assert run_here(monkeypatch, reproduce.main, ["run", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("usage: reproduce.py run [-h] [--seeds") and "NAME [NAME ...]" in told
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 import provenance
 import runlog
@@ -115,14 +114,6 @@ def test_a_spoilt_run_json_is_named(tmp_path: Path) -> None:
         (tmp_path / runlog.RUN).write_text(content)
         with pytest.raises(InputError, match=r"run\.json"):
             runlog.RunLog(tmp_path, {}, torch.device("cpu"), step=1)
-
-
-def test_figures_may_be_tensors_or_numbers() -> None:
-    window = runlog.Window()
-    window.loaded()
-    figures: dict[str, Tensor] = {"Rank": torch.tensor(3.0)}
-    window.stepped(figures)
-    assert type(window.mean()["Rank"]) is float
 
 
 def test_a_step_of_a_thousand_digits_is_none(tmp_path: Path) -> None:

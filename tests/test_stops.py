@@ -567,6 +567,23 @@ def test_a_damaged_best_model_is_replaced_with_a_warning(
     assert state(folder / BEST)["step"] == 4
 
 
+@pytest.mark.parametrize("resume", ["auto", NEWEST])
+def test_a_finished_run_without_its_best_model_is_validated_again(
+    resume: str, tiny: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    argv, folder = tiny_train(tiny, "--max_steps", "2"), tiny / "runs/i2t"
+    assert run_train(*argv) == 0
+    logged, best = events(folder), state(folder / BEST)
+    (folder / BEST).unlink()
+    assert run_train(*argv, "--resume", "auto" if resume == "auto" else folder / resume) == 0
+    assert "not found, whose R@1+R@5 was" in caplog.text and "complete at step" not in caplog.text
+    again = state(folder / BEST)
+    assert (again["step"], again["best_rsum"]) == (2, best["best_rsum"])
+    assert events(folder) == logged
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert "complete at step 2" in caplog.text
+
+
 @pytest.mark.parametrize("size", [5, 60, 3000])
 def test_a_disk_that_is_full_from_the_start_is_one_line(tiny: Path, size: int) -> None:
     """For the lock, for TensorBoard's first event, for the logs."""
@@ -579,9 +596,6 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tiny: Path, size: int) -
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(r"-c: error: .*File too large", done.stderr)
-
-
-# One writer
 
 
 def test_what_ends_a_run_behind_a_validation_keeps_its_figures(
@@ -610,6 +624,9 @@ def test_what_ends_a_run_behind_a_validation_keeps_its_figures(
             assert state(folder / NEWEST)["metrics"] == kept["metrics"]
     assert run_train(*argv, "--resume", "auto") == 0
     assert state(folder / NEWEST)["metrics"] != kept["metrics"]
+
+
+# One writer
 
 
 def test_a_second_training_is_refused_while_the_first_runs(

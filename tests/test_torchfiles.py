@@ -16,7 +16,7 @@ from test_files import largest_file
 
 from files import read_text
 from options import InputError
-from torchfiles import has_checksum, read_safetensors, read_torch, write_torch
+from torchfiles import has_checksum, read_safetensors, read_torch, write_old_torch, write_torch
 
 
 def written(folder: Path, content: object) -> Path:
@@ -99,6 +99,8 @@ def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "x", {"step": 3})
     assert read_torch(path) == {"step": 3}
     assert not has_checksum(path) and has_checksum(written(tmp_path, CONTENT))
+    write_old_torch(path, {"step": 3})
+    assert read_torch(path) == {"step": 3} and not has_checksum(path)
 
 
 def wider(size: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from layout import SplitName, files_of
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOnSplit:
-    model_path: Annotated[str, "a checkpoint, own or published"]
+    model_path: Annotated[str, "a checkpoint, own, published or .safetensors"]
     data_path: Annotated[
         str | None, "folder that holds the data sets' folders (default: the checkpoint's)"
     ] = None

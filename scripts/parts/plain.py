@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cells import CELLS, LEAK
 from model import DIME
 from router import CLOSED, EPSILON, Modality
 
@@ -24,7 +25,7 @@ def plain_scores(model: DIME, images: Modality, captions: Modality) -> Tensor:
 
 def plain_column(space: torch.nn.Module, tokens: Tensor, words: Tensor, pooled: Tensor) -> Tensor:
     """Scores `[Q]` of all queries with one context."""
-    xs = [tokens] * 4
+    xs = [tokens] * len(CELLS)
     for layer in space.layers:
         cells = list(layer.cells.values())
         ys = [plain_cell(cell, x, words, pooled) for cell, x in zip(cells, xs, strict=True)]
@@ -32,15 +33,15 @@ def plain_column(space: torch.nn.Module, tokens: Tensor, words: Tensor, pooled: 
         total = gates.sum(2)  # [Q, O]
         shares = gates / (total[:, :, None] + EPSILON)
         mixed = []
-        for k in range(4):
+        for k in range(len(CELLS)):
             y = (total[:, k] < CLOSED)[:, None, None] * ys[0]
-            for j in range(4):
+            for j in range(len(CELLS)):
                 y = y + shares[:, k, j, None, None] * ys[j]
             mixed.append(y)
         xs = mixed
     cells = list(space.merge.cells.values())
     gates = torch.cat([cell.router(x) for cell, x in zip(cells, xs, strict=True)], 1)
-    dead = (gates < CLOSED / 4).float()
+    dead = (gates < CLOSED / len(CELLS)).float()
     z = 0
     for j, cell in enumerate(cells):
         y = plain_cell(cell, xs[j], words, pooled)
@@ -58,7 +59,7 @@ def plain_cell(cell: torch.nn.Module, x: Tensor, words: Tensor, pooled: Tensor) 
         y = x + F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
         return y + cell.fc2(cell.fc1(y).relu())
     if hasattr(cell, "scale_shift"):
-        affinity = F.normalize(F.leaky_relu(x @ words.T, 0.1), dim=1)
+        affinity = F.normalize(F.leaky_relu(x @ words.T, LEAK), dim=1)
         attended = (cell.smooth * affinity).softmax(-1) @ words  # [Q, L, D]
         scale, shift = cell.scale_shift(attended).chunk(2, -1)
         return x + cell.fc2(cell.fc1(x * scale.tanh() + shift).relu())

@@ -8,10 +8,9 @@ import binascii
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -131,7 +130,7 @@ def _warn(what: str, rows: list[str]) -> None:
         log.warning("%d rows are %s: %s", len(rows), what, some(rows))
 
 
-def rows_of(path: Path) -> Any:
+def rows_of(path: Path) -> Iterator[tuple[Place, bytes]]:
     """Place and content of each line of a file. Raises InputError where a line is no row."""
     with naming(path, "a TSV file"), path.open("rb") as file:
         line, offset = 1, 0
