@@ -23,15 +23,17 @@ from typing import Annotated, Any, Literal
 
 import provenance
 import runlog
+from data import Split
+from evalconfig import EvaluateConfig
 from files import read_json, sha256_of, write_json
-from options import InputError, parse, require, run, say, short
-from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, scores_of, shown
+from options import InputError, parse, require, run, say
+from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, shown
+from scripts.parts.objections import HOW_TRAINED, model_objection, objection, scores_of
 from scripts.parts.paper_table import FORMATS, figures_of
 from signals import Stopped, handled
 
 log = logging.getLogger(__name__)
 
-HOW_TRAINED = "how a model was trained"
 ROOT = Path(__file__).parent.parent
 # What results tell of run.json.
 TRAINING = ("command", *runlog.RAN_ON, "seconds", "resumed_at", "earlier", "step", "complete")
@@ -84,7 +86,7 @@ def state(registry: Registry, each: Run) -> str:
     for seed, path in each.results().items():
         try:
             check_figures(each, path)
-            word = "stale" if registry.objection(each, seed) else "done"
+            word = "stale" if objection(registry, each, seed) else "done"
         except InputError:
             word = "damaged"
         seeds.setdefault(word, []).append(str(seed))
@@ -115,20 +117,19 @@ def reproduce(
         for member in registry.members(each):
             reproduce(registry, member, seed, options, of_ensemble=True)
     else:
+        check_data(registry, each, paths)  # before it is trained for
         if options.train:
             _call(registry.train(each, seed, paths))
-        model = each.model(seed)
-        require(model.exists(), f"{model}: not found; expected the model that is to be evaluated")
-        check_complete(model.parent / runlog.RUN)
+        check_model(registry, each, seed)
     evaluation = registry.evaluate(each, seed, paths)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}")
     _call([*evaluation, "--json", str(part)])
     about, found = origin(registry, each, seed, evaluation), read_json(part, RESULT)
-    write_json(path, about | {name: found[name] for name in found if name not in about})
     part.unlink()
-    objection = registry.objection(each, seed)
-    require(not objection, objection)
+    content = about | {name: found[name] for name in found if name not in about}
+    refuse(objection(registry, each, seed, content=content))
+    write_json(path, content)
     log.info("%s, seed %d: %s", each.name, seed, path)
 
 
@@ -175,8 +176,7 @@ def check_results(registry: Registry, each: Run, seed: int) -> None:
         if os.path.lexists(path):
             try:
                 check_figures(part, path)
-                objection = registry.objection(part, seed)
-                require(not objection, objection)
+                refuse(objection(registry, part, seed))
             except InputError as error:
                 raise InputError(f"{error}; delete it to have the run done again") from error
             if to_do and not has_scores(part, seed):
@@ -185,13 +185,24 @@ def check_results(registry: Registry, each: Run, seed: int) -> None:
                 require(part.model(seed).exists(), f"{found}; {again}")
 
 
-def check_complete(path: Path) -> None:
-    """Raise InputError where a model's run.json says that its training was cut off."""
-    if path.exists():
-        found = read_json(path, HOW_TRAINED)
-        cut_off = f"the training was cut off at step {short(found.get('step'))}"
-        whole = found.get("complete") is not False  # older ones do not tell
-        require(whole, f"{path}: {cut_off}; expected a complete one (train.py --resume auto)")
+def check_data(registry: Registry, each: Run, paths: dict[str, str]) -> None:
+    """Raise InputError unless what is evaluated is there, of as many images as the registry has."""
+    config = parse(EvaluateConfig, registry.evaluate(each, 0, paths)[1:], "")
+    split = Split.open(Path(config.data_path) / config.data_name, config.split, None)
+    expected = registry.data_of(each).images
+    require(split.images == expected, f"{split.path}: {split.images} images; expected {expected}")
+
+
+def check_model(registry: Registry, each: Run, seed: int) -> None:
+    """Raise InputError unless the model is there, and as far as it tells the one that is meant."""
+    model = each.model(seed)
+    require(model.exists(), f"{model}: not found; expected the model that is to be evaluated")
+    refuse(model_objection(registry, each, seed))
+
+
+def refuse(found: str) -> None:
+    """Raise InputError where there is an objection."""
+    require(not found, found)
 
 
 def _call(command: list[str]) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from runlog import events
 from scripts import reproduce
 from scripts.parts import paper_table
 from scripts.parts.experiments import REGISTRY, Registry, shown, works
+from scripts.parts.objections import made_otherwise, objection
 from scripts.parts.paper_table import as_markdown, rows
 from scripts.parts.tables import COLUMNS
 from scripts.results_table import TAGS
@@ -112,7 +114,12 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_set_beside_the_paper(
         assert run_here(monkeypatch, reproduce.main, argv) == 0
         return capfd.readouterr().out
 
-    assert program("list").count("; not run\n") == 3
+    told = program("list")
+    assert told.count("; not run\n") == 3 and "  needs: the tiny data\n" in told
+    registry = Registry(reproduce.REGISTRY)
+    for each in registry.runs.values():
+        lines = [f"  {shown(command)}\n" for command in registry.commands(each, 0, {})]
+        assert "".join(lines) in told
     assert "| One |  | 10.0 · not run |" in program("table")
     assert "five,one,One,i2t R@1,10.0,not run,,,,0,\n" in program("table", "--format", "csv")
     program("run", "both", "--seeds", "0", "1")
@@ -207,7 +214,7 @@ def test_a_run_that_was_cut_off_is_gone_on_with(
     small: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     registry = Registry(reproduce.REGISTRY)
-    assert run_here(monkeypatch, reproduce.main, ["run", "one", "--data_path", "nowhere"]) == 2
+    assert run_here(monkeypatch, reproduce.main, ["run", "one", "--bert_path", "nowhere"]) == 2
     assert "train.py ended with status 2, see above" in capfd.readouterr().err
     assert not (small / "results/reproduce").exists()
     cut = registry.train(registry.run("one"), 0, {})
@@ -257,6 +264,68 @@ def test_a_training_that_was_cut_off_is_no_result(
     assert not (small / "results/reproduce/one_seed0.json").exists()
 
 
+def test_another_model_than_the_registrys_is_not_evaluated(
+    small: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """By what its checkpoint tells, and the run.json beside it."""
+    registry = Registry(reproduce.REGISTRY)
+    one, other = registry.run("one"), registry.run("other")
+
+    def refused(name: str, seed: int) -> str:
+        assert run_here(monkeypatch, reproduce.main, [*argv, name, "--seeds", str(seed)]) == 2
+        assert not registry.run(name).result(seed).exists()
+        return last_line(capsys)
+
+    longer = registry.train(one, 0, {})
+    longer[longer.index("--max_steps") + 1] = "3"
+    assert run_train(*longer[1:]) == 0
+    argv, trained = ["run", "--no-train"], "model_best.pth.tar: was trained with train.py "
+    assert f"{trained}--max_steps 3; expected 2" in refused("one", 0)
+    for model in (one.model(1), other.model(0)):
+        model.parent.mkdir(parents=True)
+        shutil.copy(one.model(0), model)
+    assert f"{trained}--seed 0; expected 1" in refused("one", 1)
+    assert f"{trained}--direction 'i2t'; expected 't2i'" in refused("other", 0)
+    (one.model(0).parent / "run.json").unlink()
+    assert run_here(monkeypatch, reproduce.main, [*argv, "one"]) == 0  # as far as it tells
+
+
+def test_data_that_cannot_be_evaluated_is_told_before_the_training(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv, registry = ["run", "one"], reproduce.REGISTRY
+    registry.write_text(registry.read_text().replace("images = 10", "images = 9"))
+    assert run_here(monkeypatch, reproduce.main, argv) == 2
+    assert "data/tiny/test_ims.npy: 10 images; expected 9" in last_line(capsys)
+    (small / "data/tiny/test_caps.txt").unlink()
+    assert run_here(monkeypatch, reproduce.main, argv) == 2
+    assert "data/tiny/test_caps.txt: not found" in last_line(capsys)
+    assert not (small / "runs/reproduce").exists()
+
+
+def test_no_model_is_counted_twice_nor_one_that_was_cut_off(
+    small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(reproduce.REGISTRY)
+    (small / "results/reproduce").mkdir()
+    content = {"protocols": {"5k": {"metrics": GOOD}}}
+    for seed, about in (
+        (3, {"matrices": {"a.npy": "x"}}),
+        (10, {"matrices": {"b.npy": "x"}}),
+        (11, {"matrices": {"c.npy": "y"}}),
+        (12, {"trainings": [{"complete": False, "step": 1}]}),
+    ):
+        path = registry.run("other").result(seed)
+        path.write_text(json.dumps(made("other", seed) | content | about))
+    assert list(rows(registry, "first")[1].ours) == [3, 11]
+    where = "results/reproduce/other_seed"
+    assert f"{where}10.json: is of the same scores as {where}3.json; expected" in caplog.text
+    assert f"{where}12.json: the training was cut off at step 1; left out" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -283,7 +352,8 @@ def made(name: str, seed: int = 0) -> dict[str, object]:
     """What results say of the registry's commands having made them."""
     registry = Registry(reproduce.REGISTRY)
     commands = registry.commands(registry.run(name), seed, {})
-    return {"commands": [shown(command) for command in commands], "trainings": [], "images": 10}
+    trainings: list[object] = [{} for _ in registry.members(registry.run(name))]
+    return {"commands": list(map(shown, commands)), "trainings": trainings, "images": 10}
 
 
 GOOD = {"i2t": {"r1": 1, "r5": 2, "r10": 3}, "t2i": {"r1": 1, "r5": 2, "r10": 3}, "rsum": 12}
@@ -297,7 +367,12 @@ GOOD = {"i2t": {"r1": 1, "r5": 2, "r10": 3}, "t2i": {"r1": 1, "r5": 2, "r10": 3}
         json.dumps({"protocols": {"5k": {"metrics": GOOD}}}),  # one of two
         *(
             json.dumps({"protocols": {name: {"metrics": GOOD | wrong} for name in ("5k", "1k5")}})
-            for wrong in ({"rsum": 13}, {"rsum": float("nan")}, {"rsum": "12"}, {"i2t": 3})
+            for wrong in (
+                *({"rsum": 13}, {"rsum": float("nan")}, {"rsum": "12"}, {"i2t": 3}),
+                {"i2t": {"r1": 3, "r5": 2, "r10": 1}},
+                {"i2t": {"r1": 1, "r5": 2, "r10": 101}, "rsum": 110},
+                {"i2t": {"r1": -1, "r5": 2, "r10": 3}, "rsum": 10},
+            )
         ),
     ],
 )
@@ -312,6 +387,10 @@ def test_results_that_are_damaged_are_not_done(
         assert run_here(monkeypatch, reproduce.main, argv) == 2
         said = last_line(capsys)
         assert f"{path.relative_to(small)}: " in said and said.endswith(more)
+
+
+NO_TRAININGS = "its trainings are no list of 1, each told or null"
+NO_PROGRAMS = "are none of these programs ("
 
 
 def test_results_of_other_commands_are_told(
@@ -330,29 +409,53 @@ def test_results_of_other_commands_are_told(
     elsewhere = shown(registry.train(registry.run("one"), 0, {"data_path": "d", "bert_path": "b"}))
     known = [{"seconds": 1}]
     for commands, trainings, told in (
-        ([training, evaluation], known, False),
-        ([elsewhere.replace("--workers 0", "--workers 2"), evaluation], known, False),
-        ([training.replace("--max_steps 2", "--max_steps=2"), evaluation], known, False),
-        ([evaluation], [None], False),  # of a model whose training nobody knows
-        ([training, evaluation], [None], True),  # which has no command of it
-        ([evaluation], known, True),
-        ([training.replace("--max_steps 2", "--max_steps 3"), evaluation], known, True),
-        ([training.replace("--extra_stc 1", "--extra_stc 2"), evaluation], known, True),
-        ([training.replace("--seed 0", "--seed 1"), evaluation], known, True),
-        ([training, evaluation.replace("--split test", "--split dev")], known, True),
-        ([training, evaluation.replace("python ", "python other_")], known, True),
-        ([training, "'"], known, True),
-        ([None, evaluation], known, True),
-        ([f"{training} --help", evaluation], known, True),
-        (3, known, True),
+        ([training, evaluation], known, ""),
+        ([elsewhere.replace("--workers 0", "--workers 2"), evaluation], known, ""),
+        ([training.replace("--max_steps 2", "--max_steps=2"), evaluation], known, ""),
+        ([evaluation], [None], ""),  # of a model whose training nobody knows
+        (
+            [training, evaluation],  # which has no command of it
+            [None],
+            "train.py, evaluate_models.py; expected evaluate_models.py",
+        ),
+        ([evaluation], known, "evaluate_models.py; expected train.py, evaluate_models.py"),
+        (
+            [training.replace("--max_steps 2", "--max_steps 3"), evaluation],
+            known,
+            "train.py --max_steps 3; expected 2",
+        ),
+        (
+            [training.replace("--extra_stc 1", "--extra_stc 2"), evaluation],
+            known,
+            "train.py --extra_stc 2; expected 1",
+        ),
+        (
+            [training.replace("--seed 0", "--seed 1"), evaluation],
+            known,
+            "train.py --seed 1; expected 0",
+        ),
+        (
+            [training, evaluation.replace("--split test", "--split dev")],
+            known,
+            "evaluate_models.py --split 'dev'; expected 'test'",
+        ),
+        ([training, evaluation.replace("python ", "python other_")], known, NO_PROGRAMS),
+        ([training, "'"], known, NO_PROGRAMS),
+        ([None, evaluation], known, NO_PROGRAMS),
+        ([f"{training} --help", evaluation], known, NO_PROGRAMS),
+        (3, known, NO_PROGRAMS),
+        ([training, evaluation], {}, NO_TRAININGS),
+        ([training, evaluation], [3], NO_TRAININGS),
+        ([training, evaluation], [{}, {}], NO_TRAININGS),
     ):
         path.write_text(json.dumps(content | {"commands": commands, "trainings": trainings}))
-        assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 2 * told
-        found = "one_seed0.json: was made by other commands than now"
-        assert (f"{found}; delete it to have the run" in capsys.readouterr().err) == told
+        assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 2 * bool(told)
+        said = capsys.readouterr().err
+        found = rf"one_seed0.json: was made by other commands than now: .*{re.escape(told)}.*; "
+        assert bool(re.search(f"{found}delete it to have the run", said)) == bool(told)
         caplog.clear()
         assert len(rows(registry, "first")[0].ours) == (not told)
-        assert (f"{found}; left out" in caplog.text) == told
+        assert bool(re.search(f"{found}left out", caplog.text)) == bool(told)
         word = "stale for seed 0" if told else "done for seed 0"
         assert f"One; {word}\n" in reproduce.listed(registry)
     assert registry.run("one").results() == {0: path.relative_to(small)}
@@ -370,7 +473,7 @@ def test_a_training_that_is_not_known_excuses_no_other_one(small: Path) -> None:
         ([one_alone, shorter, *rest], [None, {}], False),
     ):
         content = {"commands": commands, "trainings": trainings}
-        assert registry.has_made(both, 0, content) == fits
+        assert bool(made_otherwise(registry, both, 0, content)) == (not fits)
 
 
 def test_results_of_other_images_are_told(
@@ -392,12 +495,12 @@ def test_seeds_of_other_data_or_berts_are_not_averaged(
     registry = Registry(reproduce.REGISTRY)
     (small / "results/reproduce").mkdir()
     known = {"data": "a", "bert": "b", "training": "c"}
-    for inputs, count in (
-        ((known, known), 2),
-        ((None, known), 2),  # an older file does not tell
-        ((known, known | {"data": "d"}), 1),
-        ((None, known, known | {"bert": "d"}, known), 3),
-        ((known, known | {"training": "d"}, known, None), 3),
+    for inputs, count, name in (
+        ((known, known), 2, ""),
+        ((None, known), 2, ""),  # an older file does not tell
+        ((known, known | {"data": "d"}), 1, "data"),
+        ((None, known, known | {"bert": "d"}, known), 3, "BERT"),
+        ((known, known | {"training": "d"}, known, None), 3, "training data"),
     ):
         caplog.clear()
         for seed, each in enumerate(inputs):
@@ -406,7 +509,7 @@ def test_seeds_of_other_data_or_berts_are_not_averaged(
             registry.run("other").result(seed).write_text(json.dumps(content))
         assert len(rows(registry, "first")[1].ours) == count
         first = next(seed for seed, each in enumerate(inputs) if each)
-        said = f"json: is of other data or another BERT than results/reproduce/other_seed{first}"
+        said = f"json: is of other {name} than results/reproduce/other_seed{first}"
         assert (said in caplog.text) == (count < len(inputs))
         stale = f"done for seed {', '.join(map(str, registry.run('other').results()))}\n"
         assert (f"Other; {stale}" in reproduce.listed(registry)) == (count == len(inputs))
@@ -430,13 +533,13 @@ def test_no_row_is_of_other_data_than_its_table(
 
     assert seeds(one=[known], other=[known], both=[known, known]) == [1, 1, 1]
     assert seeds(one=[known], other=[else_], both=[known, else_]) == [1, 0, 0]
-    assert "both_seed0.json: its models are of different data or BERTs; left out" in caplog.text
+    assert "both_seed0.json: its models are of different data; left out" in caplog.text
     assert seeds(one=[known], other=[known], both=[else_, else_]) == [1, 1, 0]
-    assert "both_seed0.json: is of other data or another BERT than results" in caplog.text
+    assert "both_seed0.json: is of other data than results" in caplog.text
     assert seeds(one=[known], other=[None], both=[known, None]) == [1, 1, 1]
     assert seeds(one=None, other=[else_], both=[None, else_]) == [1, 1, 1]
     registry.run("one").result(0).write_text("none")
-    assert not registry.objection(registry.run("other"), 0)  # one's file is told by itself
+    assert not objection(registry, registry.run("other"), 0)  # one's file is told by itself
 
 
 def test_an_ensemble_of_older_scores_is_told(
@@ -631,7 +734,7 @@ def test_results_were_made_by_the_registrys_commands() -> None:
     registry = Registry(REGISTRY)
     for each in registry.runs.values():
         for seed, path in each.results(ROOT / "results").items():
-            assert not registry.objection(each, seed, ROOT / "results")
+            assert not objection(registry, each, seed, ROOT / "results")
             found = json.loads(path.read_text())
             expected = [shown(command) for command in registry.commands(each, seed, {})]
             assert found["commands"] == expected, path.name
@@ -698,7 +801,12 @@ def test_one_seed_shows_its_interval(
     (path.parent / "other_seed1.json").write_text(json.dumps(content))
     assert "| Other | 2 | 1.0 ± 0.0 |" in shown(intervals=known)
     (path.parent / "other_seed1.json").unlink()
-    for wrong in (sides, sides | {"rsum": [1]}, sides | {"rsum": ["1", "2"]}, 3):
+    ends = ([1], ["1", "2"], [2, 1], [-1, 2], [1, 601], [1, math.inf], [math.nan, 2])
+    for wrong in (
+        *(sides, 3),
+        *(sides | {"rsum": pair} for pair in ends),
+        known | {"i2t": sides["i2t"] | {"r1": [99, 101]}},
+    ):
         part = {"metrics": GOOD, "intervals": wrong}
         path.write_text(json.dumps(other | {"protocols": {"5k": part}}))
         assert run_here(monkeypatch, reproduce.main, ["table"]) == 2
@@ -715,7 +823,7 @@ def test_runs_are_compared_seed_by_seed(
     registry = Registry(path)
     (small / "results/reproduce").mkdir()
     for name, seed, r1 in (("one", 0, 1), ("one", 2, 1), ("other", 0, 4.5), ("other", 1, 9)):
-        figures = GOOD | {"i2t": GOOD["i2t"] | {"r1": r1}, "rsum": 11 + r1}
+        figures = GOOD | {"i2t": {"r1": r1, "r5": 20, "r10": 30}, "rsum": 56 + r1}
         content = {"protocols": {p: {"metrics": figures} for p in ("5k", "1k5")}}
         registry.run(name).result(seed).write_text(json.dumps(made(name, seed) | content))
     assert "| Other | One | 0 | +3.5 |" in as_markdown(registry)  # the seed that both have

@@ -1,6 +1,7 @@
 """experiments.py — the registry of runs: scripts/experiments.toml.
 
-Read by scripts/reproduce.py, which runs them, and scripts/parts/paper_table.py.
+Read by scripts/reproduce.py, which runs them, and scripts/parts/paper_table.py. Whether results are
+what a run's row says is asked in scripts/parts/objections.py.
 """
 
 import re
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from evalconfig import EvaluateConfig
-from files import read_json, read_text
-from options import InputError, parse, require, short, some
+from files import read_text
+from options import InputError, parse, require, some
 from runfolder import BEST
 from trainconfig import FREE, TrainConfig
 
@@ -32,7 +33,6 @@ ELSEWHERE = {
     "train.py": FREE - {"num_epochs", "max_steps", "val_step", "skip_bad_batches"} | {"img_dim"},
     "evaluate_models.py": {"data_path", "bert_path", "device", "workers", "compile", "bootstrap"},
 }
-INPUTS = ("data", "bert", "training")  # fingerprints of what a model read
 CONFIGS = {"train.py": TrainConfig, "evaluate_models.py": EvaluateConfig}
 
 
@@ -138,7 +138,9 @@ class Registry:
         require(len(data) == 1, f"of models on {', '.join(sorted(data))}; expected one")
         if not run.of:
             parse(TrainConfig, self.train(run, 0, {})[1:], "")
-        given = parse(EvaluateConfig, self.evaluate(run, 0, {})[1:], "").all_protocols
+        evaluation = parse(EvaluateConfig, self.evaluate(run, 0, {})[1:], "")
+        require(evaluation.split is not None, "its evaluation names no --split")
+        given = evaluation.all_protocols
         for table, protocol in run.tables.items():
             found = f"table {table} takes protocol {protocol}"
             require(protocol in given, f"{found}; its evaluation gives {', '.join(given)}")
@@ -165,56 +167,6 @@ class Registry:
             before = [self.train(run, seed, paths)]
         return [*before, self.evaluate(run, seed, paths)]
 
-    def objection(self, run: Run, seed: int, results: Path = RESULTS) -> str:
-        """Why a run's results are not what its row in a table says; empty where they are.
-
-        Raises InputError where they are not there, or damaged.
-        """
-        path = run.result(seed, results)
-        content, images = read_json(path, RESULT), self.data_of(run).images
-        if not self.has_made(run, seed, content):
-            return f"{path}: was made by other commands than now"
-        if content.get("images") != images:
-            return f"{path}: is of {short(content.get('images'))} images; expected {images}"
-        held = scores_of(content).items()
-        parts = [part.result(seed, results) for part in self.members(run)]
-        parts = [read_json(part, RESULT) for part in parts if part != path and part.exists()]
-        if not all(scores_of(part).items() <= held for part in parts):
-            return f"{path}: was made of other scores than its models' now"
-        inputs = inputs_of(content)
-        if not alike(inputs):
-            return f"{path}: its models are of different data or BERTs"
-        first = self._first_on(self.data_of(run), results)
-        if first and not alike([*inputs, *first[1]]):
-            return f"{path}: is of other data or another BERT than {first[0]}"
-        return ""
-
-    def _first_on(self, data: Data, results: Path) -> tuple[Path, list[dict[str, Any]]] | None:
-        """The first results on that data that tell what their models read, and what they tell."""
-        for run in self.runs.values():
-            for path in run.results(results).values() if self.data_of(run) == data else ():
-                try:
-                    inputs = inputs_of(read_json(path, RESULT))
-                except InputError:
-                    continue  # which is told where these results are asked for
-                if inputs:
-                    return path, inputs
-        return None
-
-    def has_made(self, run: Run, seed: int, content: dict[str, Any]) -> bool:
-        """Whether a run's results came of what the registry has now, wherever the files were.
-
-        Of a model whose training is not known, None among them, the evaluation alone is compared.
-        """
-        now = [works(command) for command in self.commands(run, seed, {})]
-        try:
-            found = [works(typed(text)) for text in content["commands"]]
-            trainings = iter(content["trainings"])
-            now = [w for w in now if w[0] != "train.py" or next(trainings, True) is not None]
-        except (AttributeError, InputError, KeyError, TypeError, ValueError):
-            return False  # not commands of these programs
-        return found == now
-
     def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
         """The command that trains a model, or goes on with it."""
         text = f"{self.data[run.data].train} {run.train}"
@@ -240,24 +192,6 @@ class Registry:
         where = {"data_path": data.data_path, "bert_path": data.bert_path} | paths
         options = where | {"data_name": data.data_name}
         return [word for name, value in options.items() for word in (f"--{name}", value)]
-
-
-def scores_of(content: dict[str, Any]) -> dict[str, str]:
-    """The score matrices that results are of, and their SHA-256; none where it is not told."""
-    found = content.get("matrices")
-    return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
-
-
-def inputs_of(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """Fingerprints of what each model of some results read; none where it is not told."""
-    found = content.get("fingerprints")
-    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
-
-
-def alike(inputs: list[dict[str, Any]]) -> bool:
-    """Whether models read the same data and BERT, as far as it is told."""
-    told = ([each[name] for each in inputs if each.get(name) is not None] for name in INPUTS)
-    return all(values.count(values[0]) == len(values) for values in told if values)
 
 
 def shown(command: list[str]) -> str:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from files import read_json
 from options import InputError, require, short
 from scripts.parts.experiments import RESULT, RESULTS, Registry
+from scripts.parts.objections import objection
 from scripts.parts.tables import COLUMNS, markdown
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,13 @@ ABOUT = (
     "A cell: the paper's figure, if there is one · ours, mean ± deviation over seeds, or "
     "of one seed, where it is known, its 95 % interval over images · the difference."
 )
+ROUNDING = 1e-6
+PERCENT = 100 + ROUNDING
+HEAD = ["", "seeds", *COLUMNS]
 BESIDE = ["", "beside", "seeds", "rsum differs by"]
 NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
+
+Lines = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Row:
 def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
     """The rows of a table, from the files under `results`. Raises InputError on damaged ones.
 
-    Left out, with a warning, are results that the registry has an objection to.
+    Left out, with a warning, are results that there is an objection to.
     """
     papers = read_json(results / "paper.json", "the paper's figures")
     found = []
@@ -82,9 +88,8 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 paper = [*recalls, sum(recalls)]
             protocol, paths = run.tables[table], {}
             for seed, path in run.results(results).items():
-                objection = registry.objection(run, seed, results)
-                if objection:
-                    log.warning("%s; left out", objection)
+                if against := objection(registry, run, seed, results):
+                    log.warning("%s; left out", against)
                 else:
                     paths[seed] = path
             ours = {seed: figures_of(path, protocol) for seed, path in paths.items()}
@@ -102,9 +107,12 @@ def papers_source(results: Path = RESULTS) -> str:
 def figures_of(path: Path, protocol: str) -> list[float]:
     """Six recalls and rsum of an evaluation. Raises InputError where the file has none."""
     found = _seven(path, protocol, "metrics")
-    fits = all(type(value) in (int, float) and 0 <= value <= 600 for value in found)
-    fits = fits and abs(sum(found[:-1]) - found[-1]) < 1e-6
-    require(fits, f"{path}: {short(found)}; expected six recalls and their sum, rsum")
+    fits = all(type(value) in (int, float) and 0 <= value <= PERCENT for value in found[:-1])
+    fits = fits and all(side == sorted(side) for side in (found[:3], found[3:6]))
+    fits = fits and type(found[-1]) in (int, float)
+    fits = fits and abs(sum(found[:-1]) - found[-1]) < ROUNDING
+    told = ", ".join(map(short, found))
+    require(fits, f"{path}: {told}; expected R@1 to R@10 in percent, twice, and their sum")
     return found
 
 
@@ -116,7 +124,10 @@ def intervals_of(path: Path, protocol: str) -> list[list[float]] | None:
     found = _seven(path, protocol, "intervals")
     fits = all(isinstance(ends, list) and len(ends) == 2 for ends in found)
     fits = fits and all(type(end) in (int, float) for ends in found for end in ends)
-    require(fits, f"{path}: intervals {short(found)}; expected low and high of each figure")
+    most = [*(PERCENT for _ in METRICS), len(METRICS) * PERCENT]
+    fits = fits and all(0 <= a <= b <= top for (a, b), top in zip(found, most, strict=True))
+    told = ", ".join(short(str(ends)) for ends in found)
+    require(fits, f"{path}: intervals {told}; expected low and high of each figure")
     return found
 
 
@@ -146,16 +157,22 @@ def texts(row: Row) -> list[str]:
 def as_markdown(registry: Registry, results: Path = RESULTS) -> str:
     """Every table."""
     parts = []
-    for name, title in registry.tables.items():
-        every = rows(registry, name, results)
-        lines = [[row.title, str(len(row.ours) or ""), *texts(row)] for row in every]
-        parts.append(f"{title}:\n\n{markdown(['', 'seeds', *COLUMNS], lines)}")
-        if compared := by_seed(every):
+    for title, lines, compared in _lines(registry, results):
+        parts.append(f"{title}:\n\n{markdown(HEAD, lines)}")
+        if compared:
             parts.append(markdown(BESIDE, compared))
     return "\n".join([*parts, f"{ABOUT}\nThe paper's: {papers_source(results)}\n"])
 
 
-def by_seed(every: Sequence[Row]) -> list[list[str]]:
+def _lines(registry: Registry, results: Path) -> Iterator[tuple[str, Lines, Lines]]:
+    """Of each table its title, its lines, and those that compare rows seed by seed, if any."""
+    for name, title in registry.tables.items():
+        every = rows(registry, name, results)
+        lines = [[row.title, str(len(row.ours) or ""), *texts(row)] for row in every]
+        yield title, lines, by_seed(every)
+
+
+def by_seed(every: Sequence[Row]) -> Lines:
     """How far rsum lies from that of the run that a row is compared with, at each seed of both."""
     runs = {row.run: row for row in every}
     lines = []
@@ -218,11 +235,9 @@ def _figure(table: str, row: Row, k: int) -> dict[str, object]:
 def as_latex(registry: Registry) -> str:
     """Tables for a paper."""
     parts = []
-    for name, title in registry.tables.items():
-        every = rows(registry, name)
-        lines = [[row.title, str(len(row.ours) or ""), *texts(row)] for row in every]
-        parts.append(_latex(f"{title}. {ABOUT}", ["", "seeds", *COLUMNS], lines))
-        if compared := by_seed(every):
+    for title, lines, compared in _lines(registry, RESULTS):
+        parts.append(_latex(f"{title}. {ABOUT}", HEAD, lines))
+        if compared:
             parts.append(_latex(f"{title}. Seed by seed.", BESIDE, compared))
     return "\n".join([*parts, f"% The paper's figures: {papers_source()}\n"])
 
