@@ -3,6 +3,7 @@
 Kept apart from evaluate_models.py, so that either can be read at one go.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from evaluation import Protocol
 from files import check_writable
-from options import InputError, Precision, check_range, require
+from options import InputError, Precision, check_range, require, some
 
 DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.
 
@@ -82,9 +83,7 @@ class EvaluateConfig:
     json: Annotated[str | None, "write the results here, unrounded"] = None
 
     def __post_init__(self) -> None:
-        require(self.model_path or self.scores, "no --model_path and no --scores: expected one")
-        both = self.model_path and self.scores
-        require(not both, "--model_path and --scores exclude each other")
+        self._check_inputs()
         check_range(self, ("workers", "bootstrap"), 0)
         check_range(self, ("shortlist",), 1)
         for name, choice, given in (
@@ -106,6 +105,14 @@ class EvaluateConfig:
         require(whole, "--scores: data is named by --data_path, --data_name and --split together")
         several = not 0 < self.bootstrap < LEAST_SAMPLES
         require(several, f"--bootstrap {self.bootstrap}: expected 0, or {LEAST_SAMPLES} or more")
+
+    def _check_inputs(self) -> None:
+        models, scores = self.model_path or (), self.scores or ()
+        require(bool(models or scores), "no --model_path and no --scores: expected one")
+        require(not (models and scores), "--model_path and --scores exclude each other")
+        places = [os.path.realpath(path) for path in [*models, *scores]]
+        twice = [path for k, path in enumerate(places) if path in places[:k]]
+        require(not twice, f"{some(twice)}: given twice; expected one of each for an ensemble")
 
     @property
     def of_whole_split(self) -> bool:

@@ -174,7 +174,7 @@ def _of_files(
         if shortlisted(matrix):
             log.warning("%s: if these are scores of a shortlist, the results are approximate", path)
     if "1k5" in config.all_protocols:
-        check_folds(len(matrices[0]))
+        check_folds(len(matrices[0]), paths[0])
     ids = known_ids(package, folder, config.split, len(matrices[0])) if package else None
     scores = (
         matrices[0]
@@ -262,7 +262,7 @@ def _open(
     selected_on = checkpoint.state.get("dev_data")
     warn_of_selection(checkpoint.path, name, selected_on, split.fingerprint)
     if "1k5" in config.all_protocols:
-        check_folds(split.images)  # before the long work, not after it
+        check_folds(split.images, split.path)  # before the long work, not after it
     bert = bert_of(checkpoint, config.bert_path)
     model = build_model(checkpoint, bert, device)
     if not config.skip:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from files import map_array
 from layout import CAPTIONS_PER_IMAGE
-from options import require
+from options import InputError, require
 
 # Named by MSCOCO's: the mean of five folds, and the whole split, of however many images.
 Protocol = Literal["1k5", "5k"]
@@ -129,12 +129,10 @@ def ceiling(known: np.ndarray, owner: Sequence[int]) -> dict[str, float]:
     return {"i2t": 100 * float(images.mean()), "t2i": 100 * float(own.mean())}
 
 
-def check_folds(images: int) -> None:
-    """Raise InputError where the images cannot be cut into equal folds."""
-    require(
-        images > 0 and images % FOLDS == 0,
-        f"--fold5, --protocols 1k5: {images} images; expected a multiple of {FOLDS}",
-    )
+def check_folds(images: int, source: str | Path = "scores") -> None:
+    """Raise InputError where the images of `source` cannot be cut into equal folds."""
+    found = f"--fold5, --protocols 1k5: {source}: {images} images"
+    require(images > 0 and images % FOLDS == 0, f"{found}; expected a multiple of {FOLDS}")
 
 
 def folds(scores: np.ndarray, owner: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -176,10 +174,18 @@ def measured(found: Sequence[Ranks], protocol: Protocol, samples: int) -> dict[s
 
 
 def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean of matrices, which are made one after the other."""
+    """The mean of matrices, which are made one after the other.
+
+    Raises InputError where their sum has no number.
+    """
     total, count = None, 0
     for matrix in matrices:
-        total = matrix if total is None else np.add(total, matrix, out=total)
+        try:
+            with np.errstate(over="raise"):
+                total = matrix if total is None else np.add(total, matrix, out=total)
+        except FloatingPointError as error:
+            found = f"{abs(matrix).max():.3g} among the scores"
+            raise InputError(f"{found}; expected a sum that {total.dtype} holds") from error
         count += 1
     return np.divide(total, count, out=total)
 

@@ -29,6 +29,7 @@ import numpy as np
 from torch import Tensor
 
 from checkpoint import build_model
+from data import Split
 from files import check_writable, map_array, naming, write_text
 from layout import CAPTIONS_PER_IMAGE, boxes_file
 from options import check_range, parse, pick_device, require, run, say
@@ -43,7 +44,9 @@ from scripts.parts.routes import DIGITS, Clusters, Pairs, clustered, entropies, 
 
 log = logging.getLogger(__name__)
 
-WORDS = "words_{}_{}"  # name of a drawing, by image and caption
+TABLES = ("gates.csv", "entropy.csv", "routes.csv")
+DRAWINGS = ("space", "different", "clusters")
+ROUTE, WORDS = "pair_{}_{}", "words_{}_{}"  # names of drawings, by image and caption
 EXAMPLES = 4  # routes that are drawn as the most different ones
 # What is refined, and what a weight of cross-modal attention is.
 QUERIES = {"i2t": "regions", "t2i": "words"}
@@ -70,11 +73,31 @@ class Options(ModelOnSplit):
         require(self.pair is None or len(self.pair) == 2, "--pair: expected an image and a caption")
         require(self.pair is not None or not self.grid, "--grid goes with --pair")
 
+    @property
+    def outputs(self) -> list[Path]:
+        """What may be written, or deleted because it is of an earlier run."""
+        names = [*TABLES, *(f"{name}.png" for name in DRAWINGS)]
+        if self.pair:
+            names += [f"{name.format(*self.pair)}.png" for name in (ROUTE, WORDS)]
+        return [Path(self.out) / name for name in names]
 
-def opened(options: Options) -> Pairs:
-    """The model, and the images and captions that are asked for. Raises InputError."""
+    def pictures(self, split: Split) -> Sequence[Path]:
+        """The split's pictures, in its order; none without --images. Raises InputError."""
+        if not self.images:
+            return ()
+        return picture_files(split.path.parent, self.split, split.images, Path(self.images))
+
+
+def opened(options: Options) -> tuple[Pairs, Sequence[Path]]:
+    """The model, the images and captions that are asked for, and the pictures' files.
+
+    Raises InputError, also where something could not be written, or in place of what is read.
+    """
     device = pick_device(options.device)
     checkpoint, bert, split = options.open()
+    pictures = options.pictures(split)
+    for path in options.outputs:
+        check_writable(path, [*options.files(checkpoint, split), *pictures])
     model = build_model(checkpoint, bert, device)
     count = min(options.count, split.images)
     if options.pair:
@@ -85,7 +108,7 @@ def opened(options: Options) -> Pairs:
         count = max(count, image + 1, caption // CAPTIONS_PER_IMAGE + 1)
     words = checkpoint.config.max_words
     encoded = encode_split(model, split, bert.vocabulary, words, device=device, images=count)
-    return Pairs(model, split, bert.vocabulary, encoded)
+    return Pairs(model, split, bert.vocabulary, encoded), pictures
 
 
 def write_tables(pairs: Pairs, paths: Tensor, clusters: Clusters | None, out: Path) -> None:
@@ -215,8 +238,8 @@ class Drawings:
 
     def pair(self, image: int, caption: int, seen: figures.Seen | None) -> None:
         """One pair's route, and where its words are seen."""
-        pairs, name = self.pairs, f"{image}_{caption}"
-        self._routes(f"pair_{name}", pairs.of(image, [caption]), [(image, caption)])
+        pairs = self.pairs
+        self._routes(ROUTE.format(image, caption), pairs.of(image, [caption]), [(image, caption)])
         if seen:
             drawn = figures.words_figure(
                 pairs.attention(image, caption),
@@ -238,14 +261,9 @@ def main() -> None:
     out = Path(options.out)
     with naming(out, "a folder to write to"):
         out.mkdir(parents=True, exist_ok=True)
-    check_writable(out / "gates.csv")
-    pairs = opened(options)
-    split, files = pairs.split, ()
-    if options.images:
-        where = split.path.parent, options.split, split.images, Path(options.images)
-        files = picture_files(*where)
+    pairs, files = opened(options)
     seen = seen_pair(pairs, files, options) if options.pair else None
-    paths = pairs.paths(min(options.count, split.images))
+    paths = pairs.paths(min(options.count, pairs.split.images))
     clusters = clustered(paths, options.clusters) if options.clusters else None
     stale = [] if clusters else ["clusters"]
     if options.pair and not seen:
@@ -260,7 +278,7 @@ def main() -> None:
         drawings.pair(*options.pair, seen)
     if clusters:
         drawings.clusters(clusters)
-    say(f"{len(paths)} pairs of {split.path}: see {out}\n")
+    say(f"{len(paths)} pairs of {pairs.split.path}: see {out}\n")
 
 
 if __name__ == "__main__":

@@ -100,10 +100,16 @@ def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_here(monkeypatch, plot_run.main, argv) == 0
     with Image.open(out) as picture:
         assert picture.size[0] > 1000 and len(picture.getcolors(2**20)) > 10
-    assert out.with_suffix(".svg").read_text().startswith("<?xml")
+    svg = out.with_suffix(".svg").read_text()
+    assert svg.startswith("<?xml") and "date>" not in svg
+    assert run_here(monkeypatch, plot_run.main, argv) == 0
+    assert out.with_suffix(".svg").read_text() == svg  # the same curves give the same file
     loss, recall = plot_run.figure({"i2t": events(tmp_path / "i2t")}).axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
     assert [line.get_ydata()[0] for line in recall.lines] == [9, 8, 40, 35]
+    assert loss.get_ylim()[0] == recall.get_ylim()[0] == 0
+    assert [axes.get_xlabel() for axes in (loss, recall)] == ["step"] * 2
+    assert "summed over the batch" in loss.get_ylabel() and recall.get_ylabel() == "recall, %"
 
 
 def test_each_of_many_runs_is_drawn_and_named(tmp_path: Path) -> None:

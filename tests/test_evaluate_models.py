@@ -311,7 +311,7 @@ REFUSED = {
     "NaN scores": (nan_scores, "nan.pth.tar gives scores of NaN"),
     "no fold": (
         lambda t: ["--fold5"],
-        "--fold5, --protocols 1k5: 12 images; expected a multiple of 5",
+        "f30k_precomp/test_ims.npy: 12 images; expected a multiple of 5",
     ),
     "no split": (lambda t: ["--split", "testall"], "testall_caps.txt: not found"),
     "other split": (lambda t: ["--split", "train2"], "train2"),

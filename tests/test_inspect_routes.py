@@ -275,6 +275,43 @@ def test_drawings_show_what_the_tables_hold(pairs: Pairs, tmp_path: Path, drawn:
         np.testing.assert_allclose(change[:, 8:], np.tile(expected[32:], (4, 1)), atol=1e-6)
 
 
+def test_a_pairs_route_and_words_are_drawn_as_they_are(pairs: Pairs, drawn: dict) -> None:
+    paths, picture = pairs.paths(IMAGES), Image.new("RGB", (12, 10), "blue")
+    seen = route_figures.Seen(picture, grid_boxes(12, 10))
+    drawings = inspect_routes.Drawings(pairs, paths, [], Options(model_path="m", out="o"))
+    drawings.pair(2, 11, seen)
+    change = (pairs.of(2, [11])[0] - paths.mean(0)).numpy()
+    (found,) = (axes.images[0].get_array() for axes in drawn["pair_2_11.png"].axes if axes.images)
+    for layer in (0, 1):
+        part = change[16 * layer : 16 * layer + 16].reshape(4, 4)
+        np.testing.assert_allclose(found[:, 4 * layer : 4 * layer + 4], part, atol=1e-6)
+    words, weights = pairs.words(11), 100 * pairs.attention(2, 11)
+    _, *panels, bar = drawn["words_2_11.png"].axes
+    unit = "a region's" if pairs.model.direction == "i2t" else "this word's"
+    assert f"share of {unit} attention that is on" in bar.get_ylabel()
+    for axes, word, row in zip(panels, words, weights, strict=False):
+        heat = heat_map(row, seen.boxes, (10, 12))
+        assert axes.get_title() == word
+        np.testing.assert_allclose(axes.images[1].get_array(), heat, rtol=1e-6)
+
+
+def test_clusters_are_drawn_as_they_are(drawn: dict) -> None:
+    pairs = golden("i2t")
+    paths = pairs.paths(IMAGES)
+    numbers = np.arange(len(paths)) % 4 // 2  # as many of both
+    numbers[0] = 1
+    places = np.random.default_rng(0).random((len(paths), 2))
+    found = Clusters(places, numbers, "about")
+    inspect_routes.Drawings(pairs, paths, [], Options(model_path="m", out="o")).clusters(found)
+    axes = drawn["clusters.png"].axes[0]
+    for number, (points, middle) in enumerate(
+        zip(axes.collections, found.middle(paths), strict=True)
+    ):
+        np.testing.assert_allclose(points.get_offsets(), places[numbers == number])
+        said = f"{(numbers == number).sum()} pairs: {pairs.split.captions[middle]}"
+        assert points.get_label() == said
+
+
 def test_a_change_has_its_sign_in_print() -> None:
     axes = route_figures.Figure().subplots()
     change = np.array([[0.5, -0.5], [0.01, 0.2]])
@@ -452,6 +489,28 @@ def test_what_cannot_be_done_is_one_line(
     assert said in last_line(capsys)
 
 
+@pytest.mark.parametrize("name", ["space", "clusters", "words_2_11"])
+def test_no_picture_is_written_over(
+    name: str,
+    data: Path,
+    tmp_path: Path,
+    drawn: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Nor deleted as a drawing of an earlier run."""
+    folder = tmp_path / "pictures"
+    (folder / "2.png").rename(folder / f"{name}.png")
+    mapping = (data / "id_mapping.json").read_text().replace('"2.png"', f'"{name}.png"')
+    (data / "id_mapping.json").write_text(mapping)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    more = ["--images", folder, "--pair", 2, 11, "--count", 1, "--clusters", 0]
+    argv = given("t2i", folder, *more, data=data)
+    assert run_here(monkeypatch, inspect_routes.main, argv) == 2
+    assert f"{name}.png: is an input or another output" in last_line(capsys)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_folder_that_cannot_be_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -459,3 +518,8 @@ def test_a_folder_that_cannot_be_written_to(
     argv = given("t2i", tmp_path / "file")
     assert run_here(monkeypatch, inspect_routes.main, argv) == 2
     assert "file: File exists; expected a folder to write to" in last_line(capsys)
+    (tmp_path / "out/space.png").mkdir(parents=True)
+    argv = given("t2i", tmp_path / "out", "--clusters", 0)
+    assert run_here(monkeypatch, inspect_routes.main, argv) == 2
+    assert "space.png: Is a directory; expected a file to write" in last_line(capsys)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["space.png"]

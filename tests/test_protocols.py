@@ -129,6 +129,14 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         lambda t: ["--scores", saved(t, "a.npy"), "--fold5", "--protocols", "5k"],
         "--fold5 and --protocols exclude each other",
     ),
+    "one file twice": (
+        lambda t: ["--scores", saved(t, "a.npy"), t / "." / "a.npy"],
+        "a.npy: given twice; expected one of each",
+    ),
+    "beyond": (
+        lambda t: ["--scores", *(array(t, np.full((1, 5), 3e38, "f"), k) for k in "ab")],
+        "3e+38 among the scores; expected a sum that float32 holds",
+    ),
     "protocol": (lambda t: ["--scores", "a", "--protocols", "1k"], "invalid choice: '1k'"),
     "samples": (lambda t: ["--scores", "a", "--bootstrap", "-1"], "--bootstrap -1"),
     "shortlist": (
@@ -161,7 +169,7 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         )
         for option in ("--device cpu", "--workers 1", "--no-skip")
     },
-    "folds": (lambda t: ["--scores", saved(t, "a.npy", 4), "--fold5"], "4 images"),
+    "folds": (lambda t: ["--scores", saved(t, "a.npy", 4), "--fold5"], "a.npy: 4 images"),
     "other data": (
         lambda t: [
             *(
@@ -205,9 +213,9 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
 }
 
 
-def array(folder: Path, values: np.ndarray) -> Path:
-    np.save(folder / "array.npy", values)
-    return folder / "array.npy"
+def array(folder: Path, values: np.ndarray, name: str = "array") -> Path:
+    np.save(folder / f"{name}.npy", values)
+    return folder / f"{name}.npy"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -278,9 +286,9 @@ def test_saved_scores_of_a_dev_split_are_told(
 
 def test_doubles_stay_doubles(tmp_path: Path) -> None:
     """Scores that float32 cannot tell apart, of one file, and of a mean of files."""
-    path = tmp_path / "doubles.npy"
-    np.save(path, 1 + np.random.default_rng(0).random((50, 250)) * 1e-9)
-    one, two = (evaluate(scores=[path] * count)["metrics"] for count in (1, 2))
+    values = 1 + np.random.default_rng(0).random((50, 250)) * 1e-9
+    paths = [array(tmp_path, values, name) for name in "ab"]
+    one, two = (evaluate(scores=paths[:count])["metrics"] for count in (1, 2))
     assert one == two and one["rsum"] > 0
 
 
