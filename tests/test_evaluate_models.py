@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,14 +108,14 @@ def test_train_evaluate_and_ensemble_with_folds(tiny: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("case", ["i2t_no_extra"], indirect=True)
-def test_the_function_is_the_program(case: Case) -> None:
+def test_the_function_is_the_program(case: Case, tmp_path: Path) -> None:
     whole = evaluate(str(case.model_path), case.data_path, bert_path=case.bert_path)
     folded = evaluate([case.model_path], case.data_path, bert_path=case.bert_path, fold5=True)
     assert whole["folds"] == [] and len(folded["folds"]) == 5
     assert whole["images"] == folded["images"] == 10
-    twice = [case.model_path, case.model_path]
-    ensemble = evaluate(twice, case.data_path, bert_path=case.bert_path, split="dev")
-    single = evaluate(twice[:1], case.data_path, bert_path=case.bert_path, split="dev")
+    alike = [case.model_path, shutil.copy(case.model_path, tmp_path)]
+    ensemble = evaluate(alike, case.data_path, bert_path=case.bert_path, split="dev")
+    single = evaluate(alike[:1], case.data_path, bert_path=case.bert_path, split="dev")
     assert ensemble["metrics"] == single["metrics"] and single["split"] == "dev"
 
 
