@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from evaluation import Protocol
 from files import check_writable
-from options import InputError, Precision, check_range, require, some
+from options import InputError, Precision, check_range, require
 
 DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.
 
@@ -83,7 +83,9 @@ class EvaluateConfig:
     json: Annotated[str | None, "write the results here, unrounded"] = None
 
     def __post_init__(self) -> None:
-        self._check_inputs()
+        given = bool(self.model_path), bool(self.scores)
+        require(any(given), "no --model_path and no --scores: expected one of them")
+        require(not all(given), "--model_path and --scores exclude each other")
         check_range(self, ("workers", "bootstrap"), 0)
         check_range(self, ("shortlist",), 1)
         for name, choice, given in (
@@ -106,14 +108,6 @@ class EvaluateConfig:
         several = not 0 < self.bootstrap < LEAST_SAMPLES
         require(several, f"--bootstrap {self.bootstrap}: expected 0, or {LEAST_SAMPLES} or more")
 
-    def _check_inputs(self) -> None:
-        models, scores = self.model_path or (), self.scores or ()
-        require(bool(models or scores), "no --model_path and no --scores: expected one")
-        require(not (models and scores), "--model_path and --scores exclude each other")
-        places = [os.path.realpath(path) for path in [*models, *scores]]
-        twice = [path for k, path in enumerate(places) if path in places[:k]]
-        require(not twice, f"{some(twice)}: given twice; expected one of each for an ensemble")
-
     @property
     def of_whole_split(self) -> bool:
         """Whether what is asked for is of MSCOCO's 5,000 test images, where they are there."""
@@ -123,6 +117,17 @@ class EvaluateConfig:
     def all_protocols(self) -> list[Protocol]:
         """The protocols, each once, in the order given."""
         return list(dict.fromkeys(self.protocols or ["1k5" if self.fold5 else "5k"]))
+
+
+def check_different(config: EvaluateConfig) -> None:
+    """Raise InputError where an ensemble holds one file twice, by whatever names."""
+    option = "--scores" if config.scores else "--model_path"
+    names: dict[str, str | Path] = {}
+    for path in config.scores or config.model_path:
+        place = os.path.realpath(path)
+        found = f"{option} {path}: is the same file as {names.get(place)}"
+        require(place not in names, f"{found}; expected each once in an ensemble")
+        names[place] = path
 
 
 def check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:

@@ -27,7 +27,7 @@ from checkpoint import (
     warn_of_selection,
 )
 from data import Split
-from evalconfig import DESCRIPTION, EvaluateConfig, EvaluatedSplit, check_outputs
+from evalconfig import DESCRIPTION, EvaluateConfig, EvaluatedSplit, check_different, check_outputs
 from evaluation import (
     MSCOCO_IMAGES,
     as_text,
@@ -35,6 +35,7 @@ from evaluation import (
     check_folds,
     map_scores,
     mean_matrix,
+    mean_of_files,
     measured,
     owners,
     ranked,
@@ -134,6 +135,7 @@ def _evaluated(
     config: EvaluateConfig,
 ) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
     """What `evaluate` gives, the score matrix, and every query's rank: none is written yet."""
+    check_different(config)
     package = eccv_metrics() if config.extended else None  # before the long work
     about, scores, ids = (_of_files if config.scores else _of_models)(config, package)
     images, captions = scores.shape
@@ -176,11 +178,7 @@ def _of_files(
     if "1k5" in config.all_protocols:
         check_folds(len(matrices[0]), paths[0])
     ids = known_ids(package, folder, config.split, len(matrices[0])) if package else None
-    scores = (
-        matrices[0]
-        if len(matrices) == 1
-        else mean_matrix(np.array(m, np.result_type(np.float32, *matrices)) for m in matrices)
-    )
+    scores = matrices[0] if len(matrices) == 1 else mean_of_files(paths, matrices)
     known = {"scores": [str(path) for path in paths], "data_name": config.data_name}
     unknown = dict.fromkeys(("models", "fingerprints", "seconds", "closed", "shortlist"))
     return unknown | known | {"split": config.split}, scores, ids

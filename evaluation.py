@@ -174,20 +174,23 @@ def measured(found: Sequence[Ranks], protocol: Protocol, samples: int) -> dict[s
 
 
 def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean of matrices, which are made one after the other.
-
-    Raises InputError where their sum has no number.
-    """
+    """The mean of matrices, which are made one after the other."""
     total, count = None, 0
     for matrix in matrices:
-        try:
-            with np.errstate(over="raise"):
-                total = matrix if total is None else np.add(total, matrix, out=total)
-        except FloatingPointError as error:
-            found = f"{abs(matrix).max():.3g} among the scores"
-            raise InputError(f"{found}; expected a sum that {total.dtype} holds") from error
+        total = matrix if total is None else np.add(total, matrix, out=total)
         count += 1
     return np.divide(total, count, out=total)
+
+
+def mean_of_files(paths: Sequence[str | Path], matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of matrices that are only read. Raises InputError where it is no number."""
+    kind = np.result_type(np.float32, *matrices)
+    try:
+        with np.errstate(over="raise"):
+            return mean_matrix(np.array(matrix, kind) for matrix in matrices)
+    except FloatingPointError as error:
+        names = ", ".join(map(str, paths))
+        raise InputError(f"{names}: their sum is beyond {kind}; expected smaller scores") from error
 
 
 def intervals(found: Sequence[Ranks], samples: int, seed: int = 0) -> dict[str, Any]:

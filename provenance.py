@@ -17,7 +17,7 @@ CODE = (".", ":!results", ":!README.md")  # as git names files
 def commit(folder: Path = Path(__file__).parent) -> str | None:
     """The folder's commit, with a + where tracked files differ from it; None without git.
 
-    Nor is it that of a repository around the folder which does not track it.
+    None, too, in a repository that does not track the folder.
 
     Results and the README's tables do not count: they are what is written of that commit.
     """

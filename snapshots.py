@@ -122,7 +122,7 @@ class Snapshots:
         """The place with the best scores of the best model that is there.
 
         One of a later step than the checkpoint that the user named is given up, as that step is.
-        Where there is none, the newest checkpoint's model is validated again if that was due.
+        Where the newest checkpoint's is lost, its own model is validated again, if that was due.
         """
         path = self.config.folder / BEST
         try:
@@ -140,7 +140,8 @@ class Snapshots:
             elif place.best_rsum >= 0:
                 found = f"{path}: not found, whose R@1+R@5 was {place.best_rsum:.1f}"
                 log.warning("%s; the next one takes its place", found)
-            validated = 0 if newest else place.validated
+            lost = newest and place.best_rsum >= 0  # else it was given up
+            validated = 0 if lost else place.validated
             return replace(place, best_rsum=-1.0, best_r1=-1.0, validated=validated)
         return replace(place, best_rsum=rsum, best_r1=r1)
 

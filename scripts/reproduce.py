@@ -26,9 +26,15 @@ import runlog
 from data import Split
 from evalconfig import EvaluateConfig
 from files import read_json, sha256_of, write_json
-from options import InputError, parse, require, run, say
+from options import InputError, parse, refuse, require, run, say
 from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, shown
-from scripts.parts.objections import HOW_TRAINED, model_objection, objection, scores_of
+from scripts.parts.objections import (
+    HOW_TRAINED,
+    model_objections,
+    objections,
+    scores_of,
+    split_objections,
+)
 from scripts.parts.paper_table import FORMATS, figures_of
 from signals import Stopped, handled
 
@@ -86,7 +92,7 @@ def state(registry: Registry, each: Run) -> str:
     for seed, path in each.results().items():
         try:
             check_figures(each, path)
-            word = "stale" if objection(registry, each, seed) else "done"
+            word = "stale" if any(objections(registry, each, seed)) else "done"
         except InputError:
             word = "damaged"
         seeds.setdefault(word, []).append(str(seed))
@@ -117,7 +123,6 @@ def reproduce(
         for member in registry.members(each):
             reproduce(registry, member, seed, options, of_ensemble=True)
     else:
-        check_data(registry, each, paths)  # before it is trained for
         if options.train:
             _call(registry.train(each, seed, paths))
         check_model(registry, each, seed)
@@ -128,7 +133,8 @@ def reproduce(
     about, found = origin(registry, each, seed, evaluation), read_json(part, RESULT)
     part.unlink()
     content = about | {name: found[name] for name in found if name not in about}
-    refuse(objection(registry, each, seed, content=content))
+    for found in objections(registry, each, seed, content=content):
+        raise InputError(f"not written: {found}; delete older results that are stale")
     write_json(path, content)
     log.info("%s, seed %d: %s", each.name, seed, path)
 
@@ -165,44 +171,42 @@ def has_scores(each: Run, seed: int) -> bool:
     return scores_of(read_json(each.result(seed), RESULT)) == {str(path): sha256_of(path)}
 
 
-def check_results(registry: Registry, each: Run, seed: int) -> None:
-    """Raise InputError where results are damaged, stale, or scores that are needed cannot be made.
+def check_run(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
+    """Raise InputError where a run would come to no results, before it is begun.
 
-    So it is for a run and its members.
+    So it is where its own or its members' are damaged or stale, and where what has to be evaluated
+    is not there.
     """
     to_do = not os.path.lexists(each.result(seed))
     for part in [each, *map(registry.run, each.of)]:
         path = part.result(seed)
-        if os.path.lexists(path):
+        there = os.path.lexists(path)
+        if there:
             try:
                 check_figures(part, path)
-                refuse(objection(registry, part, seed))
+                refuse(objections(registry, part, seed))
             except InputError as error:
                 raise InputError(f"{error}; delete it to have the run done again") from error
-            if to_do and not has_scores(part, seed):
+        if to_do and not part.of and not (there and has_scores(part, seed)):
+            check_split(registry, part, paths)
+            if there:
                 found = f"{path}: its scores are gone, and {part.model(seed)}, too"
                 again = f"delete {path} to have the model trained anew"
                 require(part.model(seed).exists(), f"{found}; {again}")
 
 
-def check_data(registry: Registry, each: Run, paths: dict[str, str]) -> None:
-    """Raise InputError unless what is evaluated is there, of as many images as the registry has."""
+def check_split(registry: Registry, each: Run, paths: dict[str, str]) -> None:
+    """Raise InputError unless the images and captions that are evaluated are those of its row."""
     config = parse(EvaluateConfig, registry.evaluate(each, 0, paths)[1:], "")
-    split = Split.open(Path(config.data_path) / config.data_name, config.split, None)
-    expected = registry.data_of(each).images
-    require(split.images == expected, f"{split.path}: {split.images} images; expected {expected}")
+    folder = Path(config.data_path) / config.data_name
+    refuse(split_objections(registry, each, Split.open(folder, config.split, None)))
 
 
 def check_model(registry: Registry, each: Run, seed: int) -> None:
     """Raise InputError unless the model is there, and as far as it tells the one that is meant."""
     model = each.model(seed)
     require(model.exists(), f"{model}: not found; expected the model that is to be evaluated")
-    refuse(model_objection(registry, each, seed))
-
-
-def refuse(found: str) -> None:
-    """Raise InputError where there is an objection."""
-    require(not found, found)
+    refuse(model_objections(registry, each, seed))
 
 
 def _call(command: list[str]) -> None:
@@ -243,7 +247,7 @@ def main() -> None:
         options = parse(RunOptions, rest, __doc__, "reproduce.py run")
         runs = [(registry.run(name), seed) for name in options.names for seed in options.seeds]
         for each, seed in runs:  # before the long work
-            check_results(registry, each, seed)
+            check_run(registry, each, seed, options.paths)
         for each, seed in runs:
             reproduce(registry, each, seed, options)
     elif action in ("-h", "--help"):

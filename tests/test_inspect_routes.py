@@ -489,7 +489,7 @@ def test_what_cannot_be_done_is_one_line(
     assert said in last_line(capsys)
 
 
-@pytest.mark.parametrize("name", ["space", "clusters", "words_2_11"])
+@pytest.mark.parametrize("name", ["space", "different", "clusters", "pair_2_11", "words_2_11"])
 def test_no_picture_is_written_over(
     name: str,
     data: Path,

@@ -131,11 +131,11 @@ FAULTS: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     ),
     "one file twice": (
         lambda t: ["--scores", saved(t, "a.npy"), t / "." / "a.npy"],
-        "a.npy: given twice; expected one of each",
+        "a.npy: is the same file as ",
     ),
     "beyond": (
         lambda t: ["--scores", *(array(t, np.full((1, 5), 3e38, "f"), k) for k in "ab")],
-        "3e+38 among the scores; expected a sum that float32 holds",
+        "b.npy: their sum is beyond float32; expected smaller scores",
     ),
     "protocol": (lambda t: ["--scores", "a", "--protocols", "1k"], "invalid choice: '1k'"),
     "samples": (lambda t: ["--scores", "a", "--bootstrap", "-1"], "--bootstrap -1"),

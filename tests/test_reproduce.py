@@ -27,7 +27,7 @@ from runlog import events
 from scripts import reproduce
 from scripts.parts import paper_table
 from scripts.parts.experiments import REGISTRY, Registry, shown, works
-from scripts.parts.objections import made_otherwise, objection
+from scripts.parts.objections import objections
 from scripts.parts.paper_table import as_markdown, rows
 from scripts.parts.tables import COLUMNS
 from scripts.results_table import TAGS
@@ -282,14 +282,21 @@ def test_another_model_than_the_registrys_is_not_evaluated(
     longer = registry.train(one, 0, {})
     longer[longer.index("--max_steps") + 1] = "3"
     assert run_train(*longer[1:]) == 0
-    argv, trained = ["run", "--no-train"], "model_best.pth.tar: was trained with train.py "
-    assert f"{trained}--max_steps 3; expected 2" in refused("one", 0)
+    argv, trained = ["run", "--no-train"], "model_best.pth.tar: was trained by train.py "
+    beside = one.model(0).parent / "run.json"
+    assert f"{beside.name}: is of train.py --max_steps 3; expected 2" in refused("one", 0)
+    about = json.loads(beside.read_text())
+    right = about | {"options": about["options"] | {"max_steps": 2, "seed": 1}}
     for model in (one.model(1), other.model(0)):
         model.parent.mkdir(parents=True)
         shutil.copy(one.model(0), model)
-    assert f"{trained}--seed 0; expected 1" in refused("one", 1)
-    assert f"{trained}--direction 'i2t'; expected 't2i'" in refused("other", 0)
-    (one.model(0).parent / "run.json").unlink()
+        for told in (None, right | {"options": right["options"] | {"direction": "t2i"}}, right):
+            if told:  # that the model which lies beside it is another does not excuse it
+                (model.parent / "run.json").write_text(json.dumps(told))
+            name = model.parent.parent.parent.name
+            wrong = "--seed 0; expected 1" if name == "one" else "--direction 'i2t'; expected 't2i'"
+            assert f"{trained}{wrong}" in refused(name, int(model.parent.parent.name[-1]))
+    beside.unlink()
     assert run_here(monkeypatch, reproduce.main, [*argv, "one"]) == 0  # as far as it tells
 
 
@@ -306,13 +313,37 @@ def test_data_that_cannot_be_evaluated_is_told_before_the_training(
     assert not (small / "runs/reproduce").exists()
 
 
+def test_results_that_no_table_could_show_are_not_written(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Data are known to be others before the training, another BERT behind the evaluation."""
+    registry = Registry(reproduce.REGISTRY)
+    path = registry.run("other").result(0)
+    path.parent.mkdir()
+    content = made("other") | {"protocols": {"5k": {"metrics": GOOD}}}
+    for name, said, trained in (
+        ("data", "data/tiny/test_ims.npy: is of other data than", False),
+        ("bert", "not written: results/reproduce/one_seed0.json: is of other BERT than", True),
+    ):
+        path.write_text(json.dumps(content | {"fingerprints": [{name: "another"}]}))
+        assert run_here(monkeypatch, reproduce.main, ["run", "one"]) == 2
+        assert f"{said} results/reproduce/other_seed0.json; " in last_line(capsys)
+        assert os.listdir(path.parent) == [path.name]
+        assert (small / "runs/reproduce").exists() == trained
+
+
 def test_no_model_is_counted_twice_nor_one_that_was_cut_off(
     small: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = Registry(reproduce.REGISTRY)
     (small / "results/reproduce").mkdir()
     content = {"protocols": {"5k": {"metrics": GOOD}}}
+    one = made("one") | {"protocols": {p: {"metrics": GOOD} for p in ("5k", "1k5")}}
+    registry.run("one").result(0).write_text(json.dumps(one | {"matrices": {"d.npy": "z"}}))
+    same = made("both") | content | {"matrices": {"d.npy": "z", "e.npy": "z"}}
+    registry.run("both").result(0).write_text(json.dumps(same))
     for seed, about in (
+        (2, {"matrices": {"a.npy": "z"}}),
         (3, {"matrices": {"a.npy": "x"}}),
         (10, {"matrices": {"b.npy": "x"}}),
         (11, {"matrices": {"c.npy": "y"}}),
@@ -320,7 +351,9 @@ def test_no_model_is_counted_twice_nor_one_that_was_cut_off(
     ):
         path = registry.run("other").result(seed)
         path.write_text(json.dumps(made("other", seed) | content | about))
-    assert list(rows(registry, "first")[1].ours) == [3, 11]
+    assert [list(row.ours) for row in rows(registry, "first")] == [[0], [3, 11], []]
+    assert "other_seed2.json: is of the same scores as results/reproduce/one_seed0" in caplog.text
+    assert "both_seed0.json: two of its models have the same scores; expected" in caplog.text
     where = "results/reproduce/other_seed"
     assert f"{where}10.json: is of the same scores as {where}3.json; expected" in caplog.text
     assert f"{where}12.json: the training was cut off at step 1; left out" in caplog.text
@@ -369,7 +402,7 @@ GOOD = {"i2t": {"r1": 1, "r5": 2, "r10": 3}, "t2i": {"r1": 1, "r5": 2, "r10": 3}
             json.dumps({"protocols": {name: {"metrics": GOOD | wrong} for name in ("5k", "1k5")}})
             for wrong in (
                 *({"rsum": 13}, {"rsum": float("nan")}, {"rsum": "12"}, {"i2t": 3}),
-                {"i2t": {"r1": 3, "r5": 2, "r10": 1}},
+                *({way: {"r1": 3, "r5": 2, "r10": 1}} for way in ("i2t", "t2i")),
                 {"i2t": {"r1": 1, "r5": 2, "r10": 101}, "rsum": 110},
                 {"i2t": {"r1": -1, "r5": 2, "r10": 3}, "rsum": 10},
             )
@@ -390,7 +423,7 @@ def test_results_that_are_damaged_are_not_done(
 
 
 NO_TRAININGS = "its trainings are no list of 1, each told or null"
-NO_PROGRAMS = "are none of these programs ("
+NO_PROGRAMS = "its commands cannot be read: "
 
 
 def test_results_of_other_commands_are_told(
@@ -472,8 +505,8 @@ def test_a_training_that_is_not_known_excuses_no_other_one(small: Path) -> None:
         ([one, one_alone, *rest], [{}, None], True),
         ([one_alone, shorter, *rest], [None, {}], False),
     ):
-        content = {"commands": commands, "trainings": trainings}
-        assert bool(made_otherwise(registry, both, 0, content)) == (not fits)
+        content = {"commands": commands, "trainings": trainings, "images": 10}
+        assert any(objections(registry, both, 0, content=content)) == (not fits)
 
 
 def test_results_of_other_images_are_told(
@@ -539,7 +572,7 @@ def test_no_row_is_of_other_data_than_its_table(
     assert seeds(one=[known], other=[None], both=[known, None]) == [1, 1, 1]
     assert seeds(one=None, other=[else_], both=[None, else_]) == [1, 1, 1]
     registry.run("one").result(0).write_text("none")
-    assert not objection(registry, registry.run("other"), 0)  # one's file is told by itself
+    assert not any(objections(registry, registry.run("other"), 0))  # one's file is told by itself
 
 
 def test_an_ensemble_of_older_scores_is_told(
@@ -734,7 +767,7 @@ def test_results_were_made_by_the_registrys_commands() -> None:
     registry = Registry(REGISTRY)
     for each in registry.runs.values():
         for seed, path in each.results(ROOT / "results").items():
-            assert not objection(registry, each, seed, ROOT / "results")
+            assert not any(objections(registry, each, seed, ROOT / "results"))
             found = json.loads(path.read_text())
             expected = [shown(command) for command in registry.commands(each, seed, {})]
             assert found["commands"] == expected, path.name

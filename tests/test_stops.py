@@ -386,7 +386,10 @@ def test_a_best_model_of_steps_that_are_given_up_is_given_up(
         said = "older.pth.tar: its run is complete at step 4; expected more of --max_steps"
         assert said in last_line(capsys)
     assert (folder / "run.json").read_bytes() == run and state(folder / BEST)["step"] == 8
-    assert trained(50.0, "--max_steps", "6", "--resume", older) == 0
+    with monkeypatch.context() as patch:  # cut off before its first step
+        patch.setattr(TrainingBatches, "epoch", lambda *_: (_ for _ in ()).throw(InputError("no")))
+        assert trained(50.0, "--max_steps", "6", "--resume", older) == 2
+    assert trained(50.0, "--max_steps", "6", "--resume", "auto") == 0
     assert "model_best.pth.tar: is of step 8, which is given up; the next one" in caplog.text
     best = state(folder / BEST)
     assert (best["step"], best["best_rsum"]) == (6, 50.0)

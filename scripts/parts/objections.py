@@ -1,4 +1,4 @@
-"""objections.py — why results, or a model, are not what a run's row in a table says.
+"""objections.py — why results, a model or a split are not what a run's row in a table says.
 
 For scripts/reproduce.py, which makes results, and scripts/parts/paper_table.py, which shows them.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint import read_checkpoint
+from data import Split
 from files import read_json
 from options import InputError, short
 from runlog import RUN
@@ -15,63 +16,141 @@ from scripts.parts.experiments import RESULT, RESULTS, Registry, Run, typed, wor
 from trainconfig import FREE
 
 HOW_TRAINED = "how a model was trained"
-INPUTS = ("data", "bert", "training")  # fingerprints of what a model read
+INPUTS = {"data": "data", "bert": "BERT", "training": "training data"}  # that fingerprints are of
 
-Works = tuple[str, dict[str, Any]]  # a program and its options
+Content = dict[str, Any]  # of a results file
 
 
-def objection(
+def objections(
     registry: Registry,
     run: Run,
     seed: int,
     results: Path = RESULTS,
-    content: dict[str, Any] | None = None,
-) -> str:
-    """Why a run's results are not what its row in a table says; empty where they are.
+    content: Content | None = None,
+) -> Iterator[str]:
+    """Why a run's results are not what its row in a table says.
 
     `content` is what they are to be, if they are not written yet. Raises InputError where they are
     not there, or damaged.
     """
     path, images = run.result(seed, results), registry.data_of(run).images
     content = read_json(path, RESULT) if content is None else content
-    if found := made_otherwise(registry, run, seed, content):
-        return f"{path}: was made by other commands than now: {found}"
+    for found in _other_commands(registry, run, seed, content):
+        yield f"{path}: was made by other commands than now: {found}"
+        return
     for training in content["trainings"]:
         if training and training.get("complete") is False:
-            return f"{path}: {cut_off(training)}"
+            yield f"{path}: {_cut_off(training)}"
     if content.get("images") != images:
-        return f"{path}: is of {short(content.get('images'))} images; expected {images}"
-    scores = scores_of(content)
-    parts = [part.result(seed, results) for part in registry.members(run)]
-    parts = [read_json(part, RESULT) for part in parts if part != path and part.exists()]
-    if not all(scores_of(part).items() <= scores.items() for part in parts):
-        return f"{path}: was made of other scores than its models' now"
-    for other, read in _others(registry, [run], results):
-        earlier = int(other.stem.rsplit("_seed", 1)[1]) < seed
-        if earlier and set(scores.values()) & set(scores_of(read).values()):
-            return f"{path}: is of the same scores as {other}; expected a model of its own"
-    return _of_other_inputs(registry, run, path, content, results)
+        yield f"{path}: is of {short(content.get('images'))} images; expected {images}"
+    yield from _other_scores(registry, run, seed, content, results)
+    inputs = inputs_of(content)
+    for name in _differing(inputs):
+        yield f"{path}: its models are of different {name}"
+    yield from _other_inputs(registry, run, path, inputs, results)
 
 
-def _of_other_inputs(
-    registry: Registry, run: Run, path: Path, content: dict[str, Any], results: Path
-) -> str:
-    """An objection where data or BERT are not those of the first results that tell theirs."""
-    inputs, data = inputs_of(content), registry.data_of(run)
-    if name := differs(inputs):
-        return f"{path}: its models are of different {name}"
+def _other_commands(registry: Registry, run: Run, seed: int, content: Content) -> Iterator[str]:
+    """How results came about otherwise than by the registry's commands, wherever the files were.
+
+    Of a model whose training is not known, None among them, the evaluation alone is compared.
+    """
+    now = [works(command) for command in registry.commands(run, seed, {})]
+    members, trainings = len(registry.members(run)), content.get("trainings")
+    told = isinstance(trainings, list) and all(isinstance(t, dict | None) for t in trainings)
+    if not told or len(trainings) != members:
+        yield f"its trainings are no list of {members}, each told or null"
+        return
+    try:
+        found = [works(typed(text)) for text in content["commands"]]
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        yield f"its commands cannot be read: {error!r}"
+        return
+    known = iter(trainings)
+    now = [each for each in now if each[0] != "train.py" or next(known) is not None]
+    programs, expected = ([program for program, _ in commands] for commands in (found, now))
+    if programs != expected:
+        yield f"{', '.join(programs)}; expected {', '.join(expected)}"
+        return
+    for (program, options), (_, wanted) in zip(found, now, strict=True):
+        yield from _other_options(program, options, wanted)
+
+
+def _other_options(
+    program: str, options: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Iterator[str]:
+    """Options of a program that are told to be others than they should."""
+    for name, value in wanted.items():
+        if name in options and options[name] != value:
+            yield f"{program} --{name} {short(options[name])}; expected {short(value)}"
+
+
+def _other_scores(
+    registry: Registry, run: Run, seed: int, content: Content, results: Path
+) -> Iterator[str]:
+    """Scores of an ensemble that are not its models' now, or of one model that are another's."""
+    path, scores = run.result(seed, results), scores_of(content)
+    parts = [registry.run(name).result(seed, results) for name in run.of]
+    for part in (part for part in parts if part.exists()):
+        if not scores_of(read_json(part, RESULT)).items() <= scores.items():
+            yield f"{path}: was made of other scores than its models' now"
+    if len(set(scores.values())) < len(scores):
+        yield f"{path}: two of its models have the same scores; expected models of their own"
+    models = [each for each in registry.runs.values() if not run.of and not each.of]
+    for other, read in _results_of(models, results):
+        if other == path:
+            return  # later ones are told there
+        if set(scores.values()) & set(scores_of(read).values()):
+            yield f"{path}: is of the same scores as {other}; expected a model of its own"
+
+
+def split_objections(registry: Registry, run: Run, split: Split) -> Iterator[str]:
+    """Why images and captions are not those that a run's row is of, before it is trained."""
+    images = registry.data_of(run).images
+    if split.images != images:
+        yield f"{split.path}: {split.images} images; expected {images}"
+    inputs = [{"data": split.fingerprint}]
+    for found in _other_inputs(registry, run, split.path, inputs, RESULTS):
+        yield f"{found}; expected the same, or no such older results"
+
+
+def _other_inputs(
+    registry: Registry, run: Run, path: Path, inputs: list[Content], results: Path
+) -> Iterator[str]:
+    """Data or BERT that are not those of the first results on that data which tell theirs."""
+    data = registry.data_of(run)
     of_data = [each for each in registry.runs.values() if registry.data_of(each) == data]
-    others = _others(registry, of_data, results)
-    told = ((other, inputs if other == path else inputs_of(read)) for other, read in others)
-    first, theirs = next(((other, found) for other, found in told if found), (path, []))
-    if name := differs([*inputs, *theirs]):
-        return f"{path}: is of other {name} than {first}"
-    return ""
+    for other, read in _results_of(of_data, results):
+        theirs = inputs if other == path else inputs_of(read)
+        if theirs:
+            for name in _differing([*inputs, *theirs]):
+                yield f"{path}: is of other {name} than {other}"
+            return
 
 
-def _others(
-    registry: Registry, runs: list[Run], results: Path
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+def model_objections(registry: Registry, run: Run, seed: int) -> Iterator[str]:
+    """Why a model is not the one that is to be evaluated, before the evaluation.
+
+    As far as its checkpoint tells, and the run.json beside it. Raises InputError where one of them
+    is damaged.
+    """
+    path = run.model(seed)
+    _, wanted = works(registry.train(run, seed, {}))
+    # What a run may change as it goes on is in a best model as it was then. The evaluation reads
+    # the registry's data, and tells by fingerprints whether the model was trained on it.
+    lasting = {name: value for name, value in wanted.items() if name not in FREE | {"data_name"}}
+    for found in _other_options("train.py", read_checkpoint(path).options, lasting):
+        yield f"{path}: was trained by {found}"
+    if (beside := path.parent / RUN).exists():
+        told = read_json(beside, HOW_TRAINED)
+        if told.get("complete") is False:  # older ones do not tell
+            yield f"{beside}: {_cut_off(told)}; expected a complete one (train.py --resume auto)"
+        options = told.get("options")
+        for found in _other_options("train.py", options, wanted) if type(options) is dict else ():
+            yield f"{beside}: is of {found}"
+
+
+def _results_of(runs: list[Run], results: Path) -> Iterator[tuple[Path, Content]]:
     """The results of some runs that can be read; of others it is told where they are asked for."""
     for run in runs:
         for path in run.results(results).values():
@@ -81,80 +160,26 @@ def _others(
                 continue
 
 
-def made_otherwise(registry: Registry, run: Run, seed: int, content: dict[str, Any]) -> str:
-    """How results came about otherwise than by the registry's commands, wherever the files were.
-
-    Of a model whose training is not known, None among them, the evaluation alone is compared.
-    """
-    now = [works(command) for command in registry.commands(run, seed, {})]
-    try:
-        found = [works(typed(text)) for text in content["commands"]]
-        trainings = content["trainings"]
-        fits = isinstance(trainings, list) and all(isinstance(t, dict | None) for t in trainings)
-    except (InputError, KeyError, TypeError, ValueError) as error:
-        return f"its commands are none of these programs ({error!r})"
-    members = len(registry.members(run))
-    if not fits or len(trainings) != members:
-        return f"its trainings are no list of {members}, each told or null"
-    known = iter(trainings)
-    now = [each for each in now if each[0] != "train.py" or next(known) is not None]
-    programs, expected = ([program for program, _ in commands] for commands in (found, now))
-    if programs != expected:
-        return f"{', '.join(programs)}; expected {', '.join(expected)}"
-    pairs = zip(found, now, strict=True)
-    return next((told for each in pairs if (told := first_difference(*each))), "")
-
-
-def first_difference(found: Works, now: Works) -> str:
-    """The first option of a program that is told to be another than it should."""
-    program, options = now
-    for name, value in options.items():
-        if name in found[1] and found[1][name] != value:
-            return f"{program} --{name} {short(found[1][name])}; expected {short(value)}"
-    return ""
-
-
-def model_objection(registry: Registry, run: Run, seed: int) -> str:
-    """Why a model is not the one that is to be evaluated, before the evaluation; empty where it is.
-
-    As far as its checkpoint tells, and the run.json beside it. Raises InputError where the model is
-    damaged.
-    """
-    path, trained = run.model(seed), {}
-    if (beside := path.parent / RUN).exists():
-        told = read_json(beside, HOW_TRAINED)
-        if told.get("complete") is False:  # older ones do not tell
-            return f"{beside}: {cut_off(told)}; expected a complete one (train.py --resume auto)"
-        trained = told.get("options")
-    # What a run may change as it goes on may be told of an earlier step in a best model.
-    options = {k: v for k, v in read_checkpoint(path).options.items() if k not in FREE}
-    options |= trained if isinstance(trained, dict) else {}
-    found = first_difference(("train.py", options), works(registry.train(run, seed, {})))
-    return found and f"{path}: was trained with {found}"
-
-
-def cut_off(training: Mapping[str, Any]) -> str:
+def _cut_off(training: Mapping[str, Any]) -> str:
     """What is said of a training that did not come to its end."""
     return f"the training was cut off at step {short(training.get('step'))}"
 
 
-def scores_of(content: dict[str, Any]) -> dict[str, str]:
+def scores_of(content: Content) -> dict[str, str]:
     """The score matrices that results are of, and their SHA-256; none where it is not told."""
     found = content.get("matrices")
     return {name: str(digest) for name, digest in found.items()} if isinstance(found, dict) else {}
 
 
-def inputs_of(content: dict[str, Any]) -> list[dict[str, Any]]:
+def inputs_of(content: Content) -> list[Content]:
     """Fingerprints of what each model of some results read; none where it is not told."""
     found = content.get("fingerprints")
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
-def differs(inputs: list[dict[str, Any]]) -> str:
-    """In what models differ that they read, as far as it is told; empty where it is the same."""
-    names = {"data": "data", "bert": "BERT", "training": "training data"}
-    for name in INPUTS:
+def _differing(inputs: list[Content]) -> Iterator[str]:
+    """In what models differ that they read, as far as it is told."""
+    for name, said in INPUTS.items():
         told = [each[name] for each in inputs if each.get(name) is not None]
         if told and told.count(told[0]) < len(told):
-            return names[name]
-    return ""
+            yield said

@@ -17,7 +17,7 @@ from typing import Any
 from files import read_json
 from options import InputError, require, short
 from scripts.parts.experiments import RESULT, RESULTS, Registry
-from scripts.parts.objections import objection
+from scripts.parts.objections import objections
 from scripts.parts.tables import COLUMNS, markdown
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                 paper = [*recalls, sum(recalls)]
             protocol, paths = run.tables[table], {}
             for seed, path in run.results(results).items():
-                if against := objection(registry, run, seed, results):
+                if against := next(objections(registry, run, seed, results), ""):
                     log.warning("%s; left out", against)
                 else:
                     paths[seed] = path
