@@ -95,7 +95,9 @@ def fuzz(found: dict[str, Any] | None) -> str:
         ]
         for name, r in found["readers"].items()
     ]
-    return f"`{found['command']}` ({found['machine']}):\n\n{markdown(head, rows)}"
+    # the file's command is that of the last report; rows of other readers stay in it
+    command = re.sub(r"(?<=--only )\S+", "READER", found["command"])
+    return f"`{command}` ({found['machine']}):\n\n{markdown(head, rows)}"
 
 
 def speed(folder: Path) -> str:
