@@ -83,11 +83,11 @@ class Snapshots:
         except Exception as error:  # what a file holds can be wrong in any way
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: cannot be gone on with: {reason}") from error
-        return self._with_best(place, self.config.resume == "auto" or self.is_newest(path))
+        return self._with_best(place, self.is_newest(path))
 
     def is_newest(self, path: Path) -> bool:
-        """Whether a checkpoint is the newest one of the run's folder."""
-        return self._is(path, NEWEST)
+        """Whether a checkpoint is the newest whole one of the run's folder."""
+        return self.config.resume == "auto" or self._is(path, NEWEST)
 
     def _is(self, path: Path, name: str) -> bool:
         return os.path.realpath(path) == os.path.realpath(self.config.folder / name)

@@ -94,9 +94,9 @@ class Trainer:
     def train(self) -> None:
         """Train to the end. Raises Stopped where a signal ended it earlier, in good order."""
         if self.complete:
-            own = self.config.resume == "auto" or self.snapshots.is_newest(self.restored)
+            newest = self.snapshots.is_newest(self.restored)
             found = f"{self.restored}: its run is complete at step {self.place.step}"
-            require(own, f"{found}; expected more of --max_steps or --num_epochs")
+            require(newest, f"{found}; expected more of --max_steps or --num_epochs")
             log.info("%s: complete at step %d", self.config.folder, self.place.step)
             runlog.completed(self.config.folder, self.place.step)
             return

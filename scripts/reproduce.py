@@ -133,8 +133,8 @@ def reproduce(
     about, found = origin(registry, each, seed, evaluation), read_json(part, RESULT)
     part.unlink()
     content = about | {name: found[name] for name in found if name not in about}
-    for found in objections(registry, each, seed, content=content):
-        raise InputError(f"not written: {found}; delete older results that are stale")
+    against = next(objections(registry, each, seed, content=content), "")
+    require(not against, f"not written: {against}; delete older results that are stale")
     write_json(path, content)
     log.info("%s, seed %d: %s", each.name, seed, path)
 

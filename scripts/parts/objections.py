@@ -96,7 +96,9 @@ def _other_scores(
             yield f"{path}: was made of other scores than its models' now"
     if len(set(scores.values())) < len(scores):
         yield f"{path}: two of its models have the same scores; expected models of their own"
-    models = [each for each in registry.runs.values() if not run.of and not each.of]
+    if run.of:
+        return  # whose scores are its models'
+    models = [each for each in registry.runs.values() if not each.of]
     for other, read in _results_of(models, results):
         if other == path:
             return  # later ones are told there
