@@ -17,7 +17,9 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from layout import (
+from common.cli import LARGEST
+from common.errors import check_range, refuse
+from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
     count_faults,
@@ -30,8 +32,7 @@ from layout import (
     split_files,
     width_faults,
 )
-from loader import load
-from options import LARGEST, check_range, refuse
+from common.workers import load
 from vocab import Vocabulary
 
 CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from common.cli import Precision
+from common.errors import InputError, check_range, require
+from common.files import check_writable
 from evaluation import Protocol
-from files import check_writable
-from options import InputError, Precision, check_range, require
 
 DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.
 

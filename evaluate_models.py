@@ -15,8 +15,8 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from bert import Bert, bert_files
-from checkpoint import (
+from checkpoint.bert import Bert, bert_files
+from checkpoint.checkpoint import (
     Checkpoint,
     bert_folder,
     bert_of,
@@ -26,6 +26,10 @@ from checkpoint import (
     read_checkpoint,
     warn_of_selection,
 )
+from common.cli import Precision, parse, pick_device, run, say, warn_of_slow
+from common.errors import InputError, require
+from common.files import write_array, write_arrays, write_json
+from common.layout import SplitName, count_images, files_of, read_captions, split_files
 from data import Split
 from evalconfig import DESCRIPTION, EvaluateConfig, EvaluatedSplit, check_different, check_outputs
 from evaluation import (
@@ -40,12 +44,9 @@ from evaluation import (
     owners,
     ranked,
 )
-from files import write_array, write_arrays, write_json
-from layout import SplitName, count_images, files_of, read_captions, split_files
 from model import DIME
-from mscoco import eccv_metrics, extended, known_ids
-from options import InputError, Precision, parse, pick_device, require, run, say, warn_of_slow
 from scoring import Scorer, behind, encode_split, shortlist, shortlisted
+from scripts.parts.mscoco import eccv_metrics, extended, known_ids
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import map_array
-from layout import CAPTIONS_PER_IMAGE
-from options import InputError, require
+from common.errors import InputError, require
+from common.files import map_array
+from common.layout import CAPTIONS_PER_IMAGE
 
 # Named by MSCOCO's: the mean of five folds, and the whole split, of however many images.
 Protocol = Literal["1k5", "5k"]

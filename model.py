@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cells import CELLS, AffinityNorm, CellName, CellSizes
-from options import LARGEST, Precision, check_range, require
+from common.cli import LARGEST, Precision
+from common.errors import check_range, require
 from router import Modality, Routing
 from space import LAYERS, RoutingSpace
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.cli import progress
+from common.errors import InputError
+from common.layout import CAPTIONS_PER_IMAGE
+from common.memory import free_memory, most_pairs, no_memory, out_of_memory
+from common.workers import load
 from data import ImageBlocks, Split
 from evaluation import best_items
-from layout import CAPTIONS_PER_IMAGE
-from loader import load
-from memory import free_memory, most_pairs, no_memory, out_of_memory
-from options import InputError, progress
 from router import Modality
 from vocab import Vocabulary
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from cells import CELLS, CellName, CellSizes
-from compiling import Compiled, gains_by_compiling
-from memory import free_memory, most_pairs, used_memory
-from options import Precision
+from common.cli import Precision
+from common.compile import Compiled, gains_by_compiling
+from common.memory import free_memory, most_pairs, used_memory
 from router import MergeLayer, Modality, RoutingLayer, Views
 
 log = logging.getLogger(__name__)

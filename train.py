@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from bert import load_bert
-from checkpoint import check_positions
+from checkpoint.bert import load_bert
+from checkpoint.checkpoint import check_positions
+from common.cli import parse, pick_device, run
+from common.errors import require
 from data import Split, TrainingBatches
 from model import DIME
-from options import parse, pick_device, require, run
-from runfolder import clear, own_folder, to_resume
-from textcache import cached_text
-from trainconfig import TrainConfig
-from trainer import Trainer
+from training.config import TrainConfig
+from training.loop import Trainer
+from training.runfolder import clear, own_folder, to_resume
+from training.text_cache import cached_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:

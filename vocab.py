@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from files import read_text
-from options import require
+from common.errors import require
+from common.files import read_text
 
 # Captions are tokenised in the loader's workers; a thread pool of the parent does not survive
 # the fork, and one thread reads 25,000 captions in about a second.

@@ -31,14 +31,14 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import torch
 
-import provenance
-from compiling import gains_by_compiling
+from common import provenance
+from common.cli import SLOW, Precision, parse, pick_device, run, say, slowness
+from common.compile import gains_by_compiling
+from common.files import check_writable, write_blocks, write_json
+from common.memory import keep_memory, peak_memory
+from common.workers import end_with_parent
 from evaluation import owners, retrieval
-from files import check_writable, write_blocks, write_json
-from loader import end_with_parent
-from memory import keep_memory, peak_memory
 from model import Direction
-from options import SLOW, Precision, parse, pick_device, run, say, slowness
 from scripts.parts.operators import shares
 from scripts.parts.reports import speed_rows, speed_tables
 from scripts.parts.workloads import KINDS, WORK, Case, Kind, Work, learner_of

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert import (
+from checkpoint.bert import (
     Bert,
     assembled_bert,
     bert_files,
@@ -40,10 +40,11 @@ from bert import (
     read_bert,
     write_bert,
 )
-from files import check_new_folder, check_writable, write_json
-from options import parse, require, run, say, some
+from checkpoint.weights import Weights
+from common.cli import parse, run, say
+from common.errors import require, some
+from common.files import check_new_folder, check_writable, write_json
 from scripts.parts.probes import PAIRS, SENSES
-from weights import Weights
 
 FAULTY = 1  # exit status
 NO_GRADIENT = "attention.self.key.bias"  # moves all of a softmax alike, so may stay 0

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from files import check_writable, naming, write_json
-from layout import SplitName, files_of
-from memory import free_memory, used_memory
-from options import InputError, check_range, parse, require, run, say
+from common.cli import parse, run, say
+from common.errors import InputError, check_range, require
+from common.files import check_writable, naming, write_json
+from common.layout import SplitName, files_of
+from common.memory import free_memory, used_memory
 from scripts.parts.data_faults import between, look_at_words, looked_at, remarks_on
 from scripts.parts.data_needs import CPU, bert_sizes, needs
 from scripts.parts.tables import markdown

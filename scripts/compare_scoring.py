@@ -24,12 +24,13 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 
-import provenance
-from checkpoint import build_model, warn_of_selection
+from checkpoint.checkpoint import build_model, warn_of_selection
+from common import provenance
+from common.cli import parse, pick_device, run, say, warn_of_slow
+from common.errors import check_range, require
+from common.files import check_writable, write_json
+from common.layout import CAPTIONS_PER_IMAGE
 from evaluation import ceiling, map_scores, owners, retrieval
-from files import check_writable, write_json
-from layout import CAPTIONS_PER_IMAGE
-from options import check_range, parse, pick_device, require, run, say, warn_of_slow
 from scoring import Scorer, behind, encode_split, shortlist, shortlisted
 from scripts.parts.opened import ModelOnSplit
 from scripts.parts.reports import scoring_rows, scoring_tables

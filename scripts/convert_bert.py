@@ -22,11 +22,12 @@ from typing import Annotated, Any, Protocol
 import numpy as np
 import torch
 
-from bert import assembled_bert, load_bert, write_bert
-from files import check_new_folder, size_of
-from memory import out_of_memory
-from options import InputError, parse, progress, require, run, some
-from weights import Weights
+from checkpoint.bert import assembled_bert, load_bert, write_bert
+from checkpoint.weights import Weights
+from common.cli import parse, progress, run
+from common.errors import InputError, require, some
+from common.files import check_new_folder, size_of
+from common.memory import out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from bert import Bert, bert_files, load_bert, normal_name, write_bert
-from checkpoint import (
+from checkpoint.bert import Bert, bert_files, load_bert, normal_name, write_bert
+from checkpoint.checkpoint import (
     FORMAT,
     Checkpoint,
     bert_of,
@@ -38,12 +38,13 @@ from checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from files import check_new_folder, check_writable, write_json
+from checkpoint.official import NEVER_USED, PARTS, their_names
+from checkpoint.weights import Weights, check_finite
+from common.cli import parse, run
+from common.errors import require, short, some
+from common.files import check_new_folder, check_writable, write_json
+from common.torch_files import write_old_torch, write_safetensors
 from model import DIME, ModelConfig
-from options import parse, require, run, short, some
-from published import NEVER_USED, PARTS, their_names
-from torchfiles import write_old_torch, write_safetensors
-from weights import Weights, check_finite
 
 log = logging.getLogger(__name__)
 

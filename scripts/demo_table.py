@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import provenance
-import runlog
-from files import check_writable, read_json, read_text, write_json
-from layout import CAPTIONS_PER_IMAGE, count_images, files_of, read_captions, split_files
-from options import InputError, parse, require, run, say
+from common import provenance
+from common.cli import parse, run, say
+from common.errors import InputError, require
+from common.files import check_writable, read_json, read_text, write_json
+from common.layout import CAPTIONS_PER_IMAGE, count_images, files_of, read_captions, split_files
 from scripts.parts.reports import about, demo_rows
+from training import log as runlog
 
 MODELS = ("i2t", "t2i", "ensemble")
 CUTS = (1, 5, 10)

@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from files import naming, write_bytes, write_json
-from options import InputError, check_range, parse, progress, run
+from common.cli import parse, progress, run
+from common.errors import InputError, check_range
+from common.files import naming, write_bytes, write_json
 
 SIDE = 260  # pixels, what EfficientNet-Lite2 takes
 FINE = 3  # drawn so many times larger, so that edges are smooth

@@ -20,25 +20,15 @@ from typing import Annotated, Any, Literal, get_args
 
 from torch.utils.data import Dataset
 
-from layout import SplitName, ids_file, read_names
-from loader import load
-from locking import LOCK, only_writer
-from options import (
-    LARGEST,
-    InputError,
-    check_range,
-    parse,
-    pick_device,
-    progress,
-    require,
-    run,
-    say,
-    some,
-)
-from regions import Detector, Grid, Source
+from common.cli import LARGEST, parse, pick_device, progress, run, say
+from common.errors import InputError, check_range, require, some
+from common.layout import SplitName, ids_file, read_names
+from common.lock import LOCK, only_writer
+from common.signals import Signals
+from common.workers import load
 from scripts.parts.extraction import Extraction
+from scripts.parts.regions import Detector, Grid, Source
 from scripts.parts.tsv_regions import Tsv
-from signals import Signals
 
 log = logging.getLogger(__name__)
 

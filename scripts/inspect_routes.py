@@ -28,19 +28,20 @@ from typing import Annotated
 import numpy as np
 from torch import Tensor
 
-from checkpoint import build_model
+from checkpoint.checkpoint import build_model
+from common.cli import parse, pick_device, run, say
+from common.errors import check_range, require
+from common.files import check_writable, map_array, naming, write_text
+from common.layout import CAPTIONS_PER_IMAGE, boxes_file
 from data import Split
-from files import check_writable, map_array, naming, write_text
-from layout import CAPTIONS_PER_IMAGE, boxes_file
-from options import check_range, parse, pick_device, require, run, say
-from pictures import read_picture
-from regions import REGIONS, grid_boxes
-from runlog import remove
 from scoring import encode_split
 from scripts.parts import route_figures as figures
 from scripts.parts.figures import SIDE, picture_files, shown, write_figure
+from scripts.parts.images import read_picture
 from scripts.parts.opened import ModelOnSplit
+from scripts.parts.regions import REGIONS, grid_boxes
 from scripts.parts.routes import DIGITS, Clusters, Pairs, clustered, entropies, most_different
+from training.log import remove
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from files import check_writable
-from options import parse, require, run
-from runlog import events
+from common.cli import parse, run
+from common.errors import require
+from common.files import check_writable
 from scripts.parts.figures import COLOURS, write_figure
+from training.log import events
 
 # Tell runs apart in grey: points of ink and of none, by turns.
 DASHES = ((), (6, 2), (1, 1.5), (6, 2, 1, 2), (12, 3), (6, 2, 1, 2, 1, 2), (3, 3), (12, 2, 3, 2))

@@ -28,8 +28,10 @@ from typing import Annotated, Any, get_args
 
 from pycocotools.coco import COCO
 
-from files import naming, read_json, write_json, write_lines
-from layout import (
+from common.cli import parse, progress, run, say
+from common.errors import InputError, check_range, require, short, some
+from common.files import naming, read_json, write_json, write_lines
+from common.layout import (
     CAPTIONS_PER_IMAGE,
     LONGEST_CAPTION,
     SplitName,
@@ -41,8 +43,7 @@ from layout import (
     split_files,
     stays_inside,
 )
-from locking import LOCK, only_writer
-from options import InputError, check_range, parse, progress, require, run, say, short, some
+from common.lock import LOCK, only_writer
 
 SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 TEST_1K = 1000  # pictures of MSCOCO's test split that the 1K figures' first fold is

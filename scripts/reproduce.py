@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import provenance
-import runlog
+from common import provenance
+from common.cli import parse, run, say
+from common.errors import InputError, refuse, require
+from common.files import read_json, sha256_of, write_json
+from common.signals import Stopped, handled
 from data import Split
 from evalconfig import EvaluateConfig
-from files import read_json, sha256_of, write_json
-from options import InputError, parse, refuse, require, run, say
 from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, shown
 from scripts.parts.objections import (
     HOW_TRAINED,
@@ -36,7 +37,7 @@ from scripts.parts.objections import (
     split_objections,
 )
 from scripts.parts.paper_table import FORMATS, figures_of
-from signals import Stopped, handled
+from training import log as runlog
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from files import read_json, read_text, write_text
-from layout import CAPTIONS_PER_IMAGE
-from options import parse, require, run, say
-from runlog import METRICS, RUN, events
+from common.cli import parse, run, say
+from common.errors import require
+from common.files import read_json, read_text, write_text
+from common.layout import CAPTIONS_PER_IMAGE
 from scripts.parts.experiments import REGISTRY, RESULTS, Registry
 from scripts.parts.paper_table import as_markdown
 from scripts.parts.reports import about, commit_of, demo_rows, scoring_tables, speed_tables
 from scripts.parts.tables import COLUMNS, markdown
+from training.log import METRICS, RUN, events
 
 README = Path("README.md")
 REPORT = "a report under results/"

@@ -17,16 +17,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation import map_scores, owners
-from files import check_writable
-from layout import (
+from common.cli import parse, run
+from common.errors import check_range, require
+from common.files import check_writable
+from common.layout import (
     SplitName,
     count_images,
     files_of,
     read_captions,
     split_files,
 )
-from options import check_range, parse, require, run
+from evaluation import map_scores, owners
 from scripts.parts.figures import COLOURS, picture_files, shown, write_figure
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]

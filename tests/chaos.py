@@ -29,12 +29,12 @@ from typing import Annotated, Any
 
 import torch
 
-import options
-import snapshots
 import train
-from checkpoint import read_checkpoint
-from runfolder import BEST, LOCK, NEWEST, PREVIOUS
+from checkpoint.checkpoint import read_checkpoint
+from common import cli as options
 from tests import conftest
+from training import resume as snapshots
+from training.runfolder import BEST, LOCK, NEWEST, PREVIOUS
 
 log = logging.getLogger("chaos")
 

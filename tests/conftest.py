@@ -17,13 +17,13 @@ import pytest
 import torch
 
 import evaluate_models
-import options
-import provenance
 import train
-from bert import Bert
-from checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
+from checkpoint.bert import Bert
+from checkpoint.checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
+from common import cli as options
+from common import provenance
+from common.files import write_json
 from data import Split
-from files import write_json
 from model import DIME
 
 ROOT = Path(__file__).parent.parent

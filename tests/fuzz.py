@@ -35,26 +35,26 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import options
-import provenance
-import runlog
-from bert import Bert, load_bert
-from checkpoint import build_model, json_beside, load_model, read_checkpoint
+from checkpoint.bert import Bert, load_bert
+from checkpoint.checkpoint import build_model, json_beside, load_model, read_checkpoint
+from common import cli as options
+from common import provenance
+from common.errors import InputError
+from common.layout import pictures_digest, read_ids, read_names
+from common.torch_files import write_torch
 from data import Split, TrainingBatches
 from evaluation import map_scores
-from layout import pictures_digest, read_ids, read_names
 from model import DIME
-from options import InputError
-from pictures import read_picture
-from runfolder import NEWEST, newest_whole
 from scripts import convert_checkpoint, prepare_captions
 from scripts.parts.extraction import Extraction
+from scripts.parts.images import read_picture
 from scripts.parts.tsv_regions import Tsv
 from tests import conftest
 from tests.conftest import tsv_row
-from torchfiles import write_torch
-from trainconfig import TrainConfig
-from trainer import Trainer
+from training import log as runlog
+from training.config import TrainConfig
+from training.loop import Trainer
+from training.runfolder import NEWEST, newest_whole
 from vocab import Vocabulary
 
 log = logging.getLogger("fuzz")

@@ -15,11 +15,11 @@ from conftest import GOLDEN, run_here
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from bert import Bert, load_bert
+from checkpoint.bert import Bert, load_bert
+from checkpoint.weights import filled
 from scripts import check_bert
 from scripts.parts.probes import PAIRS, SENSES
 from vocab import Vocabulary
-from weights import filled
 
 LIGHT = """a an the is in on of at was to with and over under above across through along beside it
 that from"""

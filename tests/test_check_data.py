@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 
-import layout
-from bert import bert_config, bert_parameters
+from checkpoint.bert import bert_config, bert_parameters
+from common import layout
 from scripts import check_data
 from scripts.parts import data_faults, data_needs
 
@@ -336,7 +336,7 @@ sys.path.insert(0, "tests")
 from conftest import Path, run_here
 from pytest import MonkeyPatch
 from data import DataConfig, ImageBlocks, Split, TrainingBatches
-from memory import peak_memory, used_memory
+from common.memory import peak_memory, used_memory
 from scripts import check_data
 from vocab import Vocabulary
 

@@ -18,10 +18,16 @@ import torch
 from conftest import CASES, GOLDEN, Case
 from safetensors.torch import save_file
 
-from bert import Bert, load_bert
-from checkpoint import bert_of, build_model, load_model, read_checkpoint, write_checkpoint
+from checkpoint.bert import Bert, load_bert
+from checkpoint.checkpoint import (
+    bert_of,
+    build_model,
+    load_model,
+    read_checkpoint,
+    write_checkpoint,
+)
+from common.errors import InputError
 from model import DIME, ModelConfig
-from options import InputError
 from scoring import score_split
 
 BERT = GOLDEN / "i2t/bert"

@@ -19,8 +19,8 @@ from conftest import GOLDEN, run_here
 from safetensors.torch import load_file
 from transformers import BertModel
 
-from bert import assembled_bert, load_bert, write_bert
-from options import InputError
+from checkpoint.bert import assembled_bert, load_bert, write_bert
+from common.errors import InputError
 from scripts import convert_bert
 from tests.write_tensorflow_bert import FOLDER, SIZES, arrays, write
 

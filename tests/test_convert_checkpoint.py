@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import GOLDEN, Case, run_here, same, tiny_train
 
-from bert import load_bert
-from checkpoint import json_beside, load_model, read_checkpoint, write_checkpoint
+from checkpoint.bert import load_bert
+from checkpoint.checkpoint import json_beside, load_model, read_checkpoint, write_checkpoint
+from common.torch_files import read_torch, write_torch
 from evaluate_models import evaluate
 from model import DIME, ModelConfig
 from scoring import score_split
 from scripts import convert_checkpoint
-from torchfiles import read_torch, write_torch
 from vocab import Vocabulary
 
 CASE = Case(GOLDEN / "i2t")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
 
+from common.errors import InputError
+from common.layout import read_captions
+from common.workers import load
 from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches
-from layout import read_captions
-from loader import load
-from options import InputError
 from vocab import Vocabulary
 
 WIDTH = 12

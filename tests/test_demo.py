@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT, run_here
 from PIL import Image
 
-from options import InputError, parse
-from runlog import events
+from common.cli import parse
+from common.errors import InputError
 from scripts import demo_table, draw_scenes, plot_run, show_retrievals
 from scripts.parts.experiments import REGISTRY, Registry
-from trainconfig import TrainConfig
+from training.config import TrainConfig
+from training.log import events
 
 SCENES = {"train": 12, "dev": 3, "test": 8}
 

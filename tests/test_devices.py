@@ -13,8 +13,8 @@ import torch
 from conftest import Case
 from test_golden import three_steps
 
-from checkpoint import bert_of, build_model, read_checkpoint
-from options import pick_device
+from checkpoint.checkpoint import bert_of, build_model, read_checkpoint
+from common.cli import pick_device
 from scoring import score_split
 
 EXACT = 1e-5

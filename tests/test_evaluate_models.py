@@ -17,10 +17,10 @@ from conftest import CASES, GOLDEN, ROOT, Case, run_program, tiny_train, write_s
 from test_files import largest_file
 
 import evaluate_models
+from common.errors import InputError
 from data import Split
 from evaluate_models import evaluate
 from evaluation import owners, retrieval
-from options import InputError
 from space import RoutingSpace
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")

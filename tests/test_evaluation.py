@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
+from common.errors import InputError
 from evaluation import (
     Retrieval,
     ceiling,
@@ -19,7 +20,6 @@ from evaluation import (
     ranks,
     retrieval,
 )
-from options import InputError
 
 METRICS = np.load(GOLDEN / "metrics.npz")
 SETS = sorted({name.split(".")[0] for name in METRICS.files})

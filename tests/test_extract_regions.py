@@ -23,14 +23,13 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.transforms.functional import to_tensor
 
-import pictures
-import regions
-from locking import LOCK
-from options import InputError
-from pictures import find_pictures, read_picture
-from regions import best_boxes, grid_boxes
+from common.errors import InputError
+from common.lock import LOCK
 from scripts import check_data, extract_regions, prepare_captions
-from scripts.parts import tsv_regions
+from scripts.parts import images as pictures
+from scripts.parts import regions, tsv_regions
+from scripts.parts.images import find_pictures, read_picture
+from scripts.parts.regions import best_boxes, grid_boxes
 
 PHOTOS = ROOT.parent / "shared/flickr8k/photos"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from files import check_writable, read_json, read_text, whole_file, write_array, write_json
-from options import InputError
+from common.errors import InputError
+from common.files import check_writable, read_json, read_text, whole_file, write_array, write_json
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
 
 
 def test_a_text_beyond_all_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("files.LONGEST_TEXT", 9)
+    monkeypatch.setattr("common.files.LONGEST_TEXT", 9)
     (tmp_path / "x").write_text("0123456789")
     with pytest.raises(InputError, match="x: 10 bytes; expected words, 9 at most"):
         read_text(tmp_path / "x", "words")

@@ -12,13 +12,13 @@ import torch
 from conftest import Case
 from torch import Tensor
 
+from checkpoint.official import joined, own_names, published_names
 from data import Batch
-from learner import Learner
 from model import DIME
-from published import joined, own_names, published_names
 from router import Modality, Router
 from scoring import score_split
-from trainconfig import TrainConfig
+from training.config import TrainConfig
+from training.step import Learner
 
 ENCODED = SCORES = CLIPPED = 1e-5
 # Dividing by gates that are nearly closed magnifies rounding: in t2i_variant those of an out-path

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from cells import CrossModalRefinement
 from data import Split
-from regions import grid_boxes
 from scoring import encode_split
 from scripts import inspect_routes
 from scripts.inspect_routes import Options
 from scripts.parts import route_figures
+from scripts.parts.regions import grid_boxes
 from scripts.parts.route_figures import Space, heat_map
 from scripts.parts.routes import (
     Clusters,

@@ -7,8 +7,8 @@ import torch
 from test_model import SMALL, small_batch, small_model
 
 from data import Batch
-from learner import Learner, gradient_length
-from trainconfig import TrainConfig
+from training.config import TrainConfig
+from training.step import Learner, gradient_length
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-import memory
-from memory import free_memory, out_of_memory
+from common import memory
+from common.memory import free_memory, out_of_memory
 
 OWN = """
 import torch
-from memory import peak_memory, used_memory
+from common.memory import peak_memory, used_memory
 
 cpu = torch.device("cpu")
 print(used_memory(cpu), peak_memory(cpu))

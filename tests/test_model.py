@@ -10,8 +10,8 @@ from conftest import GOLDEN
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from common.errors import InputError
 from model import DIME, ImageEncoder, ModelConfig, path_loss, triplet_loss
-from options import InputError
 
 SMALL = {"embed_size": 8, "img_dim": 9, "max_words": 10, "num_head_IMRC": 2}
 SMALL |= {"hid_IMRC": 6, "hid_router": 5}

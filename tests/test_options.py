@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-import options
-from checkpoint import load_model
-from options import InputError, parse, pick_device, run
+from checkpoint.checkpoint import load_model
+from common import cli as options
+from common.cli import parse, pick_device, run
+from common.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from conftest import GOLDEN, run_here, run_program, tiny_train, write_split
 from test_train import last_line
 
 import evaluate_models
-import mscoco
+from common.errors import InputError
+from common.files import write_array
 from evaluate_models import evaluate
 from evaluation import owners, ranks, retrieval
-from files import write_array
-from options import InputError
+from scripts.parts import mscoco
 
 
 def saved(folder: Path, name: str, images: int = 10, seed: int = 0) -> Path:

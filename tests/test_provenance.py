@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import provenance
+from common import provenance
 
 
 def test_the_commit_and_whether_files_differ_from_it(

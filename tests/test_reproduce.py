@@ -20,10 +20,8 @@ from test_train import last_line
 
 import evaluate_models
 import train
+from common.errors import InputError
 from evaluate_models import evaluate
-from options import InputError
-from runfolder import BEST
-from runlog import events
 from scripts import reproduce
 from scripts.parts import paper_table
 from scripts.parts.experiments import REGISTRY, Registry, shown, works
@@ -31,7 +29,9 @@ from scripts.parts.objections import objections
 from scripts.parts.paper_table import as_markdown, rows
 from scripts.parts.tables import COLUMNS
 from scripts.results_table import TAGS
-from snapshots import Snapshots
+from training.log import events
+from training.resume import Snapshots
+from training.runfolder import BEST
 
 TINY = """
 [tables]
@@ -625,7 +625,7 @@ DRIVER = """
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 from pathlib import Path
-from options import run
+from common.cli import run
 from scripts import reproduce
 reproduce.ROOT = Path(sys.argv[1])
 run(lambda: reproduce._call(["train.py"]))

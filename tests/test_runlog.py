@@ -9,10 +9,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import provenance
-import runlog
+from common import provenance
+from common.errors import InputError
 from evaluation import Recall, Retrieval
-from options import InputError
+from training import log as runlog
 
 
 def test_every_figure_has_its_published_name() -> None:

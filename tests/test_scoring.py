@@ -227,7 +227,7 @@ BOUNDED = """
 import sys
 import numpy as np, torch
 sys.path[:0] = ["tests"]
-from memory import peak_memory
+from common.memory import peak_memory
 from router import Modality
 from scoring import Encoded, Scorer
 from test_model import small_model

@@ -13,14 +13,14 @@ from test_model import ABLATIONS, small_batch, small_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-import compiling
 import space
-from compiling import gains_by_compiling
-from memory import most_pairs
+from common import compile as compiling
+from common.cli import Precision
+from common.compile import gains_by_compiling
+from common.memory import most_pairs
+from common.signals import Signals, Stopped
 from model import DIME
-from options import Precision
 from router import Views
-from signals import Signals, Stopped
 
 CPU = torch.device("cpu")
 ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are rounding alone

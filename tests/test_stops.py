@@ -22,21 +22,21 @@ from test_files import largest_file
 from test_train import events, last_line, state
 
 import data
-import options
-import runfolder
-import runlog
-import snapshots
-import trainer
+from common import cli as options
+from common.errors import InputError
+from common.signals import Signals, Stopped
+from common.torch_files import write_torch
+from common.workers import load
 from data import Batch, TrainingBatches
 from evaluation import Recall, Retrieval
-from learner import Learner
-from loader import load
 from model import DIME, Output
-from options import InputError
-from runfolder import BEST, NEWEST, PREVIOUS, Place
-from signals import Signals, Stopped
-from torchfiles import write_torch
-from trainer import Trainer
+from training import log as runlog
+from training import loop as trainer
+from training import resume as snapshots
+from training import runfolder
+from training.loop import Trainer
+from training.runfolder import BEST, NEWEST, PREVIOUS, Place
+from training.step import Learner
 
 STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rsum", "best_r1")
 

@@ -14,9 +14,15 @@ import pytest
 import torch
 from test_files import largest_file
 
-from files import read_text
-from options import InputError
-from torchfiles import has_checksum, read_safetensors, read_torch, write_old_torch, write_torch
+from common.errors import InputError
+from common.files import read_text
+from common.torch_files import (
+    has_checksum,
+    read_safetensors,
+    read_torch,
+    write_old_torch,
+    write_torch,
+)
 
 
 def written(folder: Path, content: object) -> Path:

@@ -14,16 +14,16 @@ import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import provenance
 import space
-import trainer
+from common import provenance
+from common.cli import parse, warn_of_slow
 from data import Batch
 from evaluate_models import evaluate
 from evaluation import owners, retrieval
-from learner import Learner
-from options import parse, warn_of_slow
-from runfolder import BEST, NEWEST, PREVIOUS
-from trainconfig import FREE, TrainConfig
+from training import loop as trainer
+from training.config import FREE, TrainConfig
+from training.runfolder import BEST, NEWEST, PREVIOUS
+from training.step import Learner
 
 TAGS = {
     *("epoch", "step", "batch_time", "data_time", "lr", "Rank", "Path", "Le"),
@@ -705,7 +705,7 @@ def test_cached_text_is_read_once_and_goes_with_its_run(
     assert run_train(*tiny_train(tiny, "--resume", "auto", direction="t2i")) == 2
     assert "--cache_text" in last_line(capsys)
     with monkeypatch.context() as patch:
-        patch.setattr("textcache.write_blocks", None)
+        patch.setattr("training.text_cache.write_blocks", None)
         assert run_train(*argv, "--max_steps", "9", "--resume", "auto") == 0
     resumed = state(tiny / "runs/t2i" / NEWEST)
     assert run_train(*argv, "--max_steps", "9", "--overwrite") == 0
@@ -743,7 +743,7 @@ def test_an_imitated_bfloat16_is_told(
         [0, 1.5] * 5,
     )
     ticks = iter([*exact, *imitated, *exact, *quick])  # the quickest of five counts
-    monkeypatch.setattr("options.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("common.cli.time.perf_counter", lambda: next(ticks))
     warn_of_slow("bf16", torch.device("cpu"))
     assert "--precision bf16: on this processor 20 times slower than fp32" in caplog.text
     caplog.clear()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from options import InputError
+from common.errors import InputError
 from vocab import Vocabulary
 
 

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from files import map_array, read_json
-from layout import (
+from common.cli import progress
+from common.errors import InputError, some
+from common.files import map_array, read_json
+from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
     boxes_file,
@@ -35,7 +37,6 @@ from layout import (
     rows_per_image,
     split_files,
 )
-from options import InputError, progress, some
 from vocab import Vocabulary
 
 SAMPLE = 200  # images of a split whose rows are read

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from memory import most_pairs
+from common.memory import most_pairs
 from model import DIME
 from scoring import scoring_memory
 from scripts.parts.data_faults import Found
 from space import step_memory
-from trainconfig import TrainConfig
+from training.config import TrainConfig
 
 CPU = torch.device("cpu")
 BASE_HIDDEN = 768  # of bert-base, where no BERT is given

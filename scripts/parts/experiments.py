@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
 
+from common.cli import parse
+from common.errors import InputError, require, some
+from common.files import read_text
 from evalconfig import EvaluateConfig
-from files import read_text
-from options import InputError, parse, require, some
-from runfolder import BEST
-from trainconfig import FREE, TrainConfig
+from training.config import FREE, TrainConfig
+from training.runfolder import BEST
 
 if sys.version_info >= (3, 11):
     import tomllib

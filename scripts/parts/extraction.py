@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from files import map_array, naming, read_json, write_blocks, write_json, write_lines
-from layout import (
+from common.errors import InputError, refuse, require
+from common.files import map_array, naming, read_json, write_blocks, write_json, write_lines
+from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
     boxes_file,
@@ -27,8 +28,7 @@ from layout import (
     read_ids,
     split_files,
 )
-from options import InputError, refuse, require
-from regions import REGIONS
+from scripts.parts.regions import REGIONS
 
 COPIED_ROWS = 500  # at a time
 

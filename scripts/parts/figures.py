@@ -7,10 +7,10 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from files import write_bytes
-from layout import SplitName, ids_file, nameless_faults, read_ids, read_names
-from options import refuse
-from pictures import find_pictures, read_picture
+from common.errors import refuse
+from common.files import write_bytes
+from common.layout import SplitName, ids_file, nameless_faults, read_ids, read_names
+from scripts.parts.images import find_pictures, read_picture
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint import read_checkpoint
+from checkpoint.checkpoint import read_checkpoint
+from common.errors import InputError, short
+from common.files import read_json
 from data import Split
-from files import read_json
-from options import InputError, short
-from runlog import RUN
 from scripts.parts.experiments import RESULT, RESULTS, Registry, Run, typed, works
-from trainconfig import FREE
+from training.config import FREE
+from training.log import RUN
 
 HOW_TRAINED = "how a model was trained"
 INPUTS = {"data": "data", "bert": "BERT", "training": "training data"}  # that fingerprints are of

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from bert import Bert, bert_files
-from checkpoint import (
+from checkpoint.bert import Bert, bert_files
+from checkpoint.checkpoint import (
     Checkpoint,
     bert_folder,
     bert_of,
@@ -13,8 +13,8 @@ from checkpoint import (
     json_beside,
     read_checkpoint,
 )
+from common.layout import SplitName, files_of
 from data import Split
-from layout import SplitName, files_of
 
 
 @dataclass(frozen=True, kw_only=True)

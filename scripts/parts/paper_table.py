@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from files import read_json
-from options import InputError, require, short
+from common.errors import InputError, require, short
+from common.files import read_json
 from scripts.parts.experiments import RESULT, RESULTS, Registry
 from scripts.parts.objections import objections
 from scripts.parts.tables import COLUMNS, markdown

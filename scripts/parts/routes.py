@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.cli import progress
+from common.layout import CAPTIONS_PER_IMAGE
 from data import Split
-from layout import CAPTIONS_PER_IMAGE
 from model import DIME
-from options import progress
 from router import CLOSED, EPSILON, Modality
 from scoring import Encoded, evaluating
 from vocab import Vocabulary

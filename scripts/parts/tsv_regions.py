@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from files import naming, size_of
-from options import InputError, require, some
-from regions import REGIONS
+from common.errors import InputError, require, some
+from common.files import naming, size_of
+from scripts.parts.regions import REGIONS
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from common.cli import Precision
 from data import Batch
-from learner import Learner
 from model import DIME, Direction
-from options import Precision
 from router import Modality
 from scripts.parts.plain import plain_scores
-from trainconfig import TrainConfig
+from training.config import TrainConfig
+from training.step import Learner
 
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 BATCH = 32

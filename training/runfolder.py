@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import runlog
-from checkpoint import Checkpoint, read_checkpoint
-from files import naming
-from locking import LOCK, check_own, only_writer
-from options import InputError, require, short
-from torchfiles import Damaged
+from checkpoint.checkpoint import Checkpoint, read_checkpoint
+from common.errors import InputError, require, short
+from common.files import naming
+from common.lock import LOCK, check_own, only_writer
+from common.torch_files import Damaged
+from training import log as runlog
 
 log = logging.getLogger(__name__)
 

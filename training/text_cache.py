@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bert import Bert
-from files import beside, naming, size_of, write_blocks
+from checkpoint.bert import Bert
+from common.cli import progress
+from common.errors import require
+from common.files import beside, naming, size_of, write_blocks
 from model import TextEncoder
-from options import progress, require
-from runfolder import STATES
+from training.runfolder import STATES
 
 log = logging.getLogger(__name__)
 

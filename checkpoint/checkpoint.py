@@ -13,14 +13,15 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from bert import Bert, assembled_bert, load_bert, normal_name
-from files import read_json, sha256_of, size_of
-from layout import SplitName
+from checkpoint.bert import Bert, assembled_bert, load_bert, normal_name
+from checkpoint.official import NEVER_USED, PARTS, own_names
+from checkpoint.weights import Weights, check_named, filled
+from common.cli import LARGEST_FLOAT, keep_float32
+from common.errors import PLAIN, InputError, require, short, some
+from common.files import read_json, sha256_of, size_of
+from common.layout import SplitName
+from common.torch_files import has_checksum, read_safetensors, read_torch, write_torch
 from model import DIME, ModelConfig
-from options import LARGEST_FLOAT, PLAIN, InputError, keep_float32, require, short, some
-from published import NEVER_USED, PARTS, own_names
-from torchfiles import has_checksum, read_safetensors, read_torch, write_torch
-from weights import Weights, check_named, filled
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from files import naming, size_of
-from options import InputError, require
+from common.errors import InputError, require
+from common.files import naming, size_of
 
 log = logging.getLogger(__name__)
 

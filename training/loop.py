@@ -19,21 +19,21 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import runlog
-from bert import Bert
-from checkpoint import Checkpoint
+from checkpoint.bert import Bert
+from checkpoint.checkpoint import Checkpoint
+from common.errors import InputError, require
+from common.layout import CAPTIONS_PER_IMAGE
+from common.memory import no_memory, out_of_memory
+from common.signals import Signals, Stopped
 from data import Batch, Split, TrainingBatches
 from evaluation import owners, retrieval
-from layout import CAPTIONS_PER_IMAGE
-from learner import BadBatch, Learner
-from memory import no_memory, out_of_memory
 from model import DIME
-from options import InputError, require
-from runfolder import BEST, NEWEST, PREVIOUS, Place
 from scoring import BadScores, score_split
-from signals import Signals, Stopped
-from snapshots import Snapshots
-from trainconfig import TrainConfig
+from training import log as runlog
+from training.config import TrainConfig
+from training.resume import Snapshots
+from training.runfolder import BEST, NEWEST, PREVIOUS, Place
+from training.step import BadBatch, Learner
 
 log = logging.getLogger(__name__)
 

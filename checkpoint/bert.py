@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from files import naming, read_json, size_of, write_json, write_lines
-from options import InputError, require, short, some
-from torchfiles import read_safetensors, read_torch, write_safetensors
+from checkpoint.weights import Weights, check_finite, check_named, filled
+from common.errors import InputError, require, short, some
+from common.files import naming, read_json, size_of, write_json, write_lines
+from common.torch_files import read_safetensors, read_torch, write_safetensors
 from vocab import Vocabulary
-from weights import Weights, check_finite, check_named, filled
 
 log = logging.getLogger(__name__)
 

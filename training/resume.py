@@ -11,16 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import provenance
-import runlog
-from bert import Bert
-from checkpoint import BERT_KEYS, Checkpoint, check_same_bert, read_checkpoint, write_checkpoint
+from checkpoint.bert import Bert
+from checkpoint.checkpoint import (
+    BERT_KEYS,
+    Checkpoint,
+    check_same_bert,
+    read_checkpoint,
+    write_checkpoint,
+)
+from checkpoint.weights import load_strictly
+from common import provenance
+from common.errors import InputError, require
 from data import Split, TrainingBatches
-from learner import Learner
-from options import InputError, require
-from runfolder import BEST, NEWEST, PREVIOUS, Place
-from trainconfig import FREE, TrainConfig
-from weights import load_strictly
+from training import log as runlog
+from training.config import FREE, TrainConfig
+from training.runfolder import BEST, NEWEST, PREVIOUS, Place
+from training.step import Learner
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from common.cli import keep_float32, warn_of_slow
+from common.errors import InputError
 from data import Batch
 from model import DIME, path_loss, triplet_loss
-from options import InputError, keep_float32, warn_of_slow
-from trainconfig import TrainConfig
+from training.config import TrainConfig
 
 STEP_IN_SCORES = 3  # a training step's work on a pair, in scorings of one
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cells import CELLS
+from common.errors import InputError, require, some
 from model import LAYERS, WINDOWS
-from options import InputError, require, some
 
 LINEAR = ("weight", "bias")
 PARTS = ("img_enc", "txt_enc", "itr_module")  # in the order of the published state dicts

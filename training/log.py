@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-import provenance
+from common import provenance
+from common.errors import InputError, require, short
+from common.files import naming, read_json, read_text, size_of, write_bytes, write_json
+from common.memory import peak_memory
 from evaluation import Retrieval
-from files import naming, read_json, read_text, size_of, write_bytes, write_json
-from memory import peak_memory
-from options import InputError, require, short
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"

@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from files import naming, size_of
-from memory import out_of_memory
-from options import InputError, require, some
+from common.errors import InputError, require, some
+from common.files import naming, size_of
+from common.memory import out_of_memory
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # EPS would start Ghostscript
 MOST_PIXELS = 2**26  # 200 MB in memory; a camera's picture has half of it

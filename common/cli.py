@@ -8,27 +8,26 @@ how far it is (`progress`).
 import argparse
 import dataclasses
 import logging
-import math
 import os
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from tqdm import tqdm
 
-from memory import keep_memory, no_memory, out_of_memory
-from signals import Stopped
+from common.errors import InputError, require
+from common.memory import keep_memory, no_memory, out_of_memory
+from common.signals import Stopped
 
 log = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
 Precision = Literal["fp32", "bf16"]
-PLAIN = str | int | float | None  # what an option can be
 
 DEVICES = ("cpu", "cuda")
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
@@ -39,42 +38,6 @@ PRODUCTS = 5  # of which the quickest tells
 LARGEST_FLOAT = 1e30  # whose products still are numbers
 LONGEST_LINE = 4000  # characters of an error's text
 QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
-
-
-class InputError(Exception):
-    """The one error of input: names the file or option, what was found and what was expected."""
-
-
-def require(fact: bool, message: str) -> None:
-    """Raise InputError(message) unless `fact` holds."""
-    if not fact:
-        raise InputError(message)
-
-
-def refuse(faults: Iterable[str]) -> None:
-    """Raise InputError with the first fault, if there is one."""
-    for fault in faults:
-        raise InputError(fault)
-
-
-def check_range(options: object, names: Sequence[str], least: int, most: float = math.inf) -> None:
-    """Raise InputError where an option of these names is given and out of bounds."""
-    bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
-    for name in names:
-        value = getattr(options, name)
-        fits = value is None or least <= value <= most
-        require(fits, f"--{name} {value}: expected {bounds}")
-
-
-def some(names: Sequence[str]) -> str:
-    """A few of many names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def short(value: object) -> str:
-    """What is said of a value that a file holds: of a list of lists of lists its type."""
-    return repr(value)[:99] if isinstance(value, PLAIN) else type(value).__name__
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memory import out_of_memory
-from options import Precision
+from common.cli import Precision
+from common.memory import out_of_memory
 
 log = logging.getLogger(__name__)
 

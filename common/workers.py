@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from options import InputError
+from common.errors import InputError
 
 log = logging.getLogger(__name__)
 

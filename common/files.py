@@ -22,8 +22,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from memory import out_of_memory
-from options import InputError, require
+from common.errors import InputError, require
+from common.memory import out_of_memory
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says where no more bytes fit
 LONGEST_TEXT = 2**28  # bytes; the captions of MSCOCO are a tenth of it

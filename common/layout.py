@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from files import map_array, read_json, read_text
-from options import refuse, require, short, some
+from common.errors import refuse, require, short, some
+from common.files import map_array, read_json, read_text
 
 SplitName = Literal["train", "dev", "test", "testall"]
 

@@ -14,7 +14,7 @@ import torch
 CODE = (".", ":!results", ":!README.md")  # as git names files
 
 
-def commit(folder: Path = Path(__file__).parent) -> str | None:
+def commit(folder: Path = Path(__file__).parent.parent) -> str | None:
     """The folder's commit, with a + where tracked files differ from it; None without git.
 
     None, too, in a repository that does not track the folder.

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from options import require, short, some
+from common.errors import require, short, some
 
 Weights = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)

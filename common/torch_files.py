@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from files import CHUNK, naming, size_of, whole_file, write_bytes
-from memory import out_of_memory
-from options import InputError, require
-from pickles import CodeAsked, check_pickle
+from common.errors import InputError, require
+from common.files import CHUNK, naming, size_of, whole_file, write_bytes
+from common.memory import out_of_memory
+from common.pickles import CodeAsked, check_pickle
 
 ZIP_START, ZIP_END, ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
 LOCATOR, LOCATOR_BYTES, END_64_BYTES = b"PK\x06\x07", 20, 56

@@ -23,11 +23,12 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import clip_boxes_to_image, nms
 
-from files import sha256_of
-from options import InputError, keep_float32, require
-from pictures import find_pictures, read_picture
-from torchfiles import read_safetensors, read_torch
-from weights import check_finite
+from checkpoint.weights import check_finite
+from common.cli import keep_float32
+from common.errors import InputError, require
+from common.files import sha256_of
+from common.torch_files import read_safetensors, read_torch
+from scripts.parts.images import find_pictures, read_picture
 
 REGIONS = 36
 CELLS = 6  # of a grid's side

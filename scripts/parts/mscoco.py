@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import InputError, require, some
+from common.layout import CAPTIONS_PER_IMAGE, ids_file, names_file, read_ids, read_names
 from evaluation import best_items
-from layout import CAPTIONS_PER_IMAGE, ids_file, names_file, read_ids, read_names
-from options import InputError, require, some
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.cli import Precision
+from common.errors import check_range, require
+from common.layout import CAPTIONS_PER_IMAGE
 from data import DataConfig
-from layout import CAPTIONS_PER_IMAGE
 from model import ModelConfig
-from options import Precision, check_range, require
 
 NO_EFFECT = "accepted for the published command lines; changes nothing with precomputed features"
 

@@ -1,0 +1,8 @@
+"""Weights on disk: own and official checkpoints, BERT folders.
+
+`checkpoint.load_model(path, bert_path=None, device="cpu")` is what other programs need most.
+"""
+
+from checkpoint.checkpoint import Checkpoint, build_model, load_model, read_checkpoint
+
+__all__ = ["Checkpoint", "build_model", "load_model", "read_checkpoint"]
