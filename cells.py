@@ -7,23 +7,17 @@ C = 1 nothing depends on the context yet, and broadcasting does the rest.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router import Cell, Modality, Router, Routing, UniformRouter
+from common.config import AffinityNorm, CellName, Routing
+from router import Cell, Modality, Router, UniformRouter
 
 LEAK = 0.1  # slope of the leaky ReLU in the affinities, as in SCAN
 NO_LENGTH = 1e-12  # a vector shorter than this is divided by this, as torch's normalize does
 NO_SUM = 1e-8  # the same for l1norm and l2norm, which add it
-
-AffinityNorm = Literal[
-    "clipped_l2norm", "l2norm", "l1norm", "clipped_l1norm", "clipped", "softmax", "no_norm"
-]
-CellName = Literal["ric", "glgc", "imrc", "cmrc"]
-CELLS: tuple[CellName, ...] = get_args(CellName)  # the paper's order, and that of the out-paths
 
 
 class RectifiedIdentity(Cell):

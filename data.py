@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +17,20 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.cli import LARGEST
-from common.errors import check_range, refuse
+from common.config import DataConfig
+from common.errors import raise_first
 from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
-    count_faults,
+    count_problems,
     finite_rows,
     map_features,
-    number_faults,
+    number_problems,
     read_captions,
     read_rows,
     rows_per_image,
     split_files,
-    width_faults,
+    width_problems,
 )
 from common.workers import load
 from vocab import Vocabulary
@@ -39,26 +39,6 @@ CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN wh
 SAMPLED_ROWS = 16  # of the features that tell one data set from another
 CHECKED_ROWS = 500  # read through at a time
 ORDER, EXTRAS = 1, 2  # lead the seeds of the two random streams, so that they never meet
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the data is, and what a batch holds. Defaults are the published ones."""
-
-    data_path: Annotated[str, "folder that holds the data sets' folders"] = "/data"
-    data_name: Annotated[str, "data set's folder: f30k_precomp, coco_precomp, or your own"] = (
-        "precomp"
-    )
-    batch_size: Annotated[int, "matching pairs of a training step"] = 32
-    extra_stc: Annotated[int, "extra captions for each pair, negatives only (i2t)"] = 0
-    extra_img: Annotated[int, "extra images for each pair, negatives only (t2i)"] = 0
-    workers: Annotated[int, "processes that read data; 0 reads in the program itself"] = 2
-    seed: Annotated[int, "seed of initial weights, order, extra negatives and dropout"] = 0
-
-    def __post_init__(self) -> None:
-        check_range(self, ("batch_size",), 1, LARGEST)
-        check_range(self, ("extra_stc", "extra_img", "workers"), 0, LARGEST)
-        check_range(self, ("seed",), 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -81,8 +61,8 @@ class Split:
         path, captions_path = split_files(folder, name)
         captions = read_captions(captions_path, allow_empty=not training)
         features = map_features(path)
-        refuse(width_faults(path, features, img_dim))
-        refuse(count_faults(path, len(features), len(captions)))
+        raise_first(width_problems(path, features, img_dim))
+        raise_first(count_problems(path, len(features), len(captions)))
         split = cls(path, captions, rows_per_image(len(features), len(captions)))
         if features.nbytes <= CHEAP_BYTES:
             for first in range(0, len(features), CHECKED_ROWS):
@@ -137,7 +117,7 @@ class Split:
     def regions(self, rows: np.ndarray) -> Tensor:
         """Features of `rows`, `[rows, L, img_dim]` float32. Raises InputError on NaN or inf."""
         features = read_rows(self._features, rows)
-        refuse(number_faults(self.path, np.unique(rows[~finite_rows(features)])))
+        raise_first(number_problems(self.path, np.unique(rows[~finite_rows(features)])))
         return torch.from_numpy(features)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from common.cli import Precision
+from common.config import Precision
 from common.errors import InputError, check_range, require
 from common.files import check_writable
 from evaluation import Protocol

@@ -26,7 +26,8 @@ from checkpoint.checkpoint import (
     read_checkpoint,
     warn_of_selection,
 )
-from common.cli import Precision, parse, pick_device, run, say, warn_of_slow
+from common.cli import parse, pick_device, print_line, run, warn_of_slow
+from common.config import Precision
 from common.errors import InputError, require
 from common.files import write_array, write_arrays, write_json
 from common.layout import SplitName, count_images, files_of, read_captions, split_files
@@ -37,11 +38,11 @@ from evaluation import (
     as_text,
     ceiling,
     check_folds,
+    image_of_caption,
     map_scores,
     mean_matrix,
     mean_of_files,
     measured,
-    owners,
     ranked,
 )
 from model import DIME
@@ -70,7 +71,7 @@ def _write(
         (write_json, config.json, result),
     )
     works = [partial(write, Path(path), content) for write, path, content in files if path]
-    works += [partial(say, as_text(result))] if printed else []
+    works += [partial(print_line, as_text(result))] if printed else []
     problems = []
     for work in works:
         try:
@@ -290,7 +291,7 @@ def _scores(
         scorer.model.compile_where_it_pays(bool(compiled), 0)
     scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
     limits = {"count": count, "share": float(wanted.mean())}
-    return scores, limits | {"ceiling": ceiling(wanted, owners(wanted.shape[1]))}
+    return scores, limits | {"ceiling": ceiling(wanted, image_of_caption(wanted.shape[1]))}
 
 
 if __name__ == "__main__":

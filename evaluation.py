@@ -72,7 +72,7 @@ class Retrieval:
         return {**asdict(self), "rsum": self.rsum}
 
 
-def owners(captions: int) -> np.ndarray:
+def image_of_caption(captions: int) -> np.ndarray:
     """The image `[captions]` that each caption describes, where five follow each other."""
     return np.arange(captions) // CAPTIONS_PER_IMAGE
 
@@ -158,7 +158,7 @@ def mean_of(results: Sequence[Retrieval]) -> Retrieval:
 
 def ranked(scores: np.ndarray, protocol: Protocol) -> list[Ranks]:
     """Ranks by fold, of scores `[I, T]` whose captions follow each other by five an image."""
-    owner = owners(scores.shape[1])
+    owner = image_of_caption(scores.shape[1])
     parts = folds(scores, owner) if protocol == "1k5" else [(scores, owner)]
     return [ranks(*part) for part in parts]
 

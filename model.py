@@ -7,77 +7,18 @@ those of `router.py`.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cells import CELLS, AffinityNorm, CellName, CellSizes
-from common.cli import LARGEST, Precision
-from common.errors import check_range, require
-from router import Modality, Routing
-from space import LAYERS, RoutingSpace
+from cells import CellSizes
+from common.config import Direction, ModelConfig, Precision
+from router import Modality
+from space import RoutingSpace
 
-Direction = Literal["i2t", "t2i"]
-
-CELL_NAMES = ",".join(CELLS).upper()
 WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
-MOST_LAYERS = 100
-NO_SCORE = " (in i2t no score depends on it, but what --shortlist chooses does)"
 WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a model is. Defaults are the published ones."""
-
-    direction: Annotated[
-        Direction, "modality that is refined: i2t = regions see words, t2i = words see regions"
-    ] = "i2t"
-    embed_size: Annotated[int, "joint size of regions and words"] = 256
-    img_dim: Annotated[int, "width of the region features in *_ims.npy"] = 2048
-    max_words: Annotated[
-        int, "WordPieces of a caption, [CLS] and [SEP] included; cut or padded"
-    ] = 32
-    num_head_IMRC: Annotated[int, "attention heads of intra-modal reasoning"] = 16
-    hid_IMRC: Annotated[int, "inner width of intra-modal reasoning"] = 512
-    raw_feature_norm_CMRC: Annotated[
-        AffinityNorm, "normalisation of the affinities in cross-modal refinement"
-    ] = "clipped_l2norm"
-    lambda_softmax_CMRC: Annotated[
-        float, "inverse temperature of cross-modal attention", "--lambda_softmax"
-    ] = 4.0
-    hid_router: Annotated[int, "inner width of a router"] = 512
-    use_abs: Annotated[bool, "absolute value of the image embedding" + NO_SCORE] = False
-    no_imgnorm: Annotated[bool, "do not normalise the image embedding" + NO_SCORE] = False
-    routing: Annotated[
-        Routing, "ablation: uniform opens every gate, hard the largest one of an out-path alone"
-    ] = "soft"
-    num_layer_routing: Annotated[int, "ablation: layers of cells, the last of which merges"] = (
-        LAYERS
-    )
-    cells: Annotated[str, "ablation: the cells of a layer, some of the default ones"] = CELL_NAMES
-
-    def __post_init__(self) -> None:
-        sizes = ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router")
-        check_range(self, sizes, 1, LARGEST)
-        check_range(self, ("num_layer_routing",), 1, MOST_LAYERS)
-        require(
-            ",".join(self.cell_names).upper() == self.cells != "",
-            f"--cells {self.cells}: expected some of {CELL_NAMES}, in this order",
-        )
-        require(self.max_words >= 2, f"--max_words {self.max_words}: [CLS] and [SEP] need 2")
-        require(
-            self.embed_size % self.num_head_IMRC == 0,
-            f"--embed_size {self.embed_size} is no multiple of "
-            f"--num_head_IMRC {self.num_head_IMRC}",
-        )
-
-    @property
-    def cell_names(self) -> list[CellName]:
-        """The cells of a layer."""
-        return [name for name in CELLS if name.upper() in self.cells.split(",")]
 
 
 class ImageEncoder(nn.Module):

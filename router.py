@@ -11,12 +11,9 @@ A tensor that does not depend on the context has C = 1 and broadcasts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-Routing = Literal["soft", "uniform", "hard"]
 
 OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is born dead
 CLOSED = 1e-4  # an out-path whose gates sum to less carries the skip instead
@@ -97,7 +94,7 @@ class Cell(nn.Module):
         return ()
 
 
-Views = Sequence[tuple[Tensor, ...]]  # of the cells of a layer
+ContextProjections = Sequence[tuple[Tensor, ...]]  # of the cells of a layer
 
 
 class Layer(nn.Module):
@@ -108,7 +105,7 @@ class Layer(nn.Module):
         self.cells = nn.ModuleDict(cells)
         self.hard = hard
 
-    def views(self, context: Modality) -> Views:
+    def views(self, context: Modality) -> ContextProjections:
         """What each cell needs of contexts."""
         return [cell.view(context) for cell in self.cells.values()]
 
@@ -117,7 +114,9 @@ class Layer(nn.Module):
         cells = self.cells.values()
         return torch.stack([cell.router(x) for cell, x in zip(cells, xs, strict=True)], -1)
 
-    def _outputs(self, xs: Sequence[Tensor], views: Views, gates: Tensor) -> tuple[Tensor, ...]:
+    def _outputs(
+        self, xs: Sequence[Tensor], views: ContextProjections, gates: Tensor
+    ) -> tuple[Tensor, ...]:
         """N outputs `[Q, C, L, D]`, zeros where all of a cell's `gates` `[Q, C, O, N]` are 0."""
         return tuple(map(_refine, self.cells.values(), xs, views, gates.unbind(-1)))
 
@@ -125,7 +124,9 @@ class Layer(nn.Module):
 class RoutingLayer(Layer):
     """A dense layer (§6): every cell feeds every cell of the next layer."""
 
-    def forward(self, xs: Sequence[Tensor], views: Views) -> tuple[tuple[Tensor, ...], Tensor]:
+    def forward(
+        self, xs: Sequence[Tensor], views: ContextProjections
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Out-paths, O tensors `[Q, C, L, D]`, and normalised gates `[Q, C, O, N]`."""
         raw = self._gates(xs)
         total = raw.sum(-1, keepdim=True)  # [Q, C, O, 1]
@@ -145,7 +146,7 @@ class RoutingLayer(Layer):
 class MergeLayer(Layer):
     """The last layer (§6): one out-path, the mean of the cells weighted by their gates."""
 
-    def forward(self, xs: Sequence[Tensor], views: Views) -> tuple[Tensor, Tensor]:
+    def forward(self, xs: Sequence[Tensor], views: ContextProjections) -> tuple[Tensor, Tensor]:
         """The refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
         gates = self._gates(xs)
         dead = (gates < CLOSED / len(self.cells)).to(gates)  # such a cell passes its input on

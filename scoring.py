@@ -17,7 +17,7 @@ from torch import Tensor
 from common.cli import progress
 from common.errors import InputError
 from common.layout import CAPTIONS_PER_IMAGE
-from common.memory import free_memory, most_pairs, no_memory, out_of_memory
+from common.memory import chunk_size, free_memory, is_oom, no_memory
 from common.workers import load
 from data import ImageBlocks, Split
 from evaluation import best_items
@@ -164,7 +164,7 @@ class Scorer:
         queries = encoded.images if model.direction == "i2t" else encoded.captions
         size = queries.tokens[0].numel() * queries.tokens.element_size()
         fits = free_memory(device) // 2 // (TENSORS * size)
-        self.pairs = max(1, min(most_pairs(device, queries.tokens.shape[-1]), fits))
+        self.pairs = max(1, min(chunk_size(device, queries.tokens.shape[-1]), fits))
         self.scored = 0
         self.closed: Tensor | int = 0  # [layers, N] scored pairs with all gates of a cell closed
 
@@ -209,7 +209,7 @@ class Scorer:
             try:
                 scores, paths = self.model.score(images, captions, self.pairs)
             except Exception as error:
-                if self.pairs == 1 or not out_of_memory(error):
+                if self.pairs == 1 or not is_oom(error):
                     raise
                 self.pairs //= 2
                 log.warning("%s; going on with %d pairs at a time", no_memory(error), self.pairs)
@@ -229,7 +229,7 @@ def scoring_memory(
     items = images * regions + captions * words  # tokens, whose pooled vectors come beside
     encoded = (items + images + captions) * dim * FLOAT + items
     matrices = (models + 1) * images * captions * FLOAT  # one of distinct captions among them
-    pairs = most_pairs(torch.device("cpu"), dim)
+    pairs = chunk_size(torch.device("cpu"), dim)
     routed = pairs * TENSORS * max(regions, words) * dim * FLOAT
     return models * encoded + matrices + routed + BESIDE
 

@@ -13,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from cells import CELLS, CellName, CellSizes
-from common.cli import Precision
+from cells import CellSizes
 from common.compile import Compiled, gains_by_compiling
-from common.memory import free_memory, most_pairs, used_memory
-from router import MergeLayer, Modality, RoutingLayer, Views
+from common.config import CELLS, LAYERS, CellName, Precision
+from common.memory import chunk_size, free_memory, used_memory
+from router import ContextProjections, MergeLayer, Modality, RoutingLayer
 
 log = logging.getLogger(__name__)
 
-LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 PATH_SIZE = 128  # width of the embedding that path vectors are compared in
 WORTH_COMPILING = 2_000_000  # pairs to be scored from which the minutes of compiling are won back
 # What is kept of a pair for the backward pass, in tensors [L, D], as counted in autograd's graph:
@@ -63,7 +62,7 @@ class RoutingSpace(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Scores `[Q, C]` and path vectors `[Q, C, K]`, both float32; about `pairs` at a time."""
         assert query.tokens.shape[-1] == context.tokens.shape[-1] == self.norm.num_features
-        pairs = pairs or most_pairs(query.tokens.device, query.tokens.shape[-1])
+        pairs = pairs or chunk_size(query.tokens.device, query.tokens.shape[-1])
         layers = [*self.layers, self.merge]
         left = len(query) * len(context)  # pairs that are not routed yet
         columns = []
@@ -96,7 +95,7 @@ class RoutingSpace(nn.Module):
         return 2 if self.is_compiled else 1
 
     def _slice(
-        self, tokens: Tensor, views: Sequence[Views], contexts: int, keep: bool
+        self, tokens: Tensor, views: Sequence[ContextProjections], contexts: int, keep: bool
     ) -> tuple[Tensor, Tensor]:
         """What `_route` gives, its activations kept for the backward pass, or computed again."""
         route = self._compiled or self._route
@@ -108,7 +107,7 @@ class RoutingSpace(nn.Module):
             )
 
     def _route(
-        self, tokens: Tensor, views: Sequence[Views], contexts: int
+        self, tokens: Tensor, views: Sequence[ContextProjections], contexts: int
     ) -> tuple[Tensor, Tensor]:
         """Query tokens `[Q, L, D]` through all layers with C contexts.
 
@@ -197,7 +196,7 @@ class RoutingSpace(nn.Module):
             room = SAFE_SHARE * free_memory(device)
         else:
             room = LIMIT_SHARE * limit - used_memory(device)
-        at_once = min(pairs, most_pairs(device, self.norm.num_features))
+        at_once = min(pairs, chunk_size(device, self.norm.num_features))
         room -= step_memory(at_once, 0, size) + COMPILER * self.is_compiled
         self.kept_pairs = max(0, int(room / size))
         if limit is not None and room < 0:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from checkpoint.weights import Weights, check_finite, check_named, filled
-from common.errors import InputError, require, short, some
-from common.files import naming, read_json, size_of, write_json, write_lines
+from checkpoint.weights import Weights, build_with_weights, check_finite, check_named
+from common.errors import InputError, brief_repr, require, summarise
+from common.files import explain_os_errors, read_json, require_regular_file, write_json, write_lines
 from common.torch_files import read_safetensors, read_torch, write_safetensors
 from vocab import Vocabulary
 
@@ -94,7 +94,7 @@ def assembled_bert(folder: Path, weights: Weights, source: Path) -> Bert:
     layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
     claimed = config.num_hidden_layers
     require(claimed == layers, f"{source}: holds {layers} layers, its configuration says {claimed}")
-    model = filled(lambda: _bert_model(config), weights, source)
+    model = build_with_weights(lambda: _bert_model(config), weights, source)
     return Bert(model, vocabulary, fingerprint(weights, vocabulary))
 
 
@@ -109,7 +109,7 @@ def bert_config(folder: str | Path) -> BertConfig:
         if other != path and os.path.lexists(other):
             others = _bert_sizes(other)
             told = [f"{name} {others[name]}" for name in sizes if others[name] != sizes[name]]
-            require(not told, f"{other}: tells {some(told)}; expected what {path.name} tells")
+            require(not told, f"{other}: tells {summarise(told)}; expected what {path.name} tells")
     return BertConfig(**sizes, hidden_act="gelu")
 
 
@@ -135,7 +135,7 @@ def normalised_bert(weights: Mapping[str, Tensor], source: Path) -> Weights:
         normal[name] = value
     # weights that share their numbers in the file would have their own in float32
     held = sum(value.numel() * value.element_size() for value in normal.values())
-    size = size_of(source, "the weights of BERT")
+    size = require_regular_file(source, "the weights of BERT")
     require(held <= size, f"{source}: {held} bytes of weights in a file of {size} bytes")
     check_finite(normal, source)
     return {name: value.float() for name, value in normal.items()}
@@ -156,7 +156,7 @@ def write_bert(folder: Path, bert: Bert) -> None:
     The weights come last, so that a folder that is not whole is no BERT folder. Raises InputError
     where that cannot be done.
     """
-    with naming(folder, "a folder to write to"):
+    with explain_os_errors(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     sizes = {name: getattr(bert.model.config, name) for name in BERT_SIZES}
     kind = {"model_type": "bert", "architectures": ["BertModel"]}
@@ -185,18 +185,18 @@ def _one_of(folder: Path, *names: str) -> Path:
 def _bert_sizes(path: Path) -> dict[str, Any]:
     config = read_json(path, "the configuration of BERT")
     kind = config.get("model_type", "bert")
-    require(kind == "bert", f"{path}: model_type is {short(kind)}; expected 'bert'")
+    require(kind == "bert", f"{path}: model_type is {brief_repr(kind)}; expected 'bert'")
     for name, expected in FIXED.items():
         found = config.get(name, expected)
-        require(found == expected, f"{path}: {name} is {short(found)}; expected {expected!r}")
+        require(found == expected, f"{path}: {name} is {brief_repr(found)}; expected {expected!r}")
     sizes = {name: config.get(name, default) for name, default in BERT_SIZES.items()}
     absent = [name for name, size in sizes.items() if size is None]
-    require(not absent, f"{path}: lacks {some(absent)}; expected the sizes of a BERT")
+    require(not absent, f"{path}: lacks {summarise(absent)}; expected the sizes of a BERT")
     for name, value in sizes.items():
         fits = type(value) is int and 0 < value < MOST_SIZE
         if name.endswith("_prob"):
             fits = type(value) in (int, float) and 0 <= value < 1
-        require(fits, f"{path}: {name} is {short(value)}; expected a size or a probability")
+        require(fits, f"{path}: {name} is {brief_repr(value)}; expected a size or a probability")
     layers, heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
     require(layers <= MOST_LAYERS, f"{path}: {layers} layers; expected {MOST_LAYERS} at most")
     require(

@@ -14,14 +14,15 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from checkpoint.bert import Bert, assembled_bert, load_bert, normal_name
-from checkpoint.official import NEVER_USED, PARTS, own_names
-from checkpoint.weights import Weights, check_named, filled
+from checkpoint.official import NEVER_USED, PARTS, native_names
+from checkpoint.weights import Weights, build_with_weights, check_named
 from common.cli import LARGEST_FLOAT, keep_float32
-from common.errors import PLAIN, InputError, require, short, some
-from common.files import read_json, sha256_of, size_of
+from common.config import ModelConfig
+from common.errors import PLAIN, InputError, brief_repr, require, summarise
+from common.files import read_json, require_regular_file, sha256_of
 from common.layout import SplitName
 from common.torch_files import has_checksum, read_safetensors, read_torch, write_torch
-from model import DIME, ModelConfig
+from model import DIME
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
         expected = f"one of {', '.join(choices)}" if choices else kind.__name__
         require(
             fits and (not choices or value in choices),
-            f"{source}: option {field.name} is {short(value)}; expected {expected}",
+            f"{source}: option {field.name} is {brief_repr(value)}; expected {expected}",
         )
         finite = kind is not float or abs(value) <= LARGEST_FLOAT
         require(finite, f"{source}: option {field.name} is {value}; expected a finite number")
@@ -105,7 +106,7 @@ def _own(path: Path, content: dict[str, Any], source: Path) -> Checkpoint:
     Raises InputError where something is missing or of another kind.
     """
     absent = {"options", "weights", "bert"} - content.keys()
-    require(not absent, f"{source}: lacks {some(sorted(absent))}")
+    require(not absent, f"{source}: lacks {summarise(sorted(absent))}")
     require(isinstance(content["options"], dict), f"{source}: its options are no dictionary")
     _check_options(content["options"], source)
     require(isinstance(content["bert"], str), f"{source}: its BERT's fingerprint is no text")
@@ -124,11 +125,11 @@ def _from_arrays(path: Path) -> Checkpoint:
 
     Raises InputError where it is none, or damaged.
     """
-    size_of(path, "a safetensors file")
+    require_regular_file(path, "a safetensors file")
     beside = json_beside(path)
     content = read_json(beside, f"the options that go with {path.name}")
     found = content.pop("format", None)
-    require(found == FORMAT, f"{beside}: format {short(found)}; expected {FORMAT!r}")
+    require(found == FORMAT, f"{beside}: format {brief_repr(found)}; expected {FORMAT!r}")
     fits = content.pop("sha256", None) == sha256_of(path)
     require(fits, f"{path}: damaged, or another file's: its SHA-256 is not the one in {beside}")
     require("weights" not in content, f"{beside}: holds weights, which {path.name} has")
@@ -138,7 +139,7 @@ def _from_arrays(path: Path) -> Checkpoint:
 def _check_options(options: Mapping[str, Any], path: Path) -> None:
     """Raise InputError where an option is more than a text or a number, or has no name."""
     for name, value in options.items():
-        require(isinstance(name, str), f"{path}: {short(name)} is no name of an option")
+        require(isinstance(name, str), f"{path}: {brief_repr(name)} is no name of an option")
         kind = type(value).__name__
         require(
             isinstance(value, PLAIN), f"{path}: option {name} is {kind}; expected text or a number"
@@ -200,7 +201,7 @@ def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device =
     config = checkpoint.config
     check_positions(bert, config, f"{checkpoint.path}: ")
     weights, path = checkpoint.weights, checkpoint.path
-    model = filled(lambda: DIME(config, bert.model), weights, path, keep=BERT_KEYS)
+    model = build_with_weights(lambda: DIME(config, bert.model), weights, path, keep=BERT_KEYS)
     return model.eval().to(device)
 
 
@@ -237,7 +238,7 @@ def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
         idle = [k for k in image if k.startswith("bn.")]
         unused |= {f"img_enc/{k}": image.pop(k) for k in idle}
     unused |= {f"itr_module/{k}": v for k, v in space.items() if NEVER_USED.search(k)}
-    weights = own_names(dict(zip(PARTS, (image, text, space), strict=True)), path)
+    weights = native_names(dict(zip(PARTS, (image, text, space), strict=True)), path)
     state = {name: content.get(name) for name in ("epoch", "best_rsum", "best_r1")}
     state["step"] = content.get("Eiters")
     names = [k for k in bert if normal_name(k) is not None]

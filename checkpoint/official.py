@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cells import CELLS
-from common.errors import InputError, require, some
-from model import LAYERS, WINDOWS
+from common.config import CELLS, LAYERS
+from common.errors import InputError, require, summarise
+from model import WINDOWS
 
 LINEAR = ("weight", "bias")
 PARTS = ("img_enc", "txt_enc", "itr_module")  # in the order of the published state dicts
@@ -21,7 +21,7 @@ NEVER_USED = re.compile(r"\.glgc\.fc_2\.(weight|bias)$")
 NORM = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> dict[str, Tensor]:
+def native_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> dict[str, Tensor]:
     """Published weights under this project's names.
 
     Raises InputError that names a key which is missing or too many.
@@ -30,28 +30,28 @@ def own_names(modules: Mapping[str, Mapping[str, Tensor]], source: Path) -> dict
     for key in [key for key in left if NEVER_USED.search(key)]:
         del left[key]
     weights = {}
-    for own, published in published_names(with_image_norm="img_enc/bn.weight" in left).items():
+    for own, published in official_of_native(with_image_norm="img_enc/bn.weight" in left).items():
         absent = [key for key in published if key not in left]
-        require(not absent, f"{source}: lacks {some(absent)}")
+        require(not absent, f"{source}: lacks {summarise(absent)}")
         tensors = [left.pop(key) for key in published]
         try:
-            weights[own] = joined(own, tensors)
+            weights[own] = fuse_weights(own, tensors)
         except (RuntimeError, IndexError) as error:
             shapes = [list(tensor.shape) for tensor in tensors]
-            message = f"{source}: {some(published)}: shapes {shapes} do not fit"
+            message = f"{source}: {summarise(published)}: shapes {shapes} do not fit"
             raise InputError(message) from error
-    require(not left, f"{source}: holds {some(sorted(left))} too many")
+    require(not left, f"{source}: holds {summarise(sorted(left))} too many")
     return weights
 
 
-def joined(own: str, tensors: Sequence[Tensor]) -> Tensor:
+def fuse_weights(own: str, tensors: Sequence[Tensor]) -> Tensor:
     """The weight `own` from the published ones that it joins (or their gradients)."""
     weight = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
     convolution = own.startswith("text.convs.") and own.endswith("weight")
     return weight.squeeze(1).mT if convolution else weight  # [D, 1, window, h] -> [D, h, window]
 
 
-def parted(own: str, weight: Tensor, parts: int) -> list[Tensor]:
+def split_weight(own: str, weight: Tensor, parts: int) -> list[Tensor]:
     """The published weights that the weight `own` joins, each with memory of its own."""
     convolution = own.startswith("text.convs.") and own.endswith("weight")
     weight = weight.mT.unsqueeze(1) if convolution else weight  # -> [D, 1, window, h]
@@ -59,16 +59,16 @@ def parted(own: str, weight: Tensor, parts: int) -> list[Tensor]:
     return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 
-def their_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This project's weights under the published names, `module/name`; BERT's are not among them.
 
     What the published model has and never uses is there, too: zeros, and a normalisation that
     changes nothing.
     """
-    names = published_names(with_image_norm="image.norm.weight" in weights)
+    names = official_of_native(with_image_norm="image.norm.weight" in weights)
     found = {}
     for own, published in names.items():
-        found |= zip(published, parted(own, weights[own], len(published)), strict=True)
+        found |= zip(published, split_weight(own, weights[own], len(published)), strict=True)
     for key in [key for key in found if ".glgc.fc_1." in key]:
         found[key.replace("fc_1", "fc_2")] = torch.zeros_like(found[key])
     if "image.norm.weight" not in weights:
@@ -77,7 +77,7 @@ def their_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def published_names(with_image_norm: bool) -> dict[str, tuple[str, ...]]:
+def official_of_native(with_image_norm: bool) -> dict[str, tuple[str, ...]]:
     """Own name of every weight -> the published ones that it joins along the first axis."""
     return {
         f"{own}.{suffix}": tuple(f"{name}.{suffix}" for name in published)

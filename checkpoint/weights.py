@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from common.errors import require, short, some
+from common.errors import brief_repr, require, summarise
 
 Weights = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -21,7 +21,7 @@ def check_named(weights: Any, path: Path) -> None:
     require(isinstance(weights, dict), f"{path}: expected a dictionary of named weights")
     for name, value in weights.items():
         fits = isinstance(name, str) and isinstance(value, Tensor)
-        require(fits, f"{path}: {short(name)} is {type(value).__name__}; expected a weight")
+        require(fits, f"{path}: {brief_repr(name)} is {type(value).__name__}; expected a weight")
 
 
 def check_finite(weights: Weights, source: Path) -> None:
@@ -31,7 +31,9 @@ def check_finite(weights: Weights, source: Path) -> None:
         require(whole, f"{source}: {name} holds NaN or infinite numbers")
 
 
-def filled(make: Callable[[], Module], weights: Weights, source: Path, keep: str = "") -> Module:
+def build_with_weights(
+    make: Callable[[], Module], weights: Weights, source: Path, keep: str = ""
+) -> Module:
     """The module that `make` makes, with these weights, held to them as `load_strictly` does.
 
     A file's word for its sizes is not taken: they are compared before memory is.
@@ -43,7 +45,9 @@ def filled(make: Callable[[], Module], weights: Weights, source: Path, keep: str
     return module
 
 
-def load_strictly(model: nn.Module, weights: Weights, source: Path, keep: str = "") -> None:
+def load_state_dict_strict(
+    model: nn.Module, weights: Weights, source: Path, keep: str = ""
+) -> None:
     """Fill `model`; a missing, surplus or wrongly shaped key is an InputError that names it.
 
     Keys of the model that start with `keep` stay as they are.
@@ -60,8 +64,8 @@ def check_fit(model: nn.Module, weights: Weights, source: Path, keep: str = "") 
     # DEVIATION: a missing or surplus weight is an error (the published code skipped it in silence).
     wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
     missing, surplus = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    require(not missing, f"{source}: lacks {some(missing)}")
-    require(not surplus, f"{source}: holds {some(surplus)} too many")
+    require(not missing, f"{source}: lacks {summarise(missing)}")
+    require(not surplus, f"{source}: holds {summarise(surplus)} too many")
     for name, value in wanted.items():
         found, expected = list(weights[name].shape), list(value.shape)
         require(found == expected, f"{source}: {name} is {found}, expected {expected}")

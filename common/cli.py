@@ -20,19 +20,18 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from tqdm import tqdm
 
+from common.config import Precision
 from common.errors import InputError, require
-from common.memory import keep_memory, no_memory, out_of_memory
+from common.memory import is_oom, no_memory, tune_malloc
 from common.signals import Stopped
 
 log = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
-Precision = Literal["fp32", "bf16"]
 
 DEVICES = ("cpu", "cuda")
 BAD_INPUT = 2  # exit status of a program that was given something it cannot use
 tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
-LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip
 SLOW = 4.0  # times that a product in bfloat16 may take of one in float32 before it is said
 PRODUCTS = 5  # of which the quickest tells
 LARGEST_FLOAT = 1e30  # whose products still are numbers
@@ -176,7 +175,7 @@ def run(program: Callable[[], None]) -> None:
 
     So it is when memory is used up. A signal gives 128 and its number; a bug keeps its traceback.
     """
-    keep_memory()
+    tune_malloc()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         program()
@@ -188,7 +187,7 @@ def run(program: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status, said = 128 + signal.SIGINT, "interrupted"
     except Exception as error:
-        if not out_of_memory(error):
+        if not is_oom(error):
             raise
         status, said = BAD_INPUT, f"error: {no_memory(error)}"
     try:
@@ -212,7 +211,7 @@ def _visible(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Write to standard output. Raises InputError where nobody takes it."""
     try:
         if sys.stdout is None:

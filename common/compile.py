@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.cli import Precision
-from common.memory import out_of_memory
+from common.config import Precision
+from common.memory import is_oom
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Compiled:
         try:
             return self._run(given)
         except Exception as error:  # no compiler, or one that cannot: many types, one remedy
-            if out_of_memory(error):
+            if is_oom(error):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             log.warning("not compiled, going on without: %s", reason)

@@ -16,7 +16,7 @@ def require(fact: bool, message: str) -> None:
         raise InputError(message)
 
 
-def refuse(faults: Iterable[str]) -> None:
+def raise_first(faults: Iterable[str]) -> None:
     """Raise InputError with the first fault, if there is one."""
     for fault in faults:
         raise InputError(fault)
@@ -31,12 +31,12 @@ def check_range(options: object, names: Sequence[str], least: int, most: float =
         require(fits, f"--{name} {value}: expected {bounds}")
 
 
-def some(names: Sequence[str]) -> str:
+def summarise(names: Sequence[str]) -> str:
     """A few of many names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
-def short(value: object) -> str:
+def brief_repr(value: object) -> str:
     """What is said of a value that a file holds: of a list of lists of lists its type."""
     return repr(value)[:99] if isinstance(value, PLAIN) else type(value).__name__

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from common.errors import InputError, require
-from common.memory import out_of_memory
+from common.memory import is_oom
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says where no more bytes fit
 LONGEST_TEXT = 2**28  # bytes; the captions of MSCOCO are a tenth of it
@@ -32,7 +32,7 @@ HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 @contextmanager
-def naming(path: Path, wanted: str) -> Iterator[None]:
+def explain_os_errors(path: Path, wanted: str) -> Iterator[None]:
     """Turn what the system says of a file into an InputError that names it and what was wanted."""
     try:
         yield
@@ -42,9 +42,9 @@ def naming(path: Path, wanted: str) -> Iterator[None]:
         raise InputError(f"{path}: {error.strerror or error}; expected {wanted}") from error
 
 
-def size_of(path: Path, wanted: str) -> int:
+def require_regular_file(path: Path, wanted: str) -> int:
     """Bytes of a file. Raises InputError where it is none: a folder, a pipe, a device."""
-    with naming(path, wanted):
+    with explain_os_errors(path, wanted):
         try:
             found = path.stat()
         except ValueError as error:  # a name that no file can have
@@ -56,11 +56,11 @@ def size_of(path: Path, wanted: str) -> int:
 
 def read_text(path: Path, wanted: str) -> str:
     """A UTF-8 file. Raises InputError that names the file, and the line that is not UTF-8."""
-    size = size_of(path, wanted)
+    size = require_regular_file(path, wanted)
     require(
         size <= LONGEST_TEXT, f"{path}: {size} bytes; expected {wanted}, {LONGEST_TEXT} at most"
     )
-    with naming(path, wanted):
+    with explain_os_errors(path, wanted):
         data = path.read_bytes()
     try:
         return data.decode("utf-8")
@@ -82,15 +82,15 @@ def read_json(path: Path, wanted: str) -> dict[str, Any]:
 
 def map_array(path: Path, wanted: str) -> np.memmap:
     """A .npy file by memory map. Raises InputError where it is none, or not whole."""
-    size = size_of(path, wanted)
+    size = require_regular_file(path, wanted)
     try:
-        with naming(path, wanted):
+        with explain_os_errors(path, wanted):
             _check_array(path, size)
             return npy.open_memmap(path, mode="r")
     except InputError:
         raise
     except Exception as error:  # numpy's reader of headers can fail in any way
-        if out_of_memory(error):
+        if is_oom(error):
             raise
         raise InputError(f"{path}: no whole .npy array of numbers: {error}") from error
 
@@ -111,14 +111,14 @@ def _check_array(path: Path, size: int) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, size: int, keep: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, size: int, keep: Path | None = None) -> Iterator[IO[bytes]]:
     """A file to write `size` bytes to that takes its name only once it is whole and on the disk.
 
     What had the name before is then found at `keep`, if one is given. Raises InputError where the
     folder cannot be written to, or is full; what had the name before stays.
     """
-    partial = beside(path)
-    with naming(path, "a file to write"):
+    partial = partial_path(path)
+    with explain_os_errors(path, "a file to write"):
         try:
             _begin(path, partial)
             with partial.open("xb") as file:
@@ -140,7 +140,7 @@ def whole_file(path: Path, size: int, keep: Path | None = None) -> Iterator[IO[b
             partial.unlink(missing_ok=True)
 
 
-def beside(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Where a file is written until it is whole."""
     return path.with_name(path.name + ".partial")
 
@@ -150,19 +150,19 @@ def check_writable(path: Path, taken: Iterable[str | Path] = ()) -> None:
 
     Those are the `taken` ones, inputs and other outputs, and what a link of that name leads to.
     """
-    places = {os.path.realpath(place) for place in (path, beside(path))}
+    places = {os.path.realpath(place) for place in (path, partial_path(path))}
     free = places.isdisjoint(os.path.realpath(other) for other in taken)
     require(free, f"{path}: is an input or another output; expected a file of its own")
-    with naming(path, "a file to write"):
-        _begin(path, beside(path))
+    with explain_os_errors(path, "a file to write"):
+        _begin(path, partial_path(path))
         require(not path.is_symlink(), f"{path}: is a link; expected a file to write")
-        beside(path).open("xb").close()
-        beside(path).unlink()
+        partial_path(path).open("xb").close()
+        partial_path(path).unlink()
 
 
 def check_new_folder(option: str, folder: Path) -> None:
     """Raise InputError unless a folder is empty, or not there yet."""
-    with naming(folder, "a new or empty folder"):
+    with explain_os_errors(folder, "a new or empty folder"):
         free = not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
     require(free, f"{option} {folder}: is no new or empty folder")
 
@@ -170,7 +170,7 @@ def check_new_folder(option: str, folder: Path) -> None:
 def _begin(path: Path, partial: Path) -> None:
     """Make room for a file; what is none, a pipe or a device, is left alone."""
     if os.path.exists(path):
-        size_of(path, "a file to write")
+        require_regular_file(path, "a file to write")
     partial.unlink(missing_ok=True)
 
 
@@ -200,7 +200,7 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file, whole or not at all. Raises InputError where that cannot be done."""
-    with whole_file(path, len(data)) as file:
+    with atomic_write(path, len(data)) as file:
         file.write(data)
 
 
@@ -223,7 +223,7 @@ def write_blocks(
     header = io.BytesIO()
     about = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     npy.write_array_header_1_0(header, about)
-    with whole_file(path, header.tell() + math.prod(shape) * dtype.itemsize) as file:
+    with atomic_write(path, header.tell() + math.prod(shape) * dtype.itemsize) as file:
         file.write(header.getvalue())
         for block in blocks:
             file.write(np.ascontiguousarray(block).data)
@@ -231,9 +231,9 @@ def write_blocks(
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file. Raises InputError where it cannot be read."""
-    size_of(path, "a file")
+    require_regular_file(path, "a file")
     digest = hashlib.sha256()
-    with naming(path, "a file"), path.open("rb") as file:
+    with explain_os_errors(path, "a file"), path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

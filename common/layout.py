@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.errors import refuse, require, short, some
+from common.errors import brief_repr, raise_first, require, summarise
 from common.files import map_array, read_json, read_text
 
 SplitName = Literal["train", "dev", "test", "testall"]
@@ -61,7 +61,7 @@ def files_of(folder: str | Path, name: SplitName) -> list[Path]:
 def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     """Captions of a UTF-8 file, one a line. Raises InputError where one of them is none."""
     captions = read_lines(path, "captions, one a line")
-    refuse(caption_faults(path, captions, allow_empty))
+    raise_first(caption_problems(path, captions, allow_empty))
     return captions
 
 
@@ -75,7 +75,7 @@ def read_lines(path: Path, wanted: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
 
 
-def caption_faults(path: Path, captions: Sequence[str], allow_empty: bool) -> Iterator[str]:
+def caption_problems(path: Path, captions: Sequence[str], allow_empty: bool) -> Iterator[str]:
     """Captions that are none: too long, or empty."""
     long = [c for c, caption in enumerate(captions) if len(caption) > LONGEST_CAPTION]
     if long:
@@ -89,7 +89,7 @@ def caption_faults(path: Path, captions: Sequence[str], allow_empty: bool) -> It
 
 
 def _lines(places: Sequence[int]) -> str:
-    return some([str(place + 1) for place in places])
+    return summarise([str(place + 1) for place in places])
 
 
 def count_images(path: Path, captions: Sequence[str]) -> int:
@@ -102,7 +102,7 @@ def count_images(path: Path, captions: Sequence[str]) -> int:
 def read_ids(path: Path, images: int) -> tuple[str, ...]:
     """The id of each image, from a file with a line an image or a caption. Raises InputError."""
     ids = read_lines(path, "ids, one a line")
-    refuse(id_faults(path, ids, images))
+    raise_first(id_problems(path, ids, images))
     return one_an_image(ids, images)
 
 
@@ -111,7 +111,7 @@ def one_an_image(ids: tuple[str, ...], images: int) -> tuple[str, ...]:
     return ids if len(ids) == images else ids[::CAPTIONS_PER_IMAGE]
 
 
-def id_faults(path: Path, ids: tuple[str, ...], images: int) -> Iterator[str]:
+def id_problems(path: Path, ids: tuple[str, ...], images: int) -> Iterator[str]:
     """Ids that do not tell the images apart."""
     if len(ids) not in (images, images * CAPTIONS_PER_IMAGE):
         yield (
@@ -124,35 +124,35 @@ def id_faults(path: Path, ids: tuple[str, ...], images: int) -> Iterator[str]:
         first = ids[number - number % CAPTIONS_PER_IMAGE]
         if found != first:
             yield (
-                f"{path}: line {number + 1} is {short(found)}; expected {short(first)} as in the "
-                "lines of that image before it"
+                f"{path}: line {number + 1} is {brief_repr(found)}; expected {brief_repr(first)} "
+                "as in the lines of that image before it"
             )
             break
     twice = [i for i, n in Counter(one_an_image(ids, images)).items() if n > 1]
     if twice:
-        yield f"{path}: {some(twice)} is there twice; expected an image once"
+        yield f"{path}: {summarise(twice)} is there twice; expected an image once"
 
 
 def read_names(folder: Path) -> dict[str, str]:
     """The picture's file of each id, a name inside the pictures' folder. Raises InputError."""
     path = names_file(folder)
     names = read_json(path, "the file name of each id")
-    refuse(name_faults(path, names))
+    raise_first(name_problems(path, names))
     return names
 
 
-def name_faults(path: Path, names: Mapping[str, Any]) -> Iterator[str]:
+def name_problems(path: Path, names: Mapping[str, Any]) -> Iterator[str]:
     """Ids whose file is none in the pictures' folder."""
     for key, name in names.items():
         if not stays_inside(name):
-            yield f"{path}: {key} is {short(name)}; expected a file in the pictures' folder"
+            yield f"{path}: {key} is {brief_repr(name)}; expected a file in the pictures' folder"
 
 
-def nameless_faults(path: Path, names: Container[str], ids: Sequence[str]) -> Iterator[str]:
+def nameless_problems(path: Path, names: Container[str], ids: Sequence[str]) -> Iterator[str]:
     """Ids of the file `path` that have no name."""
     absent = [key for key in ids if key not in names]
     if absent:
-        yield f"{names_file(path.parent)}: lacks {some(absent)} of {path.name}"
+        yield f"{names_file(path.parent)}: lacks {summarise(absent)} of {path.name}"
 
 
 def pictures_digest(ids: Sequence[str], names: Mapping[str, str]) -> str:
@@ -172,11 +172,11 @@ def stays_inside(name: Any) -> bool:
 def map_features(path: Path) -> np.memmap:
     """Region features `(rows, regions, img_dim)` by memory map. Raises InputError."""
     features = map_array(path, "region features, a .npy file")
-    refuse(kind_faults(path, features))
+    raise_first(kind_problems(path, features))
     return features
 
 
-def kind_faults(path: Path, features: np.ndarray) -> Iterator[str]:
+def kind_problems(path: Path, features: np.ndarray) -> Iterator[str]:
     """An array that is none of region features."""
     if features.ndim != 3 or features.size == 0:
         yield f"{path}: shape {features.shape}; expected (rows, regions, img_dim)"
@@ -184,14 +184,14 @@ def kind_faults(path: Path, features: np.ndarray) -> Iterator[str]:
         yield f"{path}: {features.dtype} features; expected float32 or float16"
 
 
-def width_faults(path: Path, features: np.ndarray, img_dim: int | None) -> Iterator[str]:
+def width_problems(path: Path, features: np.ndarray, img_dim: int | None) -> Iterator[str]:
     """Features of another width than the model's; any will do where `img_dim` is None."""
     width = features.shape[2]
     if img_dim not in (None, width):
         yield f"{path}: features are {width} wide; expected {img_dim}, the model's --img_dim"
 
 
-def count_faults(path: Path, rows: int, captions: int) -> Iterator[str]:
+def count_problems(path: Path, rows: int, captions: int) -> Iterator[str]:
     """Features and captions that do not fit each other."""
     if captions % CAPTIONS_PER_IMAGE or not rows_per_image(rows, captions):
         yield (
@@ -220,7 +220,7 @@ def finite_rows(features: np.ndarray) -> np.ndarray:
     return np.isfinite(features).all((1, 2))
 
 
-def number_faults(path: Path, bad: Sequence[int] | np.ndarray) -> Iterator[str]:
+def number_problems(path: Path, bad: Sequence[int] | np.ndarray) -> Iterator[str]:
     """Rows whose features are no numbers."""
     if len(bad):
-        yield f"{path}: row {some([str(row) for row in bad])} holds NaN or infinite features"
+        yield f"{path}: row {summarise([str(row) for row in bad])} holds NaN or infinite features"

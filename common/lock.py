@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import InputError, require
-from common.files import naming, size_of
+from common.files import explain_os_errors, require_regular_file
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def only_writer(path: Path) -> Iterator[None]:
     no part in it.
     """
     check_own(path)
-    with naming(path, "a file to write"):
+    with explain_os_errors(path, "a file to write"):
         file = path.open("ab+", buffering=0)
     with file:
         try:
@@ -37,7 +37,7 @@ def only_writer(path: Path) -> Iterator[None]:
         except OSError as error:
             reason = error.strerror
             log.warning("%s: has no locks (%s); start no second run there", path.parent, reason)
-        with naming(path, "a file to write"):
+        with explain_os_errors(path, "a file to write"):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
@@ -45,9 +45,9 @@ def only_writer(path: Path) -> Iterator[None]:
 
 def check_own(path: Path) -> None:
     """Raise InputError where a file that is written in place is there, and is another's, too."""
-    with naming(path, "a file to write"):
+    with explain_os_errors(path, "a file to write"):
         if os.path.lexists(path):
             require(not path.is_symlink(), f"{path}: is a link; expected a file")
-            size_of(path, "a file to write")
+            require_regular_file(path, "a file to write")
             alone = path.stat().st_nlink == 1
             require(alone, f"{path}: is a link; expected a file of its own")

@@ -26,7 +26,7 @@ NARROW = 64  # below it heads and hidden layers count more than the width does
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Tell glibc to keep freed memory: a training step on a CPU is three times as fast with it.
 
     By default every step gives gigabytes back to the system and faults them in again (20 s against
@@ -38,7 +38,7 @@ def keep_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
-def out_of_memory(error: BaseException | None) -> bool:
+def is_oom(error: BaseException | None) -> bool:
     """Whether an error says that the machine's memory, or a GPU's, is used up, or comes of it."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -56,7 +56,7 @@ def no_memory(error: BaseException) -> str:
     return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
-def most_pairs(device: torch.device, dim: int) -> int:
+def chunk_size(device: torch.device, dim: int) -> int:
     """Pairs of an image and a caption that are best worked on at a time, by a token's width."""
     return max(1, (CPU_SLICE if device.type == "cpu" else GPU_SLICE) // max(dim, NARROW))
 

@@ -23,8 +23,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from common.errors import InputError, require
-from common.files import CHUNK, naming, size_of, whole_file, write_bytes
-from common.memory import out_of_memory
+from common.files import CHUNK, atomic_write, explain_os_errors, require_regular_file, write_bytes
+from common.memory import is_oom
 from common.pickles import CodeAsked, check_pickle
 
 ZIP_START, ZIP_END, ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
@@ -44,7 +44,7 @@ class Damaged(InputError):
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The arrays of a safetensors file by name. Raises InputError where it is not whole."""
-    size_of(path, "a safetensors file")
+    require_regular_file(path, "a safetensors file")
     try:
         arrays = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
@@ -61,8 +61,8 @@ def read_torch(path: Path) -> Any:
     code, and Damaged where it is not whole or claims more than it holds; one that `write_torch`
     wrote is held to its checksum first.
     """
-    size = size_of(path, "a file that torch wrote")
-    with naming(path, "a file that torch wrote"):
+    size = require_regular_file(path, "a file that torch wrote")
+    with explain_os_errors(path, "a file that torch wrote"):
         file = path.open("rb")
     # DEVIATION: nothing that a file holds is executed (the published code unpickled anything).
     with file, torch.serialization.safe_globals([argparse.Namespace]):
@@ -75,7 +75,7 @@ def read_torch(path: Path) -> Any:
             reason = f"asks for code, {error}, which is not executed; expected plain data"
             raise InputError(f"{path}: {reason}") from error
         except Exception as error:  # a damaged file can fail in any way; none of them is ours
-            if out_of_memory(error):
+            if is_oom(error):
                 raise
             if isinstance(error, OSError) and error.errno:  # the disk, not what is on it
                 raise InputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -147,7 +147,7 @@ def _ends_plainly(file: IO[bytes]) -> bool:
 
 def has_checksum(path: Path) -> bool:
     """Whether `write_torch` wrote a file."""
-    with naming(path, "a file that torch wrote"), path.open("rb") as file:
+    with explain_os_errors(path, "a file that torch wrote"), path.open("rb") as file:
         return file.read(len(ZIP_START)) == ZIP_START and not _ends_plainly(file)
 
 
@@ -220,7 +220,7 @@ def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:
     torch.save(content, buffer)
     with buffer.getbuffer() as data:
         seal = b"sha256=" + hashlib.sha256(data).hexdigest().encode()
-        with whole_file(path, len(data) + len(seal), keep) as file:
+        with atomic_write(path, len(data) + len(seal), keep) as file:
             file.write(data[:-2])
             file.write(len(seal).to_bytes(2, "little") + seal)
 

@@ -32,13 +32,13 @@ import numpy as np
 import torch
 
 from common import provenance
-from common.cli import SLOW, Precision, parse, pick_device, run, say, slowness
+from common.cli import SLOW, parse, pick_device, print_line, run, slowness
 from common.compile import gains_by_compiling
+from common.config import Direction, Precision
 from common.files import check_writable, write_blocks, write_json
-from common.memory import keep_memory, peak_memory
+from common.memory import peak_memory, tune_malloc
 from common.workers import end_with_parent
-from evaluation import owners, retrieval
-from model import Direction
+from evaluation import image_of_caption, retrieval
 from scripts.parts.operators import shares
 from scripts.parts.reports import speed_rows, speed_tables
 from scripts.parts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
@@ -85,7 +85,7 @@ def cases(only: list[str] | None, device: torch.device) -> Iterator[Case]:
 
 def measured(case: Case) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A case's rows, and where their time goes; called in a new process."""
-    keep_memory()
+    tune_malloc()
     torch.manual_seed(0)
     learner = learner_of(case)
     rows, recorded = [], {}
@@ -149,7 +149,7 @@ def timed(work: Work, device: torch.device) -> float:
 
 def ranking() -> dict[str, float]:
     """Seconds and peak memory of ranks and recalls of MSCOCO's size, from a memory map."""
-    keep_memory()
+    tune_malloc()
     images, captions = RANKED
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +157,7 @@ def ranking() -> dict[str, float]:
         rows = (rng.random((1, captions), dtype=np.float32) for _ in range(images))
         write_blocks(path, RANKED, np.dtype(np.float32), rows)
         scores = np.load(path, mmap_mode="r")
-        seconds = timed(lambda: retrieval(scores, owners(captions)), torch.device("cpu"))
+        seconds = timed(lambda: retrieval(scores, image_of_caption(captions)), torch.device("cpu"))
     peak = peak_memory(torch.device("cpu")) / 1e9
     return {"images": images, "captions": captions, "seconds": seconds, "peak_gb": peak}
 
@@ -201,7 +201,7 @@ def main() -> None:
     found = provenance.of(command, device) | {"minutes": minutes} | figures
     if chosen.json is not None:
         write_json(Path(chosen.json), found)
-    say(speed_tables(found))
+    print_line(speed_tables(found))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ from checkpoint.bert import (
     write_bert,
 )
 from checkpoint.weights import Weights
-from common.cli import parse, run, say
-from common.errors import require, some
+from common.cli import parse, print_line, run
+from common.errors import require, summarise
 from common.files import check_new_folder, check_writable, write_json
 from scripts.parts.probes import PAIRS, SENSES
 
@@ -74,7 +74,7 @@ def key_style(weights: Weights) -> str:
     parts.append(f"LayerNorm.{'gamma, beta' if old else 'weight, bias'}")
     unused = [name for name in names if normal_name(name) is None]
     if unused:
-        parts.append(f"{len(unused)} unused ({some(unused)})")
+        parts.append(f"{len(unused)} unused ({summarise(unused)})")
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in weights.values()})
     return ", ".join([*parts, " and ".join(kinds)])
 
@@ -146,11 +146,11 @@ def faults(bert: Bert, folder: Path, found: dict[str, Any]) -> Iterator[str]:
         )
     twice = [entry for entry, n in Counter(bert.vocabulary.entries).items() if n > 1]
     if twice:
-        yield f"{bert.vocabulary.path}: holds {some(twice)} twice; expected an entry once"
+        yield f"{bert.vocabulary.path}: holds {summarise(twice)} twice; expected an entry once"
     if found["untrained"]:
         yield (
-            f"{folder}: {some(found['untrained'])} hold one number each, as where they were never "
-            "filled; expected trained weights"
+            f"{folder}: {summarise(found['untrained'])} hold one number each, as where they were "
+            "never filled; expected trained weights"
         )
     for probe, bound in BOUNDS.items():
         if found[probe] < bound:
@@ -224,7 +224,7 @@ def main() -> None:
         write_bert(Path(options.write), bert)
     if options.json:
         write_json(Path(options.json), found)
-    say(said(found))
+    print_line(said(found))
     if found["faults"]:
         sys.exit(FAULTY)
 

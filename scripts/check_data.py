@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from common.cli import parse, run, say
+from common.cli import parse, print_line, run
 from common.errors import InputError, check_range, require
-from common.files import check_writable, naming, write_json
+from common.files import check_writable, explain_os_errors, write_json
 from common.layout import SplitName, files_of
 from common.memory import free_memory, used_memory
-from scripts.parts.data_faults import between, look_at_words, looked_at, remarks_on
 from scripts.parts.data_needs import CPU, bert_sizes, needs
+from scripts.parts.data_problems import between, look_at_words, looked_at, remarks_on
 from scripts.parts.tables import markdown
 from vocab import Vocabulary
 
@@ -96,7 +96,7 @@ def inputs_of(options: Options) -> list[Path]:
 
 def splits_of(folder: Path) -> list[SplitName]:
     """The splits that a folder holds a file of. Raises InputError where there is none."""
-    with naming(folder, "a data set's folder"):
+    with explain_os_errors(folder, "a data set's folder"):
         there = {path.name for path in folder.iterdir()}
     parts = ("ims.npy", "caps.txt", "ids.txt")
     names = get_args(SplitName)
@@ -146,7 +146,7 @@ def main() -> None:
     report = checked(options)
     if options.json:
         write_json(Path(options.json), report)
-    say(said(report))
+    print_line(said(report))
     if report["faults"]:
         sys.exit(FAULTY)
 

@@ -26,11 +26,11 @@ import numpy as np
 
 from checkpoint.checkpoint import build_model, warn_of_selection
 from common import provenance
-from common.cli import parse, pick_device, run, say, warn_of_slow
+from common.cli import parse, pick_device, print_line, run, warn_of_slow
 from common.errors import check_range, require
 from common.files import check_writable, write_json
 from common.layout import CAPTIONS_PER_IMAGE
-from evaluation import ceiling, map_scores, owners, retrieval
+from evaluation import ceiling, image_of_caption, map_scores, retrieval
 from scoring import Scorer, behind, encode_split, shortlist, shortlisted
 from scripts.parts.opened import ModelOnSplit
 from scripts.parts.reports import scoring_rows, scoring_tables
@@ -95,7 +95,10 @@ class Comparison:
                 before = scorer.scored
                 some, seconds = timed(scorer.some_pairs, wanted)
                 found = behind(some, products, wanted)
-                limits = {"shortlist": count, "ceiling": ceiling(wanted, owners(wanted.shape[1]))}
+                limits = {
+                    "shortlist": count,
+                    "ceiling": ceiling(wanted, image_of_caption(wanted.shape[1])),
+                }
                 yield _row(way, found, scorer.scored - before, seconds) | limits
 
     def _saved(self) -> np.ndarray:
@@ -134,7 +137,7 @@ def timed(work: Any, *given: Any) -> tuple[Any, float]:
 
 
 def _row(way: str, scores: np.ndarray, pairs: int | None, seconds: float | None) -> dict[str, Any]:
-    found = retrieval(scores, owners(scores.shape[1]))
+    found = retrieval(scores, image_of_caption(scores.shape[1]))
     return {
         "way": way,
         "shortlist": None,
@@ -166,7 +169,7 @@ def main() -> None:
         if options.json:  # at once: the next row may take an hour
             write_json(Path(options.json), found)
     require(bool(found["closed"]), "--ways: none of them could be taken, see above")
-    say(scoring_tables(found))
+    print_line(scoring_tables(found))
 
 
 if __name__ == "__main__":

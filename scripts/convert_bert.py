@@ -25,9 +25,9 @@ import torch
 from checkpoint.bert import assembled_bert, load_bert, write_bert
 from checkpoint.weights import Weights
 from common.cli import parse, progress, run
-from common.errors import InputError, require, some
-from common.files import check_new_folder, size_of
-from common.memory import out_of_memory
+from common.errors import InputError, require, summarise
+from common.files import check_new_folder, require_regular_file
+from common.memory import is_oom
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ def prefix_in(folder: Path) -> Path:
     """
     require(os.path.isdir(folder), f"{folder}: no such folder; expected a TensorFlow checkpoint's")
     found = sorted(folder.glob("*.index"))
-    names = some([path.name for path in found]) or "none"
+    names = summarise([path.name for path in found]) or "none"
     require(len(found) == 1, f"{folder}: expected one checkpoint, *.ckpt.index; found {names}")
     prefix = found[0].with_suffix("")
-    size_of(found[0], "the index of a TensorFlow checkpoint")
-    size_of(Path(f"{prefix}{DATA}"), "the weights of a TensorFlow checkpoint")
+    require_regular_file(found[0], "the index of a TensorFlow checkpoint")
+    require_regular_file(Path(f"{prefix}{DATA}"), "the weights of a TensorFlow checkpoint")
     return prefix
 
 
@@ -96,7 +96,7 @@ def read_weights(reader: Reader, source: Path) -> Weights:
     `source` is the file that holds the numbers. Raises InputError where it cannot hold what is
     claimed, or a weight is no float32.
     """
-    size = size_of(source, "the weights of a TensorFlow checkpoint")
+    size = require_regular_file(source, "the weights of a TensorFlow checkpoint")
     with _whole(source):
         shapes, kinds = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
     names = [name for name in sorted(shapes) if not LEFT_OUT.search(name)]
@@ -131,7 +131,7 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if out_of_memory(error):
+        if is_oom(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: no whole TensorFlow checkpoint: {reason}") from error

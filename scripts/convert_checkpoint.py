@@ -38,13 +38,14 @@ from checkpoint.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from checkpoint.official import NEVER_USED, PARTS, their_names
+from checkpoint.official import NEVER_USED, PARTS, official_names
 from checkpoint.weights import Weights, check_finite
 from common.cli import parse, run
-from common.errors import require, short, some
+from common.config import ModelConfig
+from common.errors import brief_repr, require, summarise
 from common.files import check_new_folder, check_writable, write_json
 from common.torch_files import write_old_torch, write_safetensors
-from model import DIME, ModelConfig
+from model import DIME
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def _of_run(checkpoint: Checkpoint) -> dict[str, Any]:
 def write_published(path: Path, checkpoint: Checkpoint, bert: Bert) -> None:
     """Three state dicts with BERT's weights; what this project has no use for as it was read."""
     unused, names = _unused(checkpoint)
-    arrays = their_names(checkpoint.weights) | _their_bert(bert, names) | unused
+    arrays = official_names(checkpoint.weights) | _their_bert(bert, names) | unused
     parts = [
         OrderedDict((k.split("/", 1)[1], v) for k, v in arrays.items() if k.startswith(f"{part}/"))
         for part in PARTS
@@ -189,14 +190,14 @@ def _unused(checkpoint: Checkpoint) -> tuple[Weights, list[str]]:
     """
     rest = checkpoint.state.get("published", {"weights": {}, "bert_names": []})
     where = f"{checkpoint.path}: what it keeps of a published checkpoint"
-    require(isinstance(rest, dict), f"{where} is {short(rest)}; expected a dictionary")
+    require(isinstance(rest, dict), f"{where} is {brief_repr(rest)}; expected a dictionary")
     weights, names = rest.get("weights"), rest.get("bert_names")
     require(isinstance(weights, dict) and isinstance(names, list), f"{where} lacks its names")
     for name, value in [*weights.items(), *((name, torch.empty(0)) for name in names)]:
         fits = isinstance(name, str) and isinstance(value, torch.Tensor)
-        require(fits, f"{where}: {short(name)} is no weight")
+        require(fits, f"{where}: {brief_repr(name)} is no weight")
     used = sorted(name for name in weights if not _is_unused(name, checkpoint))
-    require(not used, f"{where}: {some(used)} would take the place of a weight in use")
+    require(not used, f"{where}: {summarise(used)} would take the place of a weight in use")
     return weights, names
 
 

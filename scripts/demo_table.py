@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common import provenance
-from common.cli import parse, run, say
+from common.cli import parse, print_line, run
 from common.errors import InputError, require
 from common.files import check_writable, read_json, read_text, write_json
 from common.layout import CAPTIONS_PER_IMAGE, count_images, files_of, read_captions, split_files
@@ -77,7 +77,7 @@ def main() -> None:
     found = collected(folder)
     if chosen.json:
         write_json(Path(chosen.json), found)
-    say(f"{about(found)}\n\n{demo_rows(found)}")
+    print_line(f"{about(found)}\n\n{demo_rows(found)}")
     rsum = sum(found["rows"]["ensemble"])
     require(rsum >= chosen.least, f"rsum {rsum:.1f}; expected {chosen.least:.0f} or more")
 

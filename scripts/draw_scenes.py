@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from common.cli import parse, progress, run
 from common.errors import InputError, check_range
-from common.files import naming, write_bytes, write_json
+from common.files import explain_os_errors, write_bytes, write_json
 
 SIDE = 260  # pixels, what EfficientNet-Lite2 takes
 FINE = 3  # drawn so many times larger, so that edges are smooth
@@ -230,7 +230,7 @@ def scenes(count: int, rng: np.random.Generator) -> Iterator[tuple[Scene, list[s
 def main() -> None:
     chosen = parse(Options, None, __doc__)
     out = Path(chosen.out)
-    with naming(out, "a folder to write to"):
+    with explain_os_errors(out, "a folder to write to"):
         (out / "images").mkdir(parents=True, exist_ok=True)
     splits = [name for name in ("train", "val", "test") for _ in range(counts(chosen)[name])]
     # pictures and sentences have their own numbers: a change of the drawing keeps the captions

@@ -20,8 +20,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from torch.utils.data import Dataset
 
-from common.cli import LARGEST, parse, pick_device, progress, run, say
-from common.errors import InputError, check_range, require, some
+from common.cli import parse, pick_device, print_line, progress, run
+from common.config import LARGEST
+from common.errors import InputError, check_range, require, summarise
 from common.layout import SplitName, ids_file, read_names
 from common.lock import LOCK, only_writer
 from common.signals import Signals
@@ -120,7 +121,7 @@ def extract(
     about = {"dtype": options.dtype, "batch_size": options.batch_size}
     extraction.begin(source.about | about, source.width)
     if extraction.complete:
-        say(f"{split}: complete\n")
+        print_line(f"{split}: complete\n")
         return
     rows = Blocks(source.reader, [wanted[key] for key in ids])
     try:
@@ -129,8 +130,8 @@ def extract(
         extraction.save()
     extraction.finish()
     out = [ids[row] for row in extraction.left_out]
-    said = f"; left out: ids {some(out)}" if out else ""
-    say(f"{split}: {len(ids) - len(out)} pictures, {source.width} wide{said}\n")
+    said = f"; left out: ids {summarise(out)}" if out else ""
+    print_line(f"{split}: {len(ids) - len(out)} pictures, {source.width} wide{said}\n")
 
 
 def _fill(

@@ -29,9 +29,9 @@ import numpy as np
 from torch import Tensor
 
 from checkpoint.checkpoint import build_model
-from common.cli import parse, pick_device, run, say
+from common.cli import parse, pick_device, print_line, run
 from common.errors import check_range, require
-from common.files import check_writable, map_array, naming, write_text
+from common.files import check_writable, explain_os_errors, map_array, write_text
 from common.layout import CAPTIONS_PER_IMAGE, boxes_file
 from data import Split
 from scoring import encode_split
@@ -260,7 +260,7 @@ def main() -> None:
     present = not options.clusters or importlib.util.find_spec("sklearn") is not None
     require(present, "--clusters: a package is missing: pip install scikit-learn (or --clusters 0)")
     out = Path(options.out)
-    with naming(out, "a folder to write to"):
+    with explain_os_errors(out, "a folder to write to"):
         out.mkdir(parents=True, exist_ok=True)
     pairs, files = opened(options)
     seen = seen_pair(pairs, files, options) if options.pair else None
@@ -279,7 +279,7 @@ def main() -> None:
         drawings.pair(*options.pair, seen)
     if clusters:
         drawings.clusters(clusters)
-    say(f"{len(paths)} pairs of {pairs.split.path}: see {out}\n")
+    print_line(f"{len(paths)} pairs of {pairs.split.path}: see {out}\n")
 
 
 if __name__ == "__main__":

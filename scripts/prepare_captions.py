@@ -28,9 +28,9 @@ from typing import Annotated, Any, get_args
 
 from pycocotools.coco import COCO
 
-from common.cli import parse, progress, run, say
-from common.errors import InputError, check_range, require, short, some
-from common.files import naming, read_json, write_json, write_lines
+from common.cli import parse, print_line, progress, run
+from common.errors import InputError, brief_repr, check_range, require, summarise
+from common.files import explain_os_errors, read_json, write_json, write_lines
 from common.layout import (
     CAPTIONS_PER_IMAGE,
     LONGEST_CAPTION,
@@ -76,7 +76,7 @@ def plain(value: Any, kind: type, what: str) -> Any:
     """A value of a JSON file that must be of a type. Raises InputError that says what it is."""
     fits = isinstance(value, kind) and not isinstance(value, bool)
     names = "a list" if kind is list else {dict: "an object", str: "text", int: "a number"}[kind]
-    require(fits, f"{what}: {short(value)}; expected {names}")
+    require(fits, f"{what}: {brief_repr(value)}; expected {names}")
     return value
 
 
@@ -116,7 +116,7 @@ def of_karpathy(path: Path, content: dict[str, Any]) -> Iterator[Picture]:
         what = f"{path}: {name}"
         split = image.get("split")
         known = isinstance(split, str) and split in SPLITS
-        require(known, f"{what}: split {short(split)}; expected one of {', '.join(SPLITS)}")
+        require(known, f"{what}: split {brief_repr(split)}; expected one of {', '.join(SPLITS)}")
         key = "cocoid" if "cocoid" in image else "imgid"
         number = plain(image.get(key), int, f"{what}, {key}")
         sentences = plain(image.get("sentences"), list, f"{what}, sentences")
@@ -139,10 +139,12 @@ def of_annotations(path: Path, content: dict[str, Any]) -> Iterator[Picture]:
     pictures = path.stem.removeprefix("captions_")  # train2014, say: the folder they come in
     counts = Counter(image["id"] for image in content["images"])
     twice = [str(number) for number, times in counts.items() if times > 1]
-    require(not twice, f"{path}: images hold id {some(twice)} twice; expected an id of its own")
+    require(
+        not twice, f"{path}: images hold id {summarise(twice)} twice; expected an id of its own"
+    )
     owners = {said["image_id"] for said in content["annotations"]}
     strange = sorted(map(str, owners - counts.keys()))
-    require(not strange, f"{path}: annotations of image {some(strange)}, which is not there")
+    require(not strange, f"{path}: annotations of image {summarise(strange)}, which is not there")
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):  # it tells what it does
@@ -211,14 +213,14 @@ def main() -> None:
             bar.update()
     require(bool(pictures), f"{options.json[0]}: holds no picture")
     key, times = Counter(picture.key for picture in pictures).most_common(1)[0]
-    sources = some(options.json)
+    sources = summarise(options.json)
     require(times == 1, f"{sources}: id {key} is {times} pictures'; expected an id for each")
     folder, splits = Path(options.out), splits_of(pictures, options.train)
     outputs = {os.path.realpath(path) for name in splits for path in files_of(folder, name)}
     for path in options.json:
         free = os.path.realpath(path) not in outputs
         require(free, f"--out {folder}: {path} would be written over; expected another folder")
-    with naming(folder, "a folder to write to"):
+    with explain_os_errors(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / LOCK):
         check_there(folder, splits)
@@ -233,7 +235,7 @@ def write(folder: Path, splits: Mapping[str, list[Picture]]) -> None:
         _, captions = split_files(folder, name)
         write_lines(captions, [caption for picture in chosen for caption in picture.captions])
         write_lines(ids_file(folder, name), [picture.key for picture in chosen])
-        say(f"{name}: {len(chosen)} pictures, {CAPTIONS_PER_IMAGE * len(chosen)} captions\n")
+        print_line(f"{name}: {len(chosen)} pictures, {CAPTIONS_PER_IMAGE * len(chosen)} captions\n")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from common import provenance
-from common.cli import parse, run, say
-from common.errors import InputError, refuse, require
+from common.cli import parse, print_line, run
+from common.errors import InputError, raise_first, require
 from common.files import read_json, sha256_of, write_json
 from common.signals import Stopped, handled
 from data import Split
@@ -185,7 +185,7 @@ def check_run(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -
         if there:
             try:
                 check_figures(part, path)
-                refuse(objections(registry, part, seed))
+                raise_first(objections(registry, part, seed))
             except InputError as error:
                 raise InputError(f"{error}; delete it to have the run done again") from error
         if to_do and not part.of and not (there and has_scores(part, seed)):
@@ -200,14 +200,14 @@ def check_split(registry: Registry, each: Run, paths: dict[str, str]) -> None:
     """Raise InputError unless the images and captions that are evaluated are those of its row."""
     config = parse(EvaluateConfig, registry.evaluate(each, 0, paths)[1:], "")
     folder = Path(config.data_path) / config.data_name
-    refuse(split_objections(registry, each, Split.open(folder, config.split, None)))
+    raise_first(split_objections(registry, each, Split.open(folder, config.split, None)))
 
 
 def check_model(registry: Registry, each: Run, seed: int) -> None:
     """Raise InputError unless the model is there, and as far as it tells the one that is meant."""
     model = each.model(seed)
     require(model.exists(), f"{model}: not found; expected the model that is to be evaluated")
-    refuse(model_objections(registry, each, seed))
+    raise_first(model_objections(registry, each, seed))
 
 
 def _call(command: list[str]) -> None:
@@ -240,10 +240,10 @@ def main() -> None:
     registry = Registry(REGISTRY)
     if action == "list":
         parse(ListOptions, rest, __doc__, "reproduce.py list")
-        say(listed(registry))
+        print_line(listed(registry))
     elif action == "table":
         options = parse(TableOptions, rest, __doc__, "reproduce.py table")
-        say(FORMATS[options.format](registry))
+        print_line(FORMATS[options.format](registry))
     elif action == "run":
         options = parse(RunOptions, rest, __doc__, "reproduce.py run")
         runs = [(registry.run(name), seed) for name in options.names for seed in options.seeds]
@@ -252,7 +252,7 @@ def main() -> None:
         for each, seed in runs:
             reproduce(registry, each, seed, options)
     elif action in ("-h", "--help"):
-        say(__doc__)
+        print_line(__doc__)
     else:
         raise InputError(f"{action}: expected list, run or table (see --help)")
 

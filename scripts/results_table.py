@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from common.cli import parse, run, say
+from common.cli import parse, print_line, run
 from common.errors import require
 from common.files import read_json, read_text, write_text
 from common.layout import CAPTIONS_PER_IMAGE
@@ -171,7 +171,7 @@ def updated(readme: str, folder: Path = RESULTS) -> str:
 
 def main() -> None:
     if not parse(Options, None, __doc__).write:
-        say("\n".join(block(RESULTS) for block in BLOCKS.values()))
+        print_line("\n".join(block(RESULTS) for block in BLOCKS.values()))
         return
     write_text(README, updated(read_text(README, "the README, in this folder")))
 

@@ -27,7 +27,7 @@ from common.layout import (
     read_captions,
     split_files,
 )
-from evaluation import map_scores, owners
+from evaluation import image_of_caption, map_scores
 from scripts.parts.figures import COLOURS, picture_files, shown, write_figure
 
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
@@ -97,7 +97,7 @@ def text(axes: Axes, lines: Sequence[str], colours: Sequence[str]) -> None:
 
 def figure(found: Found, queries: int) -> Figure:
     """Rows of captions with pictures, then rows of pictures with captions."""
-    owner = owners(len(found.captions))
+    owner = image_of_caption(len(found.captions))
     picture = Figure(figsize=(13, 4.2 * queries), layout="constrained")
     above, below = picture.subfigures(2, 1)
     above.suptitle("Captions, and the best pictures of each")

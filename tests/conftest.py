@@ -147,7 +147,7 @@ def tiny_train(folder: Path, *more: str, direction: str = "i2t") -> list[str]:
 def run_here(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], argv: Sequence[str]) -> int:
     """Run a program in this process as its command line does; the exit status."""
     monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, argv)])
-    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    monkeypatch.setattr(options, "tune_malloc", lambda: None)
     logging.getLogger().setLevel(logging.INFO)
     try:
         options.run(main)

@@ -10,7 +10,8 @@ from conftest import run_here
 from test_model import tiny_bert
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import DIME, ModelConfig
+from common.config import ModelConfig
+from model import DIME
 from router import Modality
 from scripts import benchmark
 from scripts.benchmark import FLOPS, cases
@@ -65,7 +66,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(benchmark, name, value)
     for name, value in {"BATCH": 2, "QUERIES": 2, "CONTEXTS": 3, "PLAIN": 2}.items():
         monkeypatch.setattr(workloads, name, value)
-    monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
+    monkeypatch.setattr(benchmark, "tune_malloc", lambda: None)
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
 
 
@@ -139,7 +140,7 @@ def test_a_processor_without_bfloat16_leaves_it_out(
 ) -> None:
     monkeypatch.setattr(benchmark, "apart", lambda *given: {})
     monkeypatch.setattr(benchmark, "slowness", lambda device: 50)
-    monkeypatch.setattr(benchmark, "keep_memory", lambda: None)
+    monkeypatch.setattr(benchmark, "tune_malloc", lambda: None)
     assert run_here(monkeypatch, benchmark.main, ["--only", "bf16", "score"]) == 0
     said = "Not run: bfloat16, whose products take 50 times float32's time here.\n"
     assert said in capsys.readouterr().out

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cells import AFFINITY_NORMS, CELLS, CellSizes
-from model import ModelConfig
+from cells import AFFINITY_NORMS, CellSizes
+from common.config import CELLS, ModelConfig
 from router import Modality
 
 Q, C, L, M, D = 2, 3, 5, 7, 12

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from checkpoint.bert import Bert, load_bert
-from checkpoint.weights import filled
+from checkpoint.weights import build_with_weights
 from scripts import check_bert
 from scripts.parts.probes import PAIRS, SENSES
 from vocab import Vocabulary
@@ -280,7 +280,9 @@ def test_a_bert_with_one_thing_wrong_is_told(minilm: Bert, spare: BertModel, wro
 def test_another_number_of_heads_is_told(minilm: Bert) -> None:
     config = BertConfig(**minilm.model.config.to_dict() | {"num_attention_heads": 3})
     weights = minilm.model.state_dict()
-    model = filled(lambda: BertModel(config, add_pooling_layer=False), weights, Path("wrong"))
+    model = build_with_weights(
+        lambda: BertModel(config, add_pooling_layer=False), weights, Path("wrong")
+    )
     assert check_bert.senses(Bert(model, minilm.vocabulary, "")) < check_bert.BOUNDS["senses"]
 
 

@@ -15,7 +15,7 @@ from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 from checkpoint.bert import bert_config, bert_parameters
 from common import layout
 from scripts import check_data
-from scripts.parts import data_faults, data_needs
+from scripts.parts import data_needs, data_problems
 
 GROWTH = 500e6  # bytes
 SCAN = (113_287, 36, 2048)  # MSCOCO's training features: 31 GiB
@@ -236,14 +236,14 @@ def test_ids_of_captions_and_ids_five_times_are_read(
 def test_rows_between_the_samples_are_read_in_full(
     folder: Path, check: Callable[..., tuple[int, dict]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_faults, "SAMPLE", 3)
+    monkeypatch.setattr(data_problems, "SAMPLE", 3)
     change("train", put((1, 0, 0), np.nan))(folder)
     assert check(folder)[0] == 0
     status, report = check(folder, "--full")
     assert status == 1 and "row 1 holds NaN" in report["faults"][0]
 
 
-def test_remarks_are_no_faults(folder: Path, check: Callable[..., tuple[int, dict]]) -> None:
+def test_remarks_are_no_problems(folder: Path, check: Callable[..., tuple[int, dict]]) -> None:
     captions("test", "a\n" * 49 + "\n")(folder)
     change("test", lambda a: a[:, :3] * 0)(folder)
     (folder / "train_ids.txt").unlink()
@@ -262,9 +262,9 @@ def test_remarks_are_no_faults(folder: Path, check: Callable[..., tuple[int, dic
 def test_published_counts_are_known() -> None:
     flickr = {"train": 29_000, "dev": 1_014, "test": 1_000}
     coco = {"train": 113_287, "dev": 1_000, "test": 1_000, "testall": 5_000}
-    assert data_faults.counts_remark(flickr) == "the numbers of images are Flickr30K's"
-    assert data_faults.counts_remark(coco) == "the numbers of images are MSCOCO's"
-    assert "not Flickr30K's" in data_faults.counts_remark(flickr | {"train": 28_999})
+    assert data_problems.counts_remark(flickr) == "the numbers of images are Flickr30K's"
+    assert data_problems.counts_remark(coco) == "the numbers of images are MSCOCO's"
+    assert "not Flickr30K's" in data_problems.counts_remark(flickr | {"train": 28_999})
 
 
 def test_captions_are_held_to_a_vocabulary(
@@ -335,7 +335,7 @@ import sys
 sys.path.insert(0, "tests")
 from conftest import Path, run_here
 from pytest import MonkeyPatch
-from data import DataConfig, ImageBlocks, Split, TrainingBatches
+from data import ImageBlocks, Split, TrainingBatches
 from common.memory import peak_memory, used_memory
 from scripts import check_data
 from vocab import Vocabulary

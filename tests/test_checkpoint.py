@@ -26,8 +26,9 @@ from checkpoint.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from common.config import ModelConfig
 from common.errors import InputError
-from model import DIME, ModelConfig
+from model import DIME
 from scoring import score_split
 
 BERT = GOLDEN / "i2t/bert"

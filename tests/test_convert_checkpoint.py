@@ -11,9 +11,10 @@ from conftest import GOLDEN, Case, run_here, same, tiny_train
 
 from checkpoint.bert import load_bert
 from checkpoint.checkpoint import json_beside, load_model, read_checkpoint, write_checkpoint
+from common.config import ModelConfig
 from common.torch_files import read_torch, write_torch
 from evaluate_models import evaluate
-from model import DIME, ModelConfig
+from model import DIME
 from scoring import score_split
 from scripts import convert_checkpoint
 from vocab import Vocabulary

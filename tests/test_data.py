@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
 
+from common.config import DataConfig
 from common.errors import InputError
 from common.layout import read_captions
 from common.workers import load
-from data import Batch, DataConfig, ImageBlocks, Split, TrainingBatches
+from data import Batch, ImageBlocks, Split, TrainingBatches
 from vocab import Vocabulary
 
 WIDTH = 12

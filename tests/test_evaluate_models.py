@@ -20,7 +20,7 @@ import evaluate_models
 from common.errors import InputError
 from data import Split
 from evaluate_models import evaluate
-from evaluation import owners, retrieval
+from evaluation import image_of_caption, retrieval
 from space import RoutingSpace
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")
@@ -97,7 +97,7 @@ def test_train_evaluate_and_ensemble_with_folds(tiny: Path, tmp_path: Path) -> N
     assert result["models"] == [str(model) for model in models] and len(result["folds"]) == 5
     for number, fold in enumerate(result["folds"]):
         block = both[2 * number : 2 * number + 2, 10 * number : 10 * number + 10]
-        assert fold == retrieval(block, owners(10)).as_dict()
+        assert fold == retrieval(block, image_of_caption(10)).as_dict()
     for side in ("i2t", "t2i"):
         for name in NAMES:
             mean = np.mean([fold[side][name] for fold in result["folds"]])

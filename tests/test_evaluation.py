@@ -12,10 +12,10 @@ from evaluation import (
     Retrieval,
     ceiling,
     folds,
+    image_of_caption,
     intervals,
     mean_of,
     measured,
-    owners,
     ranked,
     ranks,
     retrieval,
@@ -32,7 +32,7 @@ def figures(recall) -> list[float]:
 @pytest.mark.parametrize("name", SETS)
 def test_metrics_equal_the_golden_ones(name: str) -> None:
     scores = METRICS[f"{name}.sims"]
-    owner = owners(scores.shape[1])
+    owner = image_of_caption(scores.shape[1])
     of_images, of_captions = ranks(scores, owner)
     assert of_images.tolist() == METRICS[f"{name}.i2t_ranks"].tolist()
     assert of_captions.tolist() == METRICS[f"{name}.t2i_ranks"].tolist()
@@ -60,7 +60,7 @@ def test_the_median_of_an_even_number_is_rounded_down() -> None:
 
 
 def test_a_collapsed_model_scores_zero() -> None:
-    assert retrieval(torch.zeros(20, 100), owners(100)).rsum == 0
+    assert retrieval(torch.zeros(20, 100), image_of_caption(100)).rsum == 0
 
 
 def test_float64_scores_keep_their_order() -> None:
@@ -76,19 +76,22 @@ def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
     scores = torch.rand(3, 15)
     scores[2, 4] = bad
     with pytest.raises(InputError, match="NaN"):
-        retrieval(scores, owners(15))
+        retrieval(scores, image_of_caption(15))
 
 
 def test_ranks_do_not_depend_on_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.rand(23, 115)
-    whole = ranks(scores, owners(115))
+    whole = ranks(scores, image_of_caption(115))
     monkeypatch.setattr("evaluation.ROW_BLOCK", 4)
-    assert all(np.array_equal(a, b) for a, b in zip(ranks(scores, owners(115)), whole, strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(ranks(scores, image_of_caption(115)), whole, strict=True)
+    )
 
 
 def test_folds_are_the_diagonal_blocks() -> None:
     scores = np.random.default_rng(0).random((10, 50), dtype=np.float32)
-    for number, (fold, owner) in enumerate(folds(scores, owners(50))):
+    for number, (fold, owner) in enumerate(folds(scores, image_of_caption(50))):
         block = scores[2 * number : 2 * number + 2, 10 * number : 10 * number + 10]
         assert np.array_equal(fold, block)
         assert owner.tolist() == [0] * 5 + [1] * 5
@@ -97,11 +100,11 @@ def test_folds_are_the_diagonal_blocks() -> None:
 @pytest.mark.parametrize("images", [0, 4, 11])
 def test_images_that_five_does_not_divide(images: int) -> None:
     with pytest.raises(InputError, match=f"{images} images"):
-        list(folds(np.zeros((images, 5 * images)), owners(5 * images)))
+        list(folds(np.zeros((images, 5 * images)), image_of_caption(5 * images)))
 
 
 def test_the_mean_is_of_every_figure() -> None:
-    results = [retrieval(torch.rand(6, 30), owners(30)) for _ in range(3)]
+    results = [retrieval(torch.rand(6, 30), image_of_caption(30)) for _ in range(3)]
     mean = mean_of(results)
     for side in ("i2t", "t2i"):
         for name in ("r1", "r5", "r10", "medr", "meanr"):
@@ -114,7 +117,9 @@ def test_a_memory_map_is_ranked_like_an_array(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).random((23, 115), dtype=np.float32)
     np.save(tmp_path / "scores.npy", scores)
     mapped = np.load(tmp_path / "scores.npy", mmap_mode="r")
-    for found, expected in zip(ranks(mapped, owners(115)), ranks(scores, owners(115)), strict=True):
+    for found, expected in zip(
+        ranks(mapped, image_of_caption(115)), ranks(scores, image_of_caption(115)), strict=True
+    ):
         assert np.array_equal(found, expected)
 
 
@@ -128,9 +133,12 @@ def test_the_ceiling_is_what_known_pairs_allow() -> None:
 def test_five_folds_and_the_whole_come_from_one_matrix() -> None:
     scores = np.random.default_rng(0).random((20, 100), dtype=np.float32)
     whole, five = (measured(ranked(scores, name), name, 0) for name in ("5k", "1k5"))
-    assert whole["metrics"] == retrieval(scores, owners(100)).as_dict() and not whole["folds"]
+    assert (
+        whole["metrics"] == retrieval(scores, image_of_caption(100)).as_dict()
+        and not whole["folds"]
+    )
     blocks = [scores[4 * k : 4 * k + 4, 20 * k : 20 * k + 20] for k in range(5)]
-    apart = [retrieval(block, owners(20)) for block in blocks]
+    apart = [retrieval(block, image_of_caption(20)) for block in blocks]
     assert five["folds"] == [result.as_dict() for result in apart]
     assert five["metrics"] == mean_of(apart).as_dict()
     assert whole["intervals"] is five["intervals"] is None
@@ -159,7 +167,7 @@ def test_intervals_are_as_wide_as_a_binomial_says() -> None:
 
 def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     """Captions of an image are alike: one that is hard has hard captions."""
-    rng, owner = np.random.default_rng(0), owners(500)
+    rng, owner = np.random.default_rng(0), image_of_caption(500)
 
     def drawn() -> list:
         scores = rng.standard_normal((100, 500), dtype=np.float32)
@@ -183,7 +191,7 @@ def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
     """Ten images, two a fold. In the first fold each image has the other one's captions."""
-    owner = owners(50)
+    owner = image_of_caption(50)
     owner[:10] = owner[:10][::-1]  # 1 1 1 1 1 0 0 0 0 0
     scores = (owner == np.arange(10)[:, None]).astype(np.float32)
     found = measured(ranked(scores, "1k5"), "1k5", 0)["metrics"]

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from common.files import check_writable, read_json, read_text, whole_file, write_array, write_json
+from common.files import atomic_write, check_writable, read_json, read_text, write_array, write_json
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with pytest.raises(RuntimeError), whole_file(path, 4) as file:
+    with pytest.raises(RuntimeError), atomic_write(path, 4) as file:
         file.write(b"half")
         raise RuntimeError
     assert path.read_bytes() == b"before"
-    with whole_file(path, 5) as file:
+    with atomic_write(path, 5) as file:
         file.write(b"after")
         file.flush()
         assert path.read_bytes() == b"before"
@@ -33,10 +33,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_what_had_the_name_before_is_kept_where_that_is_asked_for(tmp_path: Path) -> None:
     path, kept = tmp_path / "file", tmp_path / "kept"
     for number in range(3):
-        with whole_file(path, 1, kept) as file:
+        with atomic_write(path, 1, kept) as file:
             file.write(b"%d" % number)
     assert (kept.read_bytes(), path.read_bytes()) == (b"1", b"2")
-    with pytest.raises(RuntimeError), whole_file(path, 1, kept):
+    with pytest.raises(RuntimeError), atomic_write(path, 1, kept):
         raise RuntimeError
     assert (kept.read_bytes(), path.read_bytes()) == (b"1", b"2")
 
@@ -54,7 +54,7 @@ def test_nothing_is_written_through_a_link_that_lies_in_wait(tmp_path: Path) -> 
 def test_a_folder_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match="file: not found; expected a file to write"),
-        whole_file(tmp_path / "no/file", 0),
+        atomic_write(tmp_path / "no/file", 0),
     ):
         pass
 

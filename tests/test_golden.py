@@ -12,13 +12,13 @@ import torch
 from conftest import Case
 from torch import Tensor
 
-from checkpoint.official import joined, own_names, published_names
+from checkpoint.official import fuse_weights, native_names, official_of_native
 from data import Batch
 from model import DIME
 from router import Modality, Router
 from scoring import score_split
 from training.config import TrainConfig
-from training.step import Learner
+from training.step import TrainStep
 
 ENCODED = SCORES = CLIPPED = 1e-5
 # Dividing by gates that are nearly closed magnifies rounding: in t2i_variant those of an out-path
@@ -122,9 +122,9 @@ def check_gradients(model: DIME, arrays: dict[str, np.ndarray]) -> None:
     """Clipped gradients of the first step; the arrays hold what has a gradient and no more."""
     prefix = "step0.clipped_grad/"
     left = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-    for own, published in published_names(model.config.direction == "t2i").items():
+    for own, published in official_of_native(model.config.direction == "t2i").items():
         if own in dict(model.named_parameters()):
-            expected = joined(own, [torch.tensor(left.pop(name)) for name in published])
+            expected = fuse_weights(own, [torch.tensor(left.pop(name)) for name in published])
             close(model.get_parameter(own).grad, expected.numpy(), CLIPPED * MAGNIFIED)
     assert not left
 
@@ -141,7 +141,7 @@ def three_steps(case: Case, device: torch.device, compiled: bool = False) -> Non
         model.space.compile_routes()
     known = {field.name for field in fields(TrainConfig)} & checkpoint.options.keys()
     config = TrainConfig(**{name: checkpoint.options[name] for name in known})
-    learner = Learner(config, model, device)
+    learner = TrainStep(config, model, device)
     for k in range(3):
         names = ("images", "input_ids", "attention_mask")
         regions, ids, mask = (torch.tensor(arrays[f"step{k}.{name}"]) for name in names)
@@ -165,7 +165,7 @@ def check_final(model: DIME, arrays: dict[str, np.ndarray]) -> None:
     state = model.state_dict()
     gaps = {
         name: (state[name].cpu().double() - expected.double()).abs()
-        for name, expected in own_names(final, "final").items()
+        for name, expected in native_names(final, "final").items()
     }
     for name in gaps:
         if "running" in name or "tracked" in name:
@@ -179,6 +179,6 @@ def check_final(model: DIME, arrays: dict[str, np.ndarray]) -> None:
 
 def test_every_weight_of_ours_comes_from_the_published_model(case: Case) -> None:
     model, _, _ = case.load()
-    names = published_names(with_image_norm=model.config.direction == "t2i")
+    names = official_of_native(with_image_norm=model.config.direction == "t2i")
     ours = {name for name in model.state_dict() if not name.startswith("text.bert.")}
     assert names.keys() == ours

@@ -8,7 +8,7 @@ from test_model import SMALL, small_batch, small_model
 
 from data import Batch
 from training.config import TrainConfig
-from training.step import Learner, gradient_length
+from training.step import TrainStep, gradient_length
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ def test_the_path_regulariser_is_divided_by_the_option() -> None:
     states = torch.randn(3, 10, 12)  # BERT's, so that no dropout sets the two apart
     batch = Batch(regions, ids, mask, torch.arange(3), 3, states)
     whole, part = (
-        Learner(TrainConfig(**SMALL, batch_size=size), copy.deepcopy(model), CPU).step(batch)
+        TrainStep(TrainConfig(**SMALL, batch_size=size), copy.deepcopy(model), CPU).step(batch)
         for size in (3, 8)
     )
     assert part["Path"].item() * 8 == pytest.approx(whole["Path"].item() * 3, rel=1e-6)

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from common import memory
-from common.memory import free_memory, out_of_memory
+from common.memory import free_memory, is_oom
 
 OWN = """
 import torch
@@ -71,7 +71,7 @@ def test_free_is_what_the_narrowest_limit_leaves(
     ],
 )
 def test_what_libraries_say_of_memory_that_is_used_up(said: str, found: bool) -> None:
-    assert out_of_memory(RuntimeError(said)) == found
+    assert is_oom(RuntimeError(said)) == found
     wrapped = ValueError("of something else")
     wrapped.__cause__ = RuntimeError(said)
-    assert out_of_memory(wrapped) == found
+    assert is_oom(wrapped) == found

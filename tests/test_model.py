@@ -10,8 +10,9 @@ from conftest import GOLDEN
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from common.config import ModelConfig
 from common.errors import InputError
-from model import DIME, ImageEncoder, ModelConfig, path_loss, triplet_loss
+from model import DIME, ImageEncoder, path_loss, triplet_loss
 
 SMALL = {"embed_size": 8, "img_dim": 9, "max_words": 10, "num_head_IMRC": 2}
 SMALL |= {"hid_IMRC": 6, "hid_router": 5}

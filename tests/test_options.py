@@ -93,5 +93,5 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_letters_that_a_stream_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    options.say("a\té\x1b[31m ±\n")
+    options.print_line("a\té\x1b[31m ±\n")
     assert stream.buffer.getvalue() == b"a\t\\xe9\\x1b[31m \\xb1\n"

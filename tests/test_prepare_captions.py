@@ -143,7 +143,7 @@ def test_annotations_that_do_not_fit(
         ({"imgid": 7}, "id 7 is 2 pictures'"),
     ],
 )
-def test_faults(
+def test_problems(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -15,7 +15,7 @@ import evaluate_models
 from common.errors import InputError
 from common.files import write_array
 from evaluate_models import evaluate
-from evaluation import owners, ranks, retrieval
+from evaluation import image_of_caption, ranks, retrieval
 from scripts.parts import mscoco
 
 
@@ -81,12 +81,12 @@ def test_what_python_may_give(tmp_path: Path) -> None:
 def test_ranks_of_every_query_are_written(tmp_path: Path) -> None:
     path = saved(tmp_path, "a.npy")
     evaluate(scores=[path], protocols=["5k", "1k5"], ranks=str(tmp_path / "r.npz"))
-    of_images, of_captions = ranks(np.load(path), owners(50))
+    of_images, of_captions = ranks(np.load(path), image_of_caption(50))
     with np.load(tmp_path / "r.npz") as found:
         assert set(found) == {"5k.i2t", "5k.t2i", "1k5.i2t", "1k5.t2i"}
         assert np.array_equal(found["5k.i2t"], of_images)
         assert np.array_equal(found["5k.t2i"], of_captions)
-        block = retrieval(np.load(path)[2:4, 10:20], owners(10))
+        block = retrieval(np.load(path)[2:4, 10:20], image_of_caption(10))
         assert 100 * np.mean(found["1k5.t2i"][10:20] < 1) == pytest.approx(block.t2i.r1)
         assert 1 + np.mean(found["1k5.i2t"][2:4]) == pytest.approx(block.i2t.meanr)
         several = {name: np.array(found[name]) for name in found}

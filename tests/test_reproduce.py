@@ -30,7 +30,7 @@ from scripts.parts.paper_table import as_markdown, rows
 from scripts.parts.tables import COLUMNS
 from scripts.results_table import TAGS
 from training.log import events
-from training.resume import Snapshots
+from training.resume import CheckpointManager
 from training.runfolder import BEST
 
 TINY = """
@@ -245,7 +245,7 @@ def test_a_training_that_was_cut_off_is_no_result(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """As SIGTERM leaves it: a best model is there, and the run not at its end."""
-    registry, write = Registry(reproduce.REGISTRY), Snapshots.write
+    registry, write = Registry(reproduce.REGISTRY), CheckpointManager.write
     command = registry.train(registry.run("one"), 0, {})
     command[command.index("--max_steps") + 1] = "3"
 
@@ -254,7 +254,7 @@ def test_a_training_that_was_cut_off_is_no_result(
         if args[1].name == BEST:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Snapshots, "write", end_soon)
+    monkeypatch.setattr(CheckpointManager, "write", end_soon)
     argv = [*command[1:], "--val_step", "2"]
     assert run_here(monkeypatch, train.main, argv) == 128 + signal.SIGTERM
     capsys.readouterr()

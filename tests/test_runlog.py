@@ -25,7 +25,7 @@ def test_every_figure_has_its_published_name() -> None:
 
 
 def test_a_window_means_losses_and_leaves_pauses_out() -> None:
-    window = runlog.Window()
+    window = runlog.Meter()
     for loss in (1.0, 4.0):
         window.loaded()
         window.stepped({"Le": torch.tensor(loss)})

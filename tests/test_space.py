@@ -15,12 +15,12 @@ from torch._dynamo.testing import CompileCounter
 
 import space
 from common import compile as compiling
-from common.cli import Precision
 from common.compile import gains_by_compiling
-from common.memory import most_pairs
+from common.config import Precision
+from common.memory import chunk_size
 from common.signals import Signals, Stopped
 from model import DIME
-from router import Views
+from router import ContextProjections
 
 CPU = torch.device("cpu")
 ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are rounding alone
@@ -55,13 +55,15 @@ def test_slices_hold_as_many_numbers_at_every_width(
 ) -> None:
     """96 pairs at the published width, 128 and 384 at narrower ones; here of 5 by 32."""
     cpu, gpu = torch.device("cpu"), torch.device("meta")
-    assert [most_pairs(cpu, d) for d in (8, 64, 192, 256, 10**5)] == [384, 384, 128, 96, 1]
-    assert [most_pairs(gpu, d) for d in (64, 256)] == [4 * 8192, 8192]
+    assert [chunk_size(cpu, d) for d in (8, 64, 192, 256, 10**5)] == [384, 384, 128, 96, 1]
+    assert [chunk_size(gpu, d) for d in (64, 256)] == [4 * 8192, 8192]
     sizes = {"embed_size": width, "num_head_IMRC": 16, "hid_IMRC": 8, "hid_router": 8}
     model = small_model("i2t", **sizes)
     routed, route = [], model.space._route
 
-    def counting(tokens: Tensor, views: Sequence[Views], contexts: int) -> tuple[Tensor, Tensor]:
+    def counting(
+        tokens: Tensor, views: Sequence[ContextProjections], contexts: int
+    ) -> tuple[Tensor, Tensor]:
         routed.append(len(tokens) * contexts)
         return route(tokens, views, contexts)
 
@@ -342,7 +344,7 @@ def test_a_compiled_batch_is_not_worked_on_twice(monkeypatch: pytest.MonkeyPatch
 
     real = model.space._route
 
-    def route(tokens: Tensor, views: Views, contexts: int) -> tuple[Tensor, Tensor]:
+    def route(tokens: Tensor, views: ContextProjections, contexts: int) -> tuple[Tensor, Tensor]:
         done.append(len(tokens) * contexts)
         return real(tokens, views, contexts)
 

@@ -35,8 +35,8 @@ from training import loop as trainer
 from training import resume as snapshots
 from training import runfolder
 from training.loop import Trainer
-from training.runfolder import BEST, NEWEST, PREVIOUS, Place
-from training.step import Learner
+from training.runfolder import BEST, NEWEST, PREVIOUS, TrainState
+from training.step import TrainStep
 
 STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rsum", "best_r1")
 
@@ -113,7 +113,7 @@ def test_the_line_of_an_error_has_nothing_that_a_terminal_obeys(
     def program() -> None:
         raise InputError("a\x1b[2Jb\0c\nd")
 
-    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    monkeypatch.setattr(options, "tune_malloc", lambda: None)
     with pytest.raises(SystemExit):
         options.run(program)
     assert last_line(capsys).endswith(r": error: a\x1b[2Jb\x00c d")
@@ -133,7 +133,7 @@ def test_ctrl_c_before_training_has_begun_is_one_line(tmp_path: Path) -> None:
 
 def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list of one number: the step that is being made."""
-    attempt, now = Trainer._attempt, [0]
+    attempt, now = Trainer._step_or_skip, [0]
 
     def noted(self: Trainer, batch: Batch) -> dict | None:
         now[0] = self.place.step + 1
@@ -145,14 +145,14 @@ def noted_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
     """Do something in the middle of a step."""
-    step, now = Learner.step, noted_steps(monkeypatch)
+    step, now = TrainStep.step, noted_steps(monkeypatch)
 
-    def acted(self: Learner, batch: Batch) -> dict:
+    def acted(self: TrainStep, batch: Batch) -> dict:
         if now == [number]:
             act()
         return step(self, batch)
 
-    monkeypatch.setattr(Learner, "step", acted)
+    monkeypatch.setattr(TrainStep, "step", acted)
 
 
 def test_what_a_signal_left_goes_on_to_the_same_bits(
@@ -354,7 +354,7 @@ def test_a_run_gone_on_with_from_an_older_checkpoint_gives_up_what_came_after_it
     older = (folder / NEWEST).rename(folder / "older.pth.tar")
     (folder / "later.pth.tar").rename(folder / NEWEST)
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "step", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
+        patch.setattr(TrainStep, "step", lambda *_: (_ for _ in ()).throw(MemoryError("no more")))
         assert run_train(*argv, "--max_steps", "14", "--resume", older) == 2
     assert state(folder / NEWEST)["step"] == 10
     assert not (folder / PREVIOUS).exists()
@@ -532,7 +532,7 @@ def test_an_error_is_told_in_a_line_of_bearable_length(
     def program() -> None:
         raise InputError("x" * 3_000_000)
 
-    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    monkeypatch.setattr(options, "tune_malloc", lambda: None)
     with pytest.raises(SystemExit):
         options.run(program)
     assert 1000 < len(last_line(capsys)) < 5000
@@ -808,7 +808,7 @@ def test_out_of_memory_is_one_line_with_the_last_checkpoint(
 def test_out_of_memory_elsewhere_is_one_line_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(options, "keep_memory", lambda: None)
+    monkeypatch.setattr(options, "tune_malloc", lambda: None)
     with pytest.raises(SystemExit) as stop:
         options.run(lambda: torch.empty(2**50))
     assert stop.value.code == 2
@@ -936,14 +936,18 @@ def test_skipped_batches_are_counted_over_resumes_to_the_same_bits(
 def test_places_that_are_none_are_refused(change: dict) -> None:
     usual = {"epoch": 1, "position": 2, "step": 12, "validated": 10, "skipped": 0}
     usual |= {"best_rsum": 3.0, "best_r1": 1.0}
-    assert Place.read(usual, 10) == Place(**usual)
+    assert TrainState.read(usual, 10) == TrainState(**usual)
     with pytest.raises(ValueError, match=next(iter(change))):
-        Place.read(usual | change, 10)
+        TrainState.read(usual | change, 10)
 
 
 def test_the_epoch_of_the_last_batch() -> None:
-    assert [Place(0, 3, 3).last_epoch, Place(1, 0, 9).last_epoch, Place().last_epoch] == [0, 0, 0]
-    assert Place(1, 4, 13).last_epoch == 1
+    assert [
+        TrainState(0, 3, 3).last_epoch,
+        TrainState(1, 0, 9).last_epoch,
+        TrainState().last_epoch,
+    ] == [0, 0, 0]
+    assert TrainState(1, 4, 13).last_epoch == 1
 
 
 # Signals

@@ -19,11 +19,11 @@ from common import provenance
 from common.cli import parse, warn_of_slow
 from data import Batch
 from evaluate_models import evaluate
-from evaluation import owners, retrieval
+from evaluation import image_of_caption, retrieval
 from training import loop as trainer
 from training.config import FREE, TrainConfig
 from training.runfolder import BEST, NEWEST, PREVIOUS
-from training.step import Learner
+from training.step import TrainStep
 
 TAGS = {
     *("epoch", "step", "batch_time", "data_time", "lr", "Rank", "Path", "Le"),
@@ -130,7 +130,7 @@ def test_a_run_goes_on_in_another_folder_with_a_best_model_of_its_own(
 ) -> None:
     argv = tiny_train(tiny)
     assert run_train(*argv, "--max_steps", "1") == 0
-    worse = retrieval(torch.zeros(7, 35), owners(35))
+    worse = retrieval(torch.zeros(7, 35), image_of_caption(35))
     monkeypatch.setattr(trainer, "retrieval", lambda *_: worse)
     elsewhere = ["--resume", tiny / "runs/i2t" / NEWEST, "--logger_name", tiny / "more"]
     assert run_train(*argv, "--max_steps", "2", *elsewhere) == 0
@@ -305,13 +305,13 @@ def test_run_json_says_how_it_came_about(tiny: Path, run_train: Callable[..., in
 def test_the_learning_rate_falls_to_a_tenth(
     tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used, step = [], Learner.step
+    used, step = [], TrainStep.step
 
-    def noted(self: Learner, batch: Batch) -> dict:
+    def noted(self: TrainStep, batch: Batch) -> dict:
         used.append(self.optimizer.param_groups[0]["lr"])
         return step(self, batch)
 
-    monkeypatch.setattr(Learner, "step", noted)
+    monkeypatch.setattr(TrainStep, "step", noted)
     argv = tiny_train(tiny, "--lr_update", "2", "--num_epochs", "5", "--log_step", "10")
     assert run_train(*argv) == 0
     rates = [2e-4, 2e-4, 2e-5, 2e-5, 2e-6]

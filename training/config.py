@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from common.cli import Precision
+from common.config import DataConfig, ModelConfig, Precision
 from common.errors import check_range, require
 from common.layout import CAPTIONS_PER_IMAGE
-from data import DataConfig
-from model import ModelConfig
 
 NO_EFFECT = "accepted for the published command lines; changes nothing with precomputed features"
 

@@ -24,8 +24,15 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from common import provenance
-from common.errors import InputError, require, short
-from common.files import naming, read_json, read_text, size_of, write_bytes, write_json
+from common.errors import InputError, brief_repr, require
+from common.files import (
+    explain_os_errors,
+    read_json,
+    read_text,
+    require_regular_file,
+    write_bytes,
+    write_json,
+)
 from common.memory import peak_memory
 from evaluation import Retrieval
 
@@ -76,7 +83,9 @@ class RunLog:
         with ExitStack() as opened:  # what was, is closed again where the rest cannot be
             opened.callback(setattr, threading, "excepthook", threading.excepthook)
             threading.excepthook = _hand_over
-            opened.enter_context(naming(self.folder, "a folder to write to"))  # in closing, too
+            opened.enter_context(
+                explain_os_errors(self.folder, "a folder to write to")
+            )  # in closing, too
             self.board = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
             opened.callback(self.board.close)
             handler = _LogFile(self)
@@ -93,7 +102,7 @@ class RunLog:
     def record(self, **figures: float) -> None:
         """One event at the present step: a line of metrics.jsonl, and a scalar for each figure."""
         event = {"step": self.step, **figures}
-        with naming(self.folder / METRICS, "a log to write"):
+        with explain_os_errors(self.folder / METRICS, "a log to write"):
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
             for tag, value in event.items():
@@ -130,11 +139,11 @@ class _LogFile(logging.FileHandler):
         return super().format(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        with naming(self.run.folder / LOG, "a log to write"):
+        with explain_os_errors(self.run.folder / LOG, "a log to write"):
             raise
 
 
-class Window:
+class Meter:
     """Means over an epoch's steps since its last report: losses, seconds a step and its loading.
 
     Steps after an epoch's last report are in none, and neither are batches that were skipped.
@@ -184,7 +193,7 @@ def _logs(folder: Path) -> list[Path]:
 
 def remove(path: Path) -> None:
     """Delete a file of an earlier run, where there is one."""
-    with naming(path, "a file of an earlier run"):
+    with explain_os_errors(path, "a file of an earlier run"):
         path.unlink(missing_ok=True)
 
 
@@ -228,7 +237,8 @@ def events(folder: Path) -> list[dict[str, Any]]:
             type(value) in (int, float) and abs(value) <= LARGEST_NUMBER for value in event.values()
         )
         require(
-            fits and "step" in event, f"{path}: line {number}: {short(line)}; expected an event"
+            fits and "step" in event,
+            f"{path}: line {number}: {brief_repr(line)}; expected an event",
         )
         found.append(event)
     require(len(found) > 0, f"{path}: is empty; expected the log of a run")
@@ -239,8 +249,8 @@ def cut(path: Path, kept: Callable[[bytes], bool]) -> None:
     """Keep a log's whole lines that are to be kept."""
     if not os.path.lexists(path):
         return
-    size_of(path, "the log of an earlier session")
-    with naming(path, "the log of an earlier session"):
+    require_regular_file(path, "the log of an earlier session")
+    with explain_os_errors(path, "the log of an earlier session"):
         lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line feed is nothing whole
     data = b"".join(line + b"\n" for line in lines if kept(line))
     write_bytes(path, data)

@@ -23,17 +23,17 @@ from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
 from common.errors import InputError, require
 from common.layout import CAPTIONS_PER_IMAGE
-from common.memory import no_memory, out_of_memory
+from common.memory import is_oom, no_memory
 from common.signals import Signals, Stopped
 from data import Batch, Split, TrainingBatches
-from evaluation import owners, retrieval
+from evaluation import image_of_caption, retrieval
 from model import DIME
 from scoring import BadScores, score_split
 from training import log as runlog
 from training.config import TrainConfig
-from training.resume import Snapshots
-from training.runfolder import BEST, NEWEST, PREVIOUS, Place
-from training.step import BadBatch, Learner
+from training.resume import CheckpointManager
+from training.runfolder import BEST, NEWEST, PREVIOUS, TrainState
+from training.step import BadBatch, TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.bert = config, model, bert
         self.batches, self.dev, self.device = batches, dev, device
-        self.learner = Learner(config, model, device)
-        self.snapshots = Snapshots(config, self.learner, bert, batches, dev)
-        self.place = Place()
+        self.learner = TrainStep(config, model, device)
+        self.snapshots = CheckpointManager(config, self.learner, bert, batches, dev)
+        self.place = TrainState()
         self.metrics: dict[str, float] | None = None  # on dev, of the model as it is, if validated
         self.restored: Path | None = None  # the checkpoint that is gone on from
 
@@ -101,7 +101,7 @@ class Trainer:
             runlog.completed(self.config.folder, self.place.step)
             return
         if self.restored is not None:
-            self.snapshots.give_up_later_steps(self.restored, self.place, self.metrics)
+            self.snapshots.discard_later_steps(self.restored, self.place, self.metrics)
         place, terminal = self.place, sys.stderr.isatty()
         validated = place.validated == place.step
         options = asdict(self.config)
@@ -127,7 +127,7 @@ class Trainer:
                 log.info("stopped by %s at step %d; %s", stop, self.place.step, self._further())
                 raise
             except Exception as error:
-                if not out_of_memory(error):
+                if not is_oom(error):
                     raise
                 said = f"step {self.place.step}: {no_memory(error)}; {self._further()}"
                 raise InputError(said) from error
@@ -149,17 +149,17 @@ class Trainer:
         lr = config.learning_rate * LR_DECAY ** (epoch // config.lr_update)
         for group in self.learner.optimizer.param_groups:
             group["lr"] = lr
-        window = runlog.Window()
+        window = runlog.Meter()
         for batch in self._batches():
             window.loaded()
-            figures = self._attempt(batch)
+            figures = self._step_or_skip(batch)
             window.resumed() if figures is None else window.stepped(figures)
             self._advance()
             self.bar.update()
             if window.steps and self.place.step % config.log_step == 0:
                 self._report(epoch, lr, window)
-                window = runlog.Window()
-            if self._milestone():
+                window = runlog.Meter()
+            if self._save_and_validate():
                 window.resumed()
             if self.place.epoch > epoch or self.finished:
                 return
@@ -175,7 +175,7 @@ class Trainer:
             self.signals.obey()  # one that ends a worker, too
             raise InputError(f"{error}; {self._further(MENDED)}") from error
 
-    def _milestone(self) -> bool:
+    def _save_and_validate(self) -> bool:
         """Save and validate where the step asks for it, end where a signal does.
 
         Returns whether there was anything to do.
@@ -199,7 +199,7 @@ class Trainer:
         )
         self.log.step, self.metrics = self.place.step, None
 
-    def _attempt(self, batch: Batch) -> dict[str, Tensor] | None:
+    def _step_or_skip(self, batch: Batch) -> dict[str, Tensor] | None:
         """A step's figures, or None where the batch was bad and may be skipped."""
         allowed = self.place.skipped < self.config.skip_bad_batches
         # batch normalisation's running statistics have seen the batch by the time its loss is known
@@ -235,7 +235,7 @@ class Trainer:
         instead = " in place of --overwrite" if self.config.overwrite else ""
         return f"{self._kept()}; {when}the same command with --resume auto{instead} goes on"
 
-    def _report(self, epoch: int, lr: float, window: runlog.Window) -> None:
+    def _report(self, epoch: int, lr: float, window: runlog.Meter) -> None:
         figures = window.mean()
         step, speed = self.place.step, figures.pop("pairs") / figures["batch_time"]
         self.log.record(epoch=epoch, lr=lr, **figures, pairs_per_s=speed)
@@ -251,7 +251,7 @@ class Trainer:
     def _validate(self) -> None:
         """Score dev, keep the best model, write the checkpoint."""
         place, scores = self.place, self._dev_scores()
-        result = retrieval(scores, owners(scores.shape[1]))
+        result = retrieval(scores, image_of_caption(scores.shape[1]))
         better = result.selection > place.best_rsum
         self.place = replace(
             place,

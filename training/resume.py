@@ -19,25 +19,25 @@ from checkpoint.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from checkpoint.weights import load_strictly
+from checkpoint.weights import load_state_dict_strict
 from common import provenance
 from common.errors import InputError, require
 from data import Split, TrainingBatches
 from training import log as runlog
 from training.config import FREE, TrainConfig
-from training.runfolder import BEST, NEWEST, PREVIOUS, Place
-from training.step import Learner
+from training.runfolder import BEST, NEWEST, PREVIOUS, TrainState
+from training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
 
-class Snapshots:
+class CheckpointManager:
     """The checkpoints of one run: it goes on from one exactly where that was written."""
 
     def __init__(
         self,
         config: TrainConfig,
-        learner: Learner,
+        learner: TrainStep,
         bert: Bert,
         batches: TrainingBatches,
         dev: Split,
@@ -49,7 +49,7 @@ class Snapshots:
     def write(
         self,
         path: Path,
-        place: Place,
+        place: TrainState,
         metrics: dict[str, float] | None,
         keep: Path | None = None,
     ) -> None:
@@ -69,7 +69,7 @@ class Snapshots:
         }
         write_checkpoint(path, self.model, asdict(self.config), self.bert, keep, **state)
 
-    def restore(self, checkpoint: Checkpoint) -> Place:
+    def restore(self, checkpoint: Checkpoint) -> TrainState:
         """Have model, optimiser and random numbers be those of a checkpoint; the run's place.
 
         Raises InputError where the checkpoint is of another run, or damaged.
@@ -77,11 +77,11 @@ class Snapshots:
         path, state = checkpoint.path, checkpoint.state
         require("optimizer" in state, f"{path}: holds no optimiser, so it cannot be gone on with")
         self._check_same_run(checkpoint)
-        load_strictly(self.model, checkpoint.weights, path, keep=BERT_KEYS)
+        load_state_dict_strict(self.model, checkpoint.weights, path, keep=BERT_KEYS)
         # DEVIATION: a resumed run goes on exactly where it was (the published one started again at
         # epoch 0, its optimiser and best scores forgotten).
         try:
-            place = Place.read(state, len(self.batches))
+            place = TrainState.read(state, len(self.batches))
             self._restore_adam(state["optimizer"]["state"], place.step - place.skipped)
             torch.set_rng_state(state["random"]["cpu"])
             if self.device.type == "cuda" and state["random"]["cuda"] is not None:
@@ -98,8 +98,8 @@ class Snapshots:
     def _is(self, path: Path, name: str) -> bool:
         return os.path.realpath(path) == os.path.realpath(self.config.folder / name)
 
-    def give_up_later_steps(
-        self, restored: Path, place: Place, metrics: dict[str, float] | None
+    def discard_later_steps(
+        self, restored: Path, place: TrainState, metrics: dict[str, float] | None
     ) -> None:
         """Have the newest checkpoint be the one that is gone on from, before the logs are cut."""
         folder = self.config.folder
@@ -124,7 +124,7 @@ class Snapshots:
             same = type(found) is str and found == split.fingerprint
             require(same, f"{path}: was trained on other data than {split.path} and its captions")
 
-    def _with_best(self, place: Place, newest: bool) -> Place:
+    def _with_best(self, place: TrainState, newest: bool) -> TrainState:
         """The place with the best scores of the best model that is there.
 
         One of a later step than the checkpoint that the user named is given up, as that step is.
@@ -134,7 +134,7 @@ class Snapshots:
         try:
             checkpoint = read_checkpoint(path)
             self._check_same_run(checkpoint)
-            best = Place.read(checkpoint.state, len(self.batches))
+            best = TrainState.read(checkpoint.state, len(self.batches))
             later = best.step > place.step and self.config.resume != "auto"
             require(not later, f"{path}: is of step {best.step}, which is given up")
             rsum, r1 = best.best_rsum, best.best_r1

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.checkpoint import Checkpoint, read_checkpoint
-from common.errors import InputError, require, short
-from common.files import naming
+from common.errors import InputError, brief_repr, require
+from common.files import explain_os_errors
 from common.lock import LOCK, check_own, only_writer
 from common.torch_files import Damaged
 from training import log as runlog
@@ -28,7 +28,7 @@ STATES = "text_states_{}.npy"  # of BERT, see textcache.py
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainState:
     """Where a run stands: the next batch, and what is known of the steps before it."""
 
     epoch: int = 0
@@ -40,7 +40,7 @@ class Place:
     best_r1: float = -1.0  # image-to-text
 
     @classmethod
-    def read(cls, state: Mapping[str, Any], length: int) -> "Place":
+    def read(cls, state: Mapping[str, Any], length: int) -> "TrainState":
         """The place in a checkpoint's state; `length` is the batches of an epoch.
 
         Raises ValueError where it is none of this run.
@@ -49,7 +49,7 @@ class Place:
         for field in fields(cls):
             value = getattr(place, field.name)
             if type(value) is not type(field.default) or not abs(value) <= MOST_STEPS:
-                raise ValueError(f"{field.name} is {short(value)}")
+                raise ValueError(f"{field.name} is {brief_repr(value)}")
         if not (0 <= place.position < length and place.epoch >= 0):
             raise ValueError(f"position {place.position} of epoch {place.epoch}")
         if place.step != place.epoch * length + place.position:
@@ -65,7 +65,7 @@ class Place:
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
     """Make a run's folder, and be the only program that writes there. Raises InputError."""
-    with naming(folder, "a folder to write to"):
+    with explain_os_errors(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     for name in (runlog.METRICS, runlog.LOG):  # written in place
         check_own(folder / name)
@@ -126,7 +126,7 @@ def newest_whole(folder: Path) -> Checkpoint | None:
 def _set_aside(path: Path, problem: InputError | None) -> None:
     """Rename a damaged newest checkpoint, which would be kept in place of a whole one else."""
     if problem is not None and os.path.lexists(path):
-        with naming(path, "a file to rename"):
+        with explain_os_errors(path, "a file to rename"):
             path.replace(path.with_name(DAMAGED))
 
 

@@ -21,7 +21,7 @@ class BadBatch(InputError):
     """A batch whose loss, or the length of its gradient, is no number."""
 
 
-class Learner:
+class TrainStep:
     """A model that is trained, and Adam, which trains it."""
 
     def __init__(self, config: TrainConfig, model: DIME, device: torch.device) -> None:

@@ -16,7 +16,7 @@ import torch
 from checkpoint.bert import Bert
 from common.cli import progress
 from common.errors import require
-from common.files import beside, naming, size_of, write_blocks
+from common.files import explain_os_errors, partial_path, require_regular_file, write_blocks
 from model import TextEncoder
 from training.runfolder import STATES
 
@@ -39,11 +39,11 @@ def cached_text(
     shape = (len(captions), max_words, bert.model.config.hidden_size)
     size = int(np.prod(shape, dtype=np.int64)) * 4
     if os.path.lexists(path):
-        held = size_of(path, "BERT's states")
+        held = require_regular_file(path, "BERT's states")
         require(held == size + HEADER, f"{path}: {held} bytes, expected {size + HEADER}; delete it")
         return path
-    with naming(folder, "a folder to write to"):
-        beside(path).unlink(missing_ok=True)  # before the free bytes are counted
+    with explain_os_errors(folder, "a folder to write to"):
+        partial_path(path).unlink(missing_ok=True)  # before the free bytes are counted
         free = shutil.disk_usage(folder).free
     require(size < free, f"--cache_text: {path} needs {size} bytes, {free} are free")
     log.info("--cache_text: reading all captions once, into %s (%.1f GB)", path, size / 1e9)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.memory import most_pairs
+from common.memory import chunk_size
 from model import DIME
 from scoring import scoring_memory
-from scripts.parts.data_faults import Found
+from scripts.parts.data_problems import Found
 from space import step_memory
 from training.config import TrainConfig
 
@@ -67,7 +67,7 @@ def of_training(
     regions, img_dim = split.shape[1:]
     config = TrainConfig(direction=direction, img_dim=img_dim, max_words=max_words, **extra)
     pairs = 2 * config.batch_size**2
-    at_once = min(pairs, most_pairs(CPU, config.embed_size))
+    at_once = min(pairs, chunk_size(CPU, config.embed_size))
     model = without_weights(config, hidden)
     size = model.space.pair_memory(regions if direction == "i2t" else max_words, "fp32")
     least, most = (base + int(step_memory(at_once, kept, size)) for kept in (0, pairs))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from common.cli import parse
-from common.errors import InputError, require, some
+from common.errors import InputError, require, summarise
 from common.files import read_text
 from evalconfig import EvaluateConfig
 from training.config import FREE, TrainConfig
@@ -123,13 +123,13 @@ class Registry:
         """Raise InputError where a run names what is not there."""
         tables, named = set(run.tables) - set(self.tables), {*run.of, run.beside or run.name}
         runs = named - set(self.runs)
-        require(not tables, f"names tables that are not there: {some(sorted(tables))}")
-        require(not runs, f"names runs that are not there: {some(sorted(runs))}")
+        require(not tables, f"names tables that are not there: {summarise(sorted(tables))}")
+        require(not runs, f"names runs that are not there: {summarise(sorted(runs))}")
         shared = not run.beside or run.tables.keys() & self.runs[run.beside].tables.keys()
         require(bool(shared), f"is beside {run.beside}, which has no row in its tables")
         require(not run.of or not run.data, "is of other runs and names data, too")
         known = bool(run.of) or run.data in self.data
-        require(known, f"names data {run.data!r}; expected one of {some(sorted(self.data))}")
+        require(known, f"names data {run.data!r}; expected one of {summarise(sorted(self.data))}")
 
     def _check_commands(self, run: Run) -> None:
         """Raise an error where a run would come to no figures, before it is begun."""

@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from common.errors import InputError, refuse, require
-from common.files import map_array, naming, read_json, write_blocks, write_json, write_lines
+from common.errors import InputError, raise_first, require
+from common.files import (
+    explain_os_errors,
+    map_array,
+    read_json,
+    write_blocks,
+    write_json,
+    write_lines,
+)
 from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
@@ -22,7 +29,7 @@ from common.layout import (
     count_images,
     extraction_file,
     ids_file,
-    nameless_faults,
+    nameless_problems,
     pictures_digest,
     read_captions,
     read_ids,
@@ -47,7 +54,7 @@ class Extraction:
         self._end_renaming()
         self.captions = read_captions(captions)
         self.ids = read_ids(ids, count_images(captions, self.captions))
-        refuse(nameless_faults(ids, names, self.ids))
+        raise_first(nameless_problems(ids, names, self.ids))
         self.arrays: list[np.memmap] = []
         self.state: dict[str, Any] = {}  # what the record holds
 
@@ -144,7 +151,7 @@ class Extraction:
     def _array(self, path: Path, width: int, dtype: str) -> np.memmap:
         """A file of rows by memory map, its disk taken beforehand: a full one is an error."""
         shape = (len(self.ids), REGIONS, width)
-        with naming(path, "a file to write"):
+        with explain_os_errors(path, "a file to write"):
             if self.rows:
                 expected = f"the first {self.rows} rows; --overwrite begins afresh"
                 require(not path.is_symlink(), f"{path}: is a link; expected {expected}")

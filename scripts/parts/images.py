@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.errors import InputError, require, some
-from common.files import naming, size_of
-from common.memory import out_of_memory
+from common.errors import InputError, require, summarise
+from common.files import explain_os_errors, require_regular_file
+from common.memory import is_oom
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # EPS would start Ghostscript
 MOST_PIXELS = 2**26  # 200 MB in memory; a camera's picture has half of it
@@ -37,7 +37,9 @@ def find_pictures(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
     for path in paths.values():
         place = PurePosixPath(path.name) if path.parent in absent else path
         other = found.setdefault(place, path)
-        message = f"{folder}: has no folder {some(sorted(map(str, absent)))}, without which {other}"
+        message = (
+            f"{folder}: has no folder {summarise(sorted(map(str, absent)))}, without which {other}"
+        )
         require(other == path, f"{message} and {path} would be the same picture")
     return {
         key: folder / (path.name if path.parent in absent else path) for key, path in paths.items()
@@ -49,10 +51,10 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises InputError that names the file where it is broken, cut off, too small or too large.
     """
-    size = size_of(path, "a picture")
+    size = require_regular_file(path, "a picture")
     require(size <= MOST_BYTES, f"{path}: {size} bytes; expected {MOST_BYTES} at most")
     # a decoder that reads the file would take the memory that a part of it claims
-    with naming(path, "a picture"):
+    with explain_os_errors(path, "a picture"):
         data = path.read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what a decoder puts right
@@ -65,7 +67,7 @@ def read_picture(path: Path) -> Image.Image:
         except UnidentifiedImageError as error:
             raise InputError(f"{path}: no whole picture of {', '.join(FORMATS)}") from error
         except Exception as error:  # a decoder of a damaged file can fail in any way
-            if out_of_memory(error):
+            if is_oom(error):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: no whole picture: {reason}") from error

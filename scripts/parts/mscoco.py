@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import InputError, require, some
+from common.errors import InputError, require, summarise
 from common.layout import CAPTIONS_PER_IMAGE, ids_file, names_file, read_ids, read_names
 from evaluation import best_items
 
@@ -51,7 +51,7 @@ def caption_ids(metrics: Any, folder: Path, split: str, images: int) -> np.ndarr
     fits = len(wanted) == images == len(known) and all(row is not None for row in wanted)
     fits = fits and len({int(row[0]) for row in wanted}) == images
     unknown = [key for key, row in zip(ids, wanted, strict=True) if row is None]
-    found = f"{images} ids, {len(unknown)} of them not MSCOCO's test images' ({some(unknown)})"
+    found = f"{images} ids, {len(unknown)} of them not MSCOCO's test images' ({summarise(unknown)})"
     require(fits, f"{path}: {found}; expected those of its {len(known)} test images, each once")
     return np.stack(wanted)
 

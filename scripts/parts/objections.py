@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.checkpoint import read_checkpoint
-from common.errors import InputError, short
+from common.errors import InputError, brief_repr
 from common.files import read_json
 from data import Split
 from scripts.parts.experiments import RESULT, RESULTS, Registry, Run, typed, works
@@ -42,7 +42,7 @@ def objections(
         if training and training.get("complete") is False:
             yield f"{path}: {_cut_off(training)}"
     if content.get("images") != images:
-        yield f"{path}: is of {short(content.get('images'))} images; expected {images}"
+        yield f"{path}: is of {brief_repr(content.get('images'))} images; expected {images}"
     yield from _other_scores(registry, run, seed, content, results)
     inputs = inputs_of(content)
     for name in _differing(inputs):
@@ -82,7 +82,7 @@ def _other_options(
     """Options of a program that are told to be others than they should."""
     for name, value in wanted.items():
         if name in options and options[name] != value:
-            yield f"{program} --{name} {short(options[name])}; expected {short(value)}"
+            yield f"{program} --{name} {brief_repr(options[name])}; expected {brief_repr(value)}"
 
 
 def _other_scores(
@@ -164,7 +164,7 @@ def _results_of(runs: list[Run], results: Path) -> Iterator[tuple[Path, Content]
 
 def _cut_off(training: Mapping[str, Any]) -> str:
     """What is said of a training that did not come to its end."""
-    return f"the training was cut off at step {short(training.get('step'))}"
+    return f"the training was cut off at step {brief_repr(training.get('step'))}"
 
 
 def scores_of(content: Content) -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, require, short
+from common.errors import InputError, brief_repr, require
 from common.files import read_json
 from scripts.parts.experiments import RESULT, RESULTS, Registry
 from scripts.parts.objections import objections
@@ -83,7 +83,7 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
                     papers[table].get(run.paper) if isinstance(papers.get(table), dict) else None
                 )
                 six = isinstance(recalls, list) and [type(r) in (int, float) for r in recalls]
-                where = f"{results / 'paper.json'}: {run.paper} in {table} is {short(recalls)}"
+                where = f"{results / 'paper.json'}: {run.paper} in {table} is {brief_repr(recalls)}"
                 require(six == [True] * len(METRICS), f"{where}; expected six recalls")
                 paper = [*recalls, sum(recalls)]
             protocol, paths = run.tables[table], {}
@@ -111,7 +111,7 @@ def figures_of(path: Path, protocol: str) -> list[float]:
     fits = fits and all(side == sorted(side) for side in (found[:3], found[3:6]))
     fits = fits and type(found[-1]) in (int, float)
     fits = fits and abs(sum(found[:-1]) - found[-1]) < ROUNDING
-    told = ", ".join(map(short, found))
+    told = ", ".join(map(brief_repr, found))
     require(fits, f"{path}: {told}; expected R@1 to R@10 in percent, twice, and their sum")
     return found
 
@@ -126,7 +126,7 @@ def intervals_of(path: Path, protocol: str) -> list[list[float]] | None:
     fits = fits and all(type(end) in (int, float) for ends in found for end in ends)
     most = [*(PERCENT for _ in METRICS), len(METRICS) * PERCENT]
     fits = fits and all(0 <= a <= b <= top for (a, b), top in zip(found, most, strict=True))
-    told = ", ".join(short(str(ends)) for ends in found)
+    told = ", ".join(brief_repr(str(ends)) for ends in found)
     require(fits, f"{path}: intervals {told}; expected low and high of each figure")
     return found
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cells import CELLS, LEAK
+from cells import LEAK
+from common.config import CELLS
 from model import DIME
 from router import CLOSED, EPSILON, Modality
 

@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from cells import CELLS, CellName
+from common.config import CELLS, CellName
 from scripts.parts.figures import COLOURS
 
 FAINTEST = 0.02  # gates below it are not drawn

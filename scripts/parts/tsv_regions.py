@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.errors import InputError, require, some
-from common.files import naming, size_of
+from common.errors import InputError, require, summarise
+from common.files import explain_os_errors, require_regular_file
 from scripts.parts.regions import REGIONS
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainState:
     """Where a TSV file has the row of an id."""
 
     path: Path
@@ -49,14 +49,14 @@ class Place:
 class RowReader:
     """Reads the rows of bottom-up attention's TSV files by their places."""
 
-    places: dict[str, Place]  # by image_id
+    places: dict[str, TrainState]  # by image_id
     width: int
 
     def __call__(self, key: str) -> Row:
         """The row of an image_id. Raises InputError where there is none, or a damaged one."""
         place = self.places.get(key)
         require(place is not None, f"{key}: has no whole row in the TSV files")
-        with naming(place.path, "a TSV file"), place.path.open("rb") as file:
+        with explain_os_errors(place.path, "a TSV file"), place.path.open("rb") as file:
             file.seek(place.offset)
             fields = file.read(place.length).split(b"\t")
         try:
@@ -83,11 +83,11 @@ class Tsv:
     """
 
     def __init__(self, paths: Sequence[Path], by_name: bool) -> None:
-        rows: list[tuple[str, int, Place]] = []  # image_id, width of its features, place
+        rows: list[tuple[str, int, TrainState]] = []  # image_id, width of its features, place
         damaged: list[str] = []
         digest = hashlib.sha256()
         for path in paths:
-            digest.update(f"{size_of(path, 'a TSV file')} ".encode())
+            digest.update(f"{require_regular_file(path, 'a TSV file')} ".encode())
             for place, line in rows_of(path):
                 digest.update(hashlib.sha256(line).digest())
                 try:
@@ -99,7 +99,7 @@ class Tsv:
         damaged += [f"{p} ({w} wide, not {self.width})" for _, w, p in rows if w != self.width]
         _warn("damaged and left out", damaged)
         require(bool(rows), f"{paths[0]}: no row of bottom-up attention's six fields")
-        places: dict[str, Place] = {}
+        places: dict[str, TrainState] = {}
         repeated: list[str] = []
         for key, width, place in rows:
             if width == self.width:
@@ -127,19 +127,19 @@ class Tsv:
 
 def _warn(what: str, rows: list[str]) -> None:
     if rows:
-        log.warning("%d rows are %s: %s", len(rows), what, some(rows))
+        log.warning("%d rows are %s: %s", len(rows), what, summarise(rows))
 
 
-def rows_of(path: Path) -> Iterator[tuple[Place, bytes]]:
+def rows_of(path: Path) -> Iterator[tuple[TrainState, bytes]]:
     """Place and content of each line of a file. Raises InputError where a line is no row."""
-    with naming(path, "a TSV file"), path.open("rb") as file:
+    with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
         line, offset = 1, 0
         while content := file.readline(LONGEST_ROW):
             require(
                 len(content) < LONGEST_ROW,
                 f"{path}: line {line} has {LONGEST_ROW} bytes or more; expected a row",
             )
-            yield Place(path, line, offset, len(content)), content
+            yield TrainState(path, line, offset, len(content)), content
             line, offset = line + 1, offset + len(content)
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from common.cli import Precision
+from common.config import Direction, Precision
 from data import Batch
-from model import DIME, Direction
+from model import DIME
 from router import Modality
 from scripts.parts.plain import plain_scores
 from training.config import TrainConfig
-from training.step import Learner
+from training.step import TrainStep
 
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 BATCH = 32
@@ -44,7 +44,7 @@ class Case:
     device: torch.device
 
 
-def learner_of(case: Case) -> Learner:
+def learner_of(case: Case) -> TrainStep:
     """A new model, with random weights and a BERT of MiniLM's size, and its optimiser."""
     i2t = case.direction == "i2t"
     config = TrainConfig(
@@ -59,7 +59,7 @@ def learner_of(case: Case) -> Learner:
     )
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 6, "intermediate_size": 1536}
     bert = BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
-    learner = Learner(config, DIME(config, bert).to(case.device), case.device)
+    learner = TrainStep(config, DIME(config, bert).to(case.device), case.device)
     learner.prepare(tokens=REGIONS if i2t else WORDS, steps=1)
     return learner
 
@@ -75,7 +75,7 @@ def encoded(model: DIME, images: int, captions: int) -> tuple[Modality, Modality
         return model.encode_images(regions), model.text(hidden, mask.to(device))
 
 
-def scoring(learner: Learner, bert: bool) -> tuple[int, Work]:
+def scoring(learner: TrainStep, bert: bool) -> tuple[int, Work]:
     """Pairs, and what scores them."""
     model = learner.model
     i2t = learner.config.direction == "i2t"
@@ -84,7 +84,7 @@ def scoring(learner: Learner, bert: bool) -> tuple[int, Work]:
     return math.prod(sizes), torch.no_grad()(lambda: model.eval().score(images, captions))
 
 
-def training(learner: Learner, bert: bool) -> tuple[int, Work]:
+def training(learner: TrainStep, bert: bool) -> tuple[int, Work]:
     """Pairs of a training step, and the step."""
     i2t = learner.config.direction == "i2t"
     images, captions = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
@@ -98,7 +98,7 @@ def training(learner: Learner, bert: bool) -> tuple[int, Work]:
     return images * captions, lambda: learner.step(batch)
 
 
-def plain(learner: Learner, bert: bool) -> tuple[int, Work]:
+def plain(learner: TrainStep, bert: bool) -> tuple[int, Work]:
     """The same scores in the plain formulation, caption by caption and cell by cell."""
     model = learner.model.eval()
     images, captions = encoded(model, PLAIN, PLAIN)

@@ -12,24 +12,24 @@ from typing import Any, TypeVar
 import numpy as np
 
 from common.cli import progress
-from common.errors import InputError, some
+from common.errors import InputError, summarise
 from common.files import map_array, read_json
 from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
     boxes_file,
-    caption_faults,
-    count_faults,
+    caption_problems,
     count_images,
+    count_problems,
     extraction_file,
     finite_rows,
-    id_faults,
+    id_problems,
     ids_file,
-    kind_faults,
-    name_faults,
-    nameless_faults,
+    kind_problems,
+    name_problems,
+    nameless_problems,
     names_file,
-    number_faults,
+    number_problems,
     one_an_image,
     pictures_digest,
     read_lines,
@@ -107,7 +107,7 @@ def looked_at(folder: Path, name: SplitName, full: bool) -> Found:
     captions = found.attempt(read_lines, captions_path, "captions, one a line")
     if captions is not None:
         found.captions = captions
-        found.faults += caption_faults(captions_path, captions, allow_empty=name != "train")
+        found.faults += caption_problems(captions_path, captions, allow_empty=name != "train")
         if name != "train" and "" in captions:
             found.remarks.append(f"{captions_path}: {captions.count('')} captions are empty")
         found.attempt(count_images, captions_path, captions)
@@ -120,11 +120,11 @@ def looked_at(folder: Path, name: SplitName, full: bool) -> Found:
     if os.path.lexists(boxes_path) and found.repeats:
         boxes = found.attempt(map_array, boxes_path, "boxes, a .npy file")
         if boxes is not None:
-            found.faults += box_faults(boxes_path, boxes, (found.images, features.shape[1], 4))
+            found.faults += box_problems(boxes_path, boxes, (found.images, features.shape[1], 4))
     return found
 
 
-def box_faults(path: Path, boxes: np.ndarray, shape: tuple[int, ...]) -> Iterator[str]:
+def box_problems(path: Path, boxes: np.ndarray, shape: tuple[int, ...]) -> Iterator[str]:
     """Boxes that are none of a split's regions."""
     if boxes.shape != shape or boxes.dtype.kind != "f":
         yield f"{path}: shape {boxes.shape}, {boxes.dtype}; expected {shape} of floats"
@@ -140,7 +140,7 @@ def look_at_features(found: Found, features: np.memmap, full: bool) -> None:
     more = found.bytes - features.offset - features.nbytes
     if more:
         found.faults.append(f"{path}: {more} bytes more than its header asks for")
-    kinds = list(kind_faults(path, features))
+    kinds = list(kind_problems(path, features))
     found.faults += kinds
     if kinds:
         return
@@ -151,7 +151,7 @@ def look_at_features(found: Found, features: np.memmap, full: bool) -> None:
     if found.captions:
         found.repeats = rows_per_image(len(features), len(found.captions))
         if len(found.captions) % CAPTIONS_PER_IMAGE == 0:  # else it is said already
-            found.faults += count_faults(path, len(features), len(found.captions))
+            found.faults += count_problems(path, len(features), len(found.captions))
     read_through(found, features, full)
 
 
@@ -172,10 +172,10 @@ def read_through(found: Found, features: np.memmap, full: bool) -> None:
             unequal += block[(bits != bits[:, :1]).any((1, 2))].tolist()
             found.rows_read += len(rows)
             bar.update(len(block))
-    found.faults += number_faults(found.path, bad)
+    found.faults += number_problems(found.path, bad)
     if unequal:
         found.faults.append(
-            f"{found.path}: the five rows of image {some([str(image) for image in unequal])} "
+            f"{found.path}: the five rows of image {summarise([str(image) for image in unequal])} "
             "differ; expected one row five times, since there is a row for each caption"
         )
     if zero:
@@ -192,7 +192,7 @@ def look_at_ids(found: Found, path: Path) -> None:
         return
     if len(ids) == len(found.captions) == len(set(ids)):
         return  # of captions, which name no images
-    faults = list(id_faults(path, ids, found.images))
+    faults = list(id_problems(path, ids, found.images))
     found.faults += faults
     if not faults:
         found.ids = one_an_image(ids, found.images)
@@ -212,7 +212,7 @@ def between(splits: list[Found], folder: Path) -> Iterator[str]:
             shared = sorted(set(one.ids) & set(other.ids))
             if shared and {one.name, other.name} != SAME_IMAGES:
                 yield (
-                    f"{ids_file(folder, other.name)}: {some(shared)} is in {one.name}_ids.txt, "
+                    f"{ids_file(folder, other.name)}: {summarise(shared)} is in {one.name}_ids.txt "
                     "too; expected other images in every split"
                 )
     mapping = names_file(folder)
@@ -222,13 +222,13 @@ def between(splits: list[Found], folder: Path) -> Iterator[str]:
         except InputError as error:
             yield str(error)
             return
-        yield from name_faults(mapping, names)
+        yield from name_problems(mapping, names)
         for split in splits:
-            yield from nameless_faults(ids_file(folder, split.name), names, split.ids)
-            yield from picture_faults(split, folder, names)
+            yield from nameless_problems(ids_file(folder, split.name), names, split.ids)
+            yield from picture_problems(split, folder, names)
 
 
-def picture_faults(split: Found, folder: Path, names: dict[str, Any]) -> Iterator[str]:
+def picture_problems(split: Found, folder: Path, names: dict[str, Any]) -> Iterator[str]:
     """Features that extract_regions made of other pictures than the ids are of now."""
     path = extraction_file(folder, split.name)
     if not path.exists() or not split.ids or any(key not in names for key in split.ids):
