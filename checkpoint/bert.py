@@ -39,6 +39,7 @@ BERT_SIZES = {  # with bert-base's value where a configuration may leave it out
 CONFIGURATIONS = ("bert_config.json", "config.json")  # files of a BERT folder, the first is read
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+CASED = 0.01  # share of entries with a capital letter; an uncased vocabulary has none
 MOST_LAYERS = 100  # of BERT; the largest published one has 24
 MOST_SIZE = 2**24  # of any of its sizes; vocabularies have 10**5 entries
 
@@ -63,6 +64,26 @@ def load_bert(folder: str | Path) -> Bert:
     Raises InputError that names the file, and the key that is missing or too many.
     """
     return assembled_bert(Path(folder), *read_bert(folder))
+
+
+def describe_bert(folder: str | Path) -> list[str]:
+    """Lines that describe a BERT folder: files, sizes, fingerprint, cased or uncased.
+
+    Loads BERT, and raises InputError like `load_bert`.
+    """
+    bert, config = load_bert(folder), bert_config(folder)
+    sizes = {path.name: path.stat().st_size for path in bert_files(folder) if path.is_file()}
+    words = [entry for entry in bert.vocabulary.entries if not re.fullmatch(r"\[.*\]", entry)]
+    cased = sum(word != word.lower() for word in words) / max(1, len(words))
+    kind = "cased; captions are lower-cased, so use an uncased BERT" if cased > CASED else "uncased"
+    return [
+        "files: " + ", ".join(f"{name} ({size:,} bytes)" for name, size in sizes.items()),
+        f"sizes: {config.num_hidden_layers} layers, {config.hidden_size} wide, "
+        f"{config.num_attention_heads} heads, {config.vocab_size:,} entries, "
+        f"{config.max_position_embeddings} positions",
+        f"fingerprint: {bert.fingerprint}",
+        f"vocabulary: {kind} ({100 * cased:.1f} % of its entries have a capital letter)",
+    ]
 
 
 def read_bert(folder: str | Path) -> tuple[Weights, Path]:

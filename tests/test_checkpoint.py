@@ -18,7 +18,7 @@ import torch
 from conftest import CASES, GOLDEN, Case
 from safetensors.torch import save_file
 
-from checkpoint.bert import Bert, load_bert
+from checkpoint.bert import Bert, describe_bert, load_bert
 from checkpoint.checkpoint import (
     bert_of,
     build_model,
@@ -427,3 +427,13 @@ def test_a_folder_that_no_system_call_takes_is_one_line(tmp_path: Path, name: st
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError, match="no such folder"):
         load_bert(tmp_path / name)
+
+
+def test_a_bert_folder_is_described(bert_folder: Path) -> None:
+    text = "\n".join(describe_bert(bert_folder))
+    for fact in (WEIGHTS, "vocab.txt", "2 layers", load_bert(BERT).fingerprint, "uncased"):
+        assert fact in text
+    path = bert_folder / "vocab.txt"
+    entries = path.read_text().split("\n")
+    path.write_text("\n".join([*entries[:10], *(entry.upper() for entry in entries[10:])]))
+    assert "uncased (" not in "\n".join(describe_bert(bert_folder))
