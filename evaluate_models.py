@@ -26,7 +26,7 @@ from checkpoint.checkpoint import (
     read_checkpoint,
     warn_of_selection,
 )
-from common.cli import parse, pick_device, print_line, run, warn_of_slow
+from common.cli import parse, pick_device, print_line, run, warn_if_bf16_is_slow
 from common.config import Precision
 from common.errors import InputError, require
 from common.files import write_array, write_arrays, write_json
@@ -272,7 +272,7 @@ def _open(
         model.precision in get_args(Precision),
         f"{checkpoint.path}: precision {model.precision!r}; expected one of {get_args(Precision)}",
     )
-    warn_of_slow(model.precision, device)
+    warn_if_bf16_is_slow(model.precision, device)
     return _Opened(checkpoint, split, bert, model)
 
 

@@ -1,8 +1,6 @@
-"""options.py — what every program shares with its user, and nothing of the model.
+"""cli.py — command lines: options from a dataclass, exit statuses, the device, progress.
 
-A frozen dataclass is the command line (`parse`), one error type ends a program with one line and
-exit status 2 (`InputError`, `run`), `--device` is looked up (`pick_device`), and long work tells
-how far it is (`progress`).
+Imports no torch, so that `--help` answers at once.
 """
 
 import argparse
@@ -11,13 +9,11 @@ import logging
 import os
 import signal
 import sys
-import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
 from tqdm import tqdm
 
 from common.config import Precision
@@ -25,36 +21,44 @@ from common.errors import InputError, require
 from common.memory import is_oom, no_memory, tune_malloc
 from common.signals import Stopped
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
 
 DEVICES = ("cpu", "cuda")
-BAD_INPUT = 2  # exit status of a program that was given something it cannot use
-tqdm.monitor_interval = 0  # no thread of its own: the loader's workers are forked
-SLOW = 4.0  # times that a product in bfloat16 may take of one in float32 before it is said
-PRODUCTS = 5  # of which the quickest tells
-LARGEST_FLOAT = 1e30  # whose products still are numbers
-LONGEST_LINE = 4000  # characters of an error's text
-QUIET_SECONDS = 30  # without a terminal, long work says how far it is this often
+BAD_INPUT = 2  # exit status after an InputError
+LARGEST_FLOAT = 1e30  # float32 holds the product of two options up to this size
+LONGEST_MESSAGE = 4000  # characters
+LOG_SECONDS = 30  # between two progress lines if there is no terminal
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and ARM processors in /proc/cpuinfo
+
+tqdm.monitor_interval = 0  # starts no thread: the workers that read data are forked
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> None:  # type: ignore[override]  # argparse exits here
         raise InputError(f"{message} (see --help)")
 
 
 def parse(
-    cls: type[Options], argv: Sequence[str] | None, description: str, program: str | None = None
+    cls: type[Options],
+    argv: Sequence[str] | None,
+    description: str,
+    program: str | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> Options:
-    """Read the options of dataclass `cls` from the command line; one option a field.
+    """Return the options of dataclass `cls` as the command line gives them, one option a field.
 
-    `program` is what the help calls it (default: the file's name).
+    A field is `Annotated[type, help, *other spellings]`. A field without a default is required. A
+    spelling without dashes makes the option positional. Booleans get a `--no-` twin unless their
+    name starts with `no_`, literals become choices, lists take one or more values.
 
-    A field is `Annotated[type, help, *further spellings]`; one without a default is required. With
-    a spelling without dashes it goes by its place, and is called so in the help.
-    Booleans get a `--no-` twin unless their name is negative already, literals become choices,
-    lists take one or more values. Raises InputError on a wrong or abbreviated option.
+    `program` is the name in the help (default: the file's name). `groups` maps the title of each
+    argument group to the names of its fields and has to name every field. Raises InputError if an
+    option is wrong or abbreviated.
     """
     parser = _Parser(
         prog=program,
@@ -63,42 +67,49 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        kind, text, *spellings = get_args(hints[field.name])
-        option = _argument(field, kind, text)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
+    if groups is None:
+        targets: dict[str, Any] = dict.fromkeys(fields, parser)
+    else:
+        targets = {}
+        for title, names in groups.items():
+            targets |= dict.fromkeys(names, parser.add_argument_group(title))
+        if targets.keys() != fields.keys():
+            raise ValueError(f"in no group, or no field: {targets.keys() ^ fields.keys()}")
+    for name, target in targets.items():
+        kind, text, *spellings = get_args(hints[name])
+        option = _argument(fields[name], kind, text)
         if spellings and not spellings[0].startswith("-"):
-            by_place = {key: option[key] for key in option.keys() & {"help", "type", "nargs"}}
-            parser.add_argument(field.name, metavar=spellings[0], **by_place)
+            positional = {key: option[key] for key in option.keys() & {"help", "type", "nargs"}}
+            target.add_argument(name, metavar=spellings[0], **positional)
         else:
-            parser.add_argument(f"--{field.name}", *spellings, **option)
+            target.add_argument(f"--{name}", *spellings, **option)
     return cls(**vars(parser.parse_args(argv)))
 
 
 def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
-    """The keywords of `add_argument` for one field."""
+    """Return the keywords of `add_argument` for one field."""
     option: dict[str, Any] = {"dest": field.name, "help": text}
     if field.default is dataclasses.MISSING:
         option["required"] = True
     else:
         option["default"] = field.default
         if field.default not in (None, ""):
-            several = field.default if isinstance(field.default, tuple) else (field.default,)
-            option["help"] = f"{text} (default: {' '.join(map(str, several))})"
+            values = field.default if isinstance(field.default, tuple) else (field.default,)
+            option["help"] = f"{text} (default: {' '.join(map(str, values))})"
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(k for k in get_args(kind) if k is not type(None))
         if kind is str:
-            return option | {"type": _given}
+            return option | {"type": _nonempty}
     if kind is bool:
         negative = field.name.startswith("no_")
         return option | {"action": "store_true" if negative else argparse.BooleanOptionalAction}
     if get_origin(kind) is list:
-        (item,) = get_args(kind)
-        if get_origin(item) is Literal:
-            return option | {"nargs": "+", "choices": get_args(item)}
-        return option | {"nargs": "+", "type": item}
+        (kind,) = get_args(kind)
+        option["nargs"] = "+"
     if get_origin(kind) is Literal:
         return option | {"choices": get_args(kind)}
-    return option | {"type": {float: _finite, str: _text}.get(kind, kind)}
+    return option | {"type": {float: _finite, str: _printable}.get(kind, kind)}
 
 
 def _finite(text: str) -> float:
@@ -108,37 +119,42 @@ def _finite(text: str) -> float:
     return number
 
 
-def _given(text: str) -> str:
-    if not text:  # of a variable that is not set, say
-        raise ValueError(text)
-    return _text(text)
-
-
-def _text(text: str) -> str:
-    if not text.isprintable():
+def _printable(text: str) -> str:
+    if not text.isprintable():  # the readers of checkpoints and run.json refuse such options
         raise ValueError(text)
     return text
 
 
-# As argparse calls them.
-_finite.__name__, _text.__name__, _given.__name__ = "finite number", "printable text", "text"
+def _nonempty(text: str) -> str:
+    if not text:  # as `--data_path "$UNSET"` passes it
+        raise ValueError(text)
+    return _printable(text)
+
+
+# For argparse's messages.
+_finite.__name__, _printable.__name__, _nonempty.__name__ = (
+    "finite number",
+    "printable text",
+    "text",
+)
 
 
 def keep_float32() -> None:
-    """Have all convolutions of the process compute in float32.
+    """Make all convolutions of the process compute in float32; on a GPU torch defaults to TF32."""
+    import torch
 
-    On a GPU torch would round their factors to 10 bits (TF32).
-    """
     torch.backends.cudnn.allow_tf32 = False
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one. Raises InputError."""
+def pick_device(name: str) -> "torch.device":
+    """Return the device called `name`; `auto` is a GPU if there is one. Raises InputError."""
+    import torch
+
     keep_float32()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = ", ".join(("auto", *DEVICES))
-    require(name.split(":")[0] in DEVICES, f"--device {name}: expected one of {kinds}")
+    expected = ", ".join(("auto", *DEVICES))
+    require(name.split(":")[0] in DEVICES, f"--device {name}: expected one of {expected}")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -146,105 +162,86 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: cannot be used here: {reason}") from error
 
 
-def warn_of_slow(precision: Precision, device: torch.device) -> None:
-    """Say so where a processor has no units for bfloat16 and imitates them."""
-    factor = slowness(device) if precision == "bf16" else 1
-    if factor > SLOW:
-        log.warning("--precision bf16: on this processor %.0f times slower than fp32", factor)
+def warn_if_bf16_is_slow(precision: Precision, device: "torch.device") -> None:
+    """Warn if the processor has no bfloat16 instructions and emulates them."""
+    if precision == "bf16" and not has_fast_bf16(device):
+        log.warning("--precision bf16: this processor emulates bfloat16; fp32 is faster")
 
 
-def slowness(device: torch.device) -> float:
-    """How many times slower products in bfloat16 are than in float32; 1 for a GPU."""
-    if device.type != "cpu":
-        return 1
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype)
-        a @ a  # what is done once is not timed
-        times = []
-        for _ in range(PRODUCTS):
-            since = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - since)
-        seconds[dtype] = min(times)  # another program may have come between
-    return seconds[torch.bfloat16] / seconds[torch.float32]
+def has_fast_bf16(device: "torch.device", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return False if `device` is a CPU whose flags lack bfloat16 (only Linux lists them)."""
+    if device.type != "cpu" or not cpuinfo.exists():
+        return True
+    return bool(BF16_FLAGS & set(cpuinfo.read_text().split()))
 
 
 def run(program: Callable[[], None]) -> None:
-    """Run a program to its exit status: 0, or 2 after one line on standard error for InputError.
+    """Run `program` and exit: with 0, or with 2 and one line on standard error for InputError.
 
-    So it is when memory is used up. A signal gives 128 and its number; a bug keeps its traceback.
+    Running out of memory counts as bad input. A signal exits with 128 plus its number. Any other
+    exception is a bug and keeps its traceback.
     """
     tune_malloc()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    status, message = 0, ""
     try:
         program()
-        status, said = 0, ""
     except InputError as error:
-        status, said = BAD_INPUT, f"error: {error}"
+        status, message = BAD_INPUT, f"error: {error}"
     except Stopped as stop:
-        status, said = 128 + stop.number, ""
+        status = 128 + stop.number
     except KeyboardInterrupt:
-        status, said = 128 + signal.SIGINT, "interrupted"
+        status, message = 128 + signal.SIGINT, "interrupted"
     except Exception as error:
         if not is_oom(error):
             raise
-        status, said = BAD_INPUT, f"error: {no_memory(error)}"
+        status, message = BAD_INPUT, f"error: {no_memory(error)}"
     try:
-        if said:
-            sys.stderr.write(f"{Path(sys.argv[0]).name}: {_one_line(said)}\n")
+        if message:
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {_one_line(message)}\n")
         sys.stderr.flush()
-    except OSError:  # nobody reads it; Python would make another exit status of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    except OSError:  # nobody reads standard error: `2>&1 | tee` whose tee has gone
+        _discard_output(2)
     if status:
         sys.exit(status)
 
 
 def _one_line(text: str) -> str:
-    """A text without line feeds, and without what a terminal would obey, of bearable length."""
-    line = " ".join(text[:LONGEST_LINE].split()) + "..." * (len(text) > LONGEST_LINE)
-    return _visible(line)
-
-
-def _visible(text: str, kept: str = "") -> str:
-    """A text with nothing that a terminal would obey, or a stream could not take, but `kept`."""
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+    """Return `text` shortened to one line, with control characters escaped."""
+    line = " ".join(text[:LONGEST_MESSAGE].split()) + "..." * (len(text) > LONGEST_MESSAGE)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def print_line(text: str) -> None:
-    """Write to standard output. Raises InputError where nobody takes it."""
+    """Print to standard output. Raises InputError if it is closed or its disk is full."""
+    require(sys.stdout is not None, "standard output: is closed")
     try:
-        if sys.stdout is None:
-            raise OSError("is closed")
-        encoding = sys.stdout.encoding or "utf-8"  # which may have no such letters
-        shown = _visible(text, "\n\t").encode(encoding, "backslashreplace")
-        sys.stdout.write(shown.decode(encoding))
-        sys.stdout.flush()
+        print(text, end="" if text.endswith("\n") else "\n", flush=True)  # noqa: T201  # a product
     except OSError as error:
-        if sys.stdout is not None:  # Python would try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output(1)
         raise InputError(f"standard output: {error.strerror or error}") from error
 
 
+def _discard_output(descriptor: int) -> None:
+    """Send a stream to /dev/null; otherwise Python flushes it again at exit and fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def progress(what: str, total: int, unit: str) -> tqdm:
-    """How far long work is: a bar on a terminal, elsewhere a log line every half minute."""
+    """Return a progress bar; without a terminal it logs a line every half minute instead."""
     if sys.stderr.isatty():
         return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False)
-    return _ProgressLines(
-        desc=what,
-        total=total,
-        unit=unit,
-        mininterval=QUIET_SECONDS,
-        miniters=1,
-        bar_format="{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
+    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+    return _LoggedProgress(
+        desc=what, total=total, unit=unit, mininterval=LOG_SECONDS, miniters=1, bar_format=line
     )
 
 
-class _ProgressLines(tqdm):
-    """tqdm that logs lines instead of drawing a bar."""
+class _LoggedProgress(tqdm):
+    """A tqdm that logs lines and draws no bar."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if 0 < self.n < self.total:
+        if self.total is not None and 0 < self.n < self.total:
             log.info(str(self))
 
     def close(self) -> None:

@@ -1,42 +1,42 @@
-"""errors.py — the one error of bad input, and what its messages are made of."""
+"""errors.py — the one error for bad input, and helpers for its messages."""
 
 import math
 from collections.abc import Iterable, Sequence
 
-PLAIN = str | int | float | None  # what an option can be
+PLAIN = str | int | float | None  # types of an option's value
 
 
 class InputError(Exception):
-    """The one error of input: names the file or option, what was found and what was expected."""
+    """Bad input: the message names the file or option, its value and the expected value."""
 
 
-def require(fact: bool, message: str) -> None:
-    """Raise InputError(message) unless `fact` holds."""
-    if not fact:
+def require(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless `condition` holds."""
+    if not condition:
         raise InputError(message)
 
 
-def raise_first(faults: Iterable[str]) -> None:
-    """Raise InputError with the first fault, if there is one."""
-    for fault in faults:
-        raise InputError(fault)
+def raise_first(problems: Iterable[str]) -> None:
+    """Raise InputError with the first problem, if there is one."""
+    for problem in problems:
+        raise InputError(problem)
 
 
-def check_range(options: object, names: Sequence[str], least: int, most: float = math.inf) -> None:
-    """Raise InputError where an option of these names is given and out of bounds."""
-    bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+def check_range(options: object, names: Sequence[str], low: int, high: float = math.inf) -> None:
+    """Raise InputError if one of these options is set and not in `low` to `high`, inclusive."""
+    expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
     for name in names:
         value = getattr(options, name)
-        fits = value is None or least <= value <= most
-        require(fits, f"--{name} {value}: expected {bounds}")
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} {value}: expected {expected}")
 
 
 def summarise(names: Sequence[str]) -> str:
-    """A few of many names, and how many more there are."""
+    """Return the first three names and the number of the others."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 def brief_repr(value: object) -> str:
-    """What is said of a value that a file holds: of a list of lists of lists its type."""
+    """Return a short repr for a message; of nested values, which may be huge, only the type."""
     return repr(value)[:99] if isinstance(value, PLAIN) else type(value).__name__

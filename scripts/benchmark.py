@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from common import provenance
-from common.cli import SLOW, parse, pick_device, print_line, run, slowness
+from common.cli import has_fast_bf16, parse, pick_device, print_line, run
 from common.compile import gains_by_compiling
 from common.config import Direction, Precision
 from common.files import check_writable, write_blocks, write_json
@@ -174,11 +174,11 @@ def all_rows(only: list[str] | None, device: torch.device) -> dict[str, list[Any
     rows: list[dict[str, Any]] = []
     profiles: list[dict[str, Any]] = []
     missing: list[str] = []
-    factor = slowness(device)
-    if factor > SLOW:
-        missing.append(f"bfloat16, whose products take {factor:.0f} times float32's time here")
+    fast_bf16 = has_fast_bf16(device)
+    if not fast_bf16:
+        missing.append("bfloat16, which this processor emulates")
     for case in cases(only, device):
-        if case.precision == "bf16" and factor > SLOW:
+        if case.precision == "bf16" and not fast_bf16:
             continue
         new, recorded = apart(measured, case)
         rows, profiles = [*rows, *new], [*profiles, *recorded]

@@ -26,7 +26,7 @@ import numpy as np
 
 from checkpoint.checkpoint import build_model, warn_of_selection
 from common import provenance
-from common.cli import parse, pick_device, print_line, run, warn_of_slow
+from common.cli import parse, pick_device, print_line, run, warn_if_bf16_is_slow
 from common.errors import check_range, require
 from common.files import check_writable, write_json
 from common.layout import CAPTIONS_PER_IMAGE
@@ -115,7 +115,7 @@ class Comparison:
     def _scorer(self, way: Way) -> Scorer:
         """A model that scores in this way, ready to."""
         precision, _, how = way.partition("-")
-        warn_of_slow(precision, self.device)
+        warn_if_bf16_is_slow(precision, self.device)
         model = build_model(self.checkpoint, self.bert, self.device)
         model.precision = precision
         if how == "all":

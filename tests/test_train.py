@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import space
 from common import provenance
-from common.cli import parse, warn_of_slow
+from common.cli import parse
 from data import Batch
 from evaluate_models import evaluate
 from evaluation import image_of_caption, retrieval
@@ -732,21 +732,3 @@ def test_little_memory_gives_the_same_weights(
     assert run_train(*argv, "--overwrite", "--memory", "0.1") == 0
     assert "activations of 100 % of the pairs are computed twice" in caplog.text
     assert same(state(tiny / "runs/i2t" / NEWEST)["weights"], plain["weights"])
-
-
-def test_an_imitated_bfloat16_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    exact, imitated, quick = (
-        [0, 9, 0, 1, 0, 9, 0, 9, 0, 9],
-        [0, 20, 0, 90] * 2 + [0, 20],
-        [0, 1.5] * 5,
-    )
-    ticks = iter([*exact, *imitated, *exact, *quick])  # the quickest of five counts
-    monkeypatch.setattr("common.cli.time.perf_counter", lambda: next(ticks))
-    warn_of_slow("bf16", torch.device("cpu"))
-    assert "--precision bf16: on this processor 20 times slower than fp32" in caplog.text
-    caplog.clear()
-    warn_of_slow("bf16", torch.device("cpu"))
-    warn_of_slow("fp32", torch.device("cpu"))
-    assert not caplog.records

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from common.cli import keep_float32, warn_of_slow
+from common.cli import keep_float32, warn_if_bf16_is_slow
 from common.errors import InputError
 from data import Batch
 from model import DIME, path_loss, triplet_loss
@@ -37,7 +37,7 @@ class TrainStep:
         A run of `steps` refines `tokens` of each pair.
         """
         config = self.config
-        warn_of_slow(config.precision, self.device)
+        warn_if_bf16_is_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
         self.model.compile_where_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
         limit = config.memory * 1e9 or None

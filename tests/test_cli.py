@@ -1,0 +1,132 @@
+"""cli.py: a dataclass as command line, exit statuses, the device."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT
+
+from checkpoint.checkpoint import load_model
+from common.cli import has_fast_bf16, parse, pick_device, run, warn_if_bf16_is_slow
+from common.errors import InputError
+
+
+@dataclass(frozen=True)
+class Options:
+    names: Annotated[list[str], "required, one or more"]
+    size: Annotated[int, "a size", "--breadth"] = 3
+    rate: Annotated[float, "a rate"] = 0.5
+    kind: Annotated[Literal["x", "y"], "a choice"] = "x"
+    where: Annotated[str | None, "a path"] = None
+    loud: Annotated[bool, "a switch"] = True
+    no_norm: Annotated[bool, "already negative"] = False
+
+
+def test_every_kind_of_option() -> None:
+    argv = ["--names", "a", "b", "--breadth=4", "--rate", "1e-3", "--kind", "y", "--where", "w"]
+    assert parse(Options, [*argv, "--no-loud", "--no_norm"], "") == Options(
+        ["a", "b"], 4, 0.001, "y", "w", False, True
+    )
+    assert parse(Options, ["--names", "a"], "") == Options(["a"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "--names"),
+        (["--names", "a", "--siz", "4"], "--siz"),  # no abbreviations
+        (["--names", "a", "--size", "four"], "'four'"),
+        (["--names", "a", "--rate", "1e39"], "--rate"),
+        (["--names", "a", "--kind", "z"], "'z'"),
+        (["--names", "a", "--where", ""], "--where"),
+        (["--names", "a", "--where", "a\x1b"], "--where"),
+        (["--names", "a", "--no-no_norm"], "--no-no_norm"),
+    ],
+)
+def test_wrong_options_are_named(argv: list[str], named: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(Options, argv, "")
+    assert named in str(error.value)
+
+
+GROUPS = {"what": ["names", "kind", "where"], "how": ["loud", "no_norm", "rate", "size"]}
+
+
+def test_help_shows_groups_and_defaults(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(Options, ["--help"], "What it is.", groups=GROUPS)
+    assert stop.value.code == 0
+    options = capsys.readouterr().out.split("What it is.")[1]
+    words = ("what:", "--names", "how:", "--breadth", "a size (default: 3)")
+    assert sorted(words, key=options.index) == list(words)
+
+
+def test_groups_name_every_field() -> None:
+    assert parse(Options, ["--names", "a"], "", groups=GROUPS) == Options(["a"])
+    for names in (["loud", "rate", "size"], ["loud", "no_norm", "rate", "size", "colour"]):
+        with pytest.raises(ValueError, match=r"no_norm|colour"):
+            parse(Options, ["--names", "a"], "", groups=GROUPS | {"how": names})
+
+
+def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:
+    def program() -> None:
+        raise InputError("file: holds\x1b[31m this,\nexpected that")
+
+    with pytest.raises(SystemExit) as stop:
+        run(program)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(r"error: file: holds\x1b[31m this, expected that")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def program() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run(program)
+
+
+PRINTS = "from common.cli import print_line, run; run(lambda: print_line('x' * 9**6))"
+
+
+@pytest.mark.parametrize("target", ["> /dev/full", ">&-", "| true"])
+def test_lost_output_is_status_2_without_a_traceback(target: str) -> None:
+    command = f'set -o pipefail; "{sys.executable}" -c "{PRINTS}" {target}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "standard output" in done.stderr
+
+
+def test_convolutions_on_a_gpu_are_float32() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    assert pick_device("cpu") == torch.device("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    load_model(GOLDEN / "i2t/checkpoint.pth.tar", GOLDEN / "i2t/bert")  # by itself, too
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_unknown_devices_are_refused() -> None:
+    for name in ("gpu", "cpu:x"):
+        with pytest.raises(InputError, match=f"--device {name}"):
+            pick_device(name)
+
+
+def test_emulated_bfloat16_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+    for flags, fast in (("sse4_2 avx512f", False), ("fp asimd bf16", True), ("amx_bf16", True)):
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+        assert has_fast_bf16(cpu, tmp_path / "cpuinfo") == fast
+    assert has_fast_bf16(cpu, tmp_path / "absent") and has_fast_bf16(torch.device("cuda"))
+    monkeypatch.setattr("common.cli.has_fast_bf16", lambda device: False)
+    warn_if_bf16_is_slow("fp32", cpu)
+    assert not caplog.records
+    warn_if_bf16_is_slow("bf16", cpu)
+    assert "--precision bf16" in caplog.text
