@@ -53,12 +53,11 @@ def collected(folder: Path) -> dict[str, Any]:
     _, captions = split_files(folder / "data", "test")
     images = count_images(captions, read_captions(captions))
     seconds = {
-        path.name: int(read_text(path, "seconds of a step"))
-        for path in sorted((folder / "done").iterdir())
-        if path.name != "settings" and not path.name.startswith(".")  # one that was cut off
+        name: read_json(folder / name / runlog.RUN, "the run of demo.sh")["seconds"]
+        for name in ("i2t", "t2i")
     }
     return provenance.of("bash scripts/demo.sh") | {
-        "settings": read_text(folder / "done/settings", "the demonstration's settings").strip(),
+        "settings": read_text(folder / "settings", "the demonstration's settings").strip(),
         "width": trained["options"]["embed_size"],
         "images": images,
         "seconds": seconds,
@@ -72,8 +71,8 @@ def main() -> None:
     folder = Path(chosen.folder)
     if chosen.json:
         taken = [*(folder / f"{name}.json" for name in MODELS), *files_of(folder / "data", "test")]
-        done = folder.glob("done/*")
-        check_writable(Path(chosen.json), [*taken, *done, folder / "i2t" / runlog.RUN])
+        runs = [folder / name / runlog.RUN for name in ("i2t", "t2i")]
+        check_writable(Path(chosen.json), [*taken, folder / "settings", *runs])
     found = collected(folder)
     if chosen.json:
         write_json(Path(chosen.json), found)

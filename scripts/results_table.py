@@ -142,10 +142,10 @@ def demo(folder: Path) -> str:
     if not path.exists():
         return "Demonstration: not run.\n"
     found = read_json(path, REPORT)
-    minutes = sum(found["seconds"].values()) / 60
+    minutes = sum(found["seconds"][name] for name in ("i2t", "t2i")) / 60
     return (
-        f"{about(found)}, {minutes:.1f} minutes after the installation, width {found['width']} in "
-        f"place of the paper's 256; {found['settings']}:\n\n{demo_rows(found)}"
+        f"{about(found)}, {minutes:.1f} minutes of training, width {found['width']} in place of "
+        f"the paper's 256; {found['settings']}:\n\n{demo_rows(found)}"
     )
 
 

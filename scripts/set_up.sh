@@ -1,19 +1,24 @@
-# Sourced by test.sh and demo.sh in the project's folder: makes .venv where it is missing, installs.
-export HF_HUB_OFFLINE=1
+#!/usr/bin/env bash
+# Makes .venv if it is missing and installs the packages if their lists have changed.
+#   bash scripts/set_up.sh
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash scripts/set_up.sh   # without a GPU
+# It is run, never sourced, so that it cannot change a variable of its caller.
+set -euo pipefail
+cd "$(dirname "$0")/.."
 
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none, or one that was cut off
-    python=${PYTHON:-python3}
-    if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then
-        echo "$python: $("$python" -V 2>&1); expected Python 3.10 to 3.13 (PYTHON=... names one)" >&2
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # missing, or its making was cut off
+    base=${PYTHON:-python3}
+    if ! "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then
+        echo "$base: $("$base" -V 2>&1); expected Python 3.10 to 3.13 (name one by PYTHON=...)" >&2
         exit 2
     fi
-    "$python" -m venv --clear .venv
+    "$base" -m venv --clear .venv
 fi
 wanted=$(cat requirements.txt requirements-demo.txt pyproject.toml | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"
     .venv/bin/python -m pip install -q -r requirements.txt --group dev
-    # apart, because every package that is named beside a hash would have to have one
+    # On its own, since pip wants a hash for every package if one has a hash.
     .venv/bin/python -m pip install -q --no-deps --require-hashes -r requirements-demo.txt
     echo "$wanted" >.venv/installed
 fi

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Runs the suite with the oldest versions that requirements.txt allows, in .venv-oldest. By hand: it
-# installs a second torch.
+# Runs the tests with the oldest versions that requirements.txt allows, in .venv-oldest.
 #   PYTHON=python3.10 bash scripts/test_oldest.sh [options of pytest]
 set -euo pipefail
 cd "$(dirname "$0")/.."
