@@ -86,7 +86,7 @@ def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
     """Whether compiled routing is faster there and torch.compile finds what it needs.
 
     That is Triton on a GPU, and on a processor a C++ compiler. There it saves an eighth of the time
-    and more in bfloat16; in float32 less than a tenth (results/speed.json, results/scoring), and
+    and more in bfloat16; in float32 less than a tenth (results/speed.json), and
     compiled code skips no closed cells.
     """
     if device.type == "cuda":

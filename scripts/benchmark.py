@@ -40,7 +40,7 @@ from common.memory import peak_memory, tune_malloc
 from common.workers import end_with_parent
 from evaluation import image_of_caption, retrieval
 from scripts.parts.operators import shares
-from scripts.parts.reports import speed_rows, speed_tables
+from scripts.parts.tables import speed_rows, speed_tables
 from scripts.parts.workloads import KINDS, WORK, Case, Kind, Work, learner_of
 
 log = logging.getLogger(__name__)

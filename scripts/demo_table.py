@@ -16,7 +16,7 @@ from common.cli import parse, print_line, run
 from common.errors import InputError, require
 from common.files import check_writable, read_json, read_text, write_json
 from common.layout import CAPTIONS_PER_IMAGE, count_images, files_of, read_captions, split_files
-from scripts.parts.reports import about, demo_rows
+from scripts.parts.tables import demo_rows, origin
 from training import log as runlog
 
 MODELS = ("i2t", "t2i", "ensemble")
@@ -76,7 +76,7 @@ def main() -> None:
     found = collected(folder)
     if chosen.json:
         write_json(Path(chosen.json), found)
-    print_line(f"{about(found)}\n\n{demo_rows(found)}")
+    print_line(f"{origin(found)}\n\n{demo_rows(found)}")
     rsum = sum(found["rows"]["ensemble"])
     require(rsum >= chosen.least, f"rsum {rsum:.1f}; expected {chosen.least:.0f} or more")
 

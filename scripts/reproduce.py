@@ -1,4 +1,4 @@
-"""reproduce.py — the paper's tables by one command: train, evaluate, and set beside the paper.
+"""reproduce.py — trains and evaluates the runs of the paper's tables, and shows their results.
 
     python -m scripts.reproduce list                       # every run: commands, data, state
     python -m scripts.reproduce run f30k_ensemble          # what is missing of it: hours to days
@@ -7,67 +7,61 @@
     python -m scripts.reproduce table [--format md|latex|csv|json]
     python -m scripts.reproduce run --help                 # --seeds, --data_path, --bert_path, ...
 
-The runs are those of scripts/experiments.toml. `run` skips what is done, goes on with what was cut
-off, and writes results/reproduce/NAME_seedN.json; checkpoints go to runs/reproduce/. A table holds
-six recalls and rsum a row: the paper's, ours as mean and deviation over seeds, the difference; what
-was not run says so. An ensemble is evaluated from its models' scores, kept beside them.
+scripts/experiments.toml lists the runs. `run` skips what is done, resumes what was interrupted, and
+writes results/reproduce/NAME_seedN.json; checkpoints and scores go to runs/reproduce/. An ensemble
+is evaluated from the scores of its models.
 """
 
 import logging
-import os
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from common import provenance
 from common.cli import parse, print_line, run
-from common.errors import InputError, raise_first, require
-from common.files import read_json, sha256_of, write_json
-from common.signals import Stopped, handled
-from data import Split
-from evalconfig import EvaluateConfig
-from scripts.parts.experiments import REGISTRY, RESULT, Registry, Run, shown
-from scripts.parts.objections import (
-    HOW_TRAINED,
-    model_objections,
-    objections,
-    scores_of,
-    split_objections,
-)
-from scripts.parts.paper_table import FORMATS, figures_of
-from training import log as runlog
+from common.errors import InputError, brief_repr, raise_first, require
+from common.files import read_json, sha256_of
+from scripts.parts.experiments import REGISTRY, Registry, Run, as_typed
+from scripts.parts.paper_table import as_csv, as_json, as_latex, as_markdown
+from scripts.parts.run_results import RunResult, problems
+from training.config import FREE, TrainConfig
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
-# What results tell of run.json.
-TRAINING = ("command", *runlog.RAN_ON, "seconds", "resumed_at", "earlier", "step", "complete")
+RUN_JSON = "run.json"
+# What a result keeps of run.json.
+TRAINING = ("command", "commit", "device", "versions", "seconds", "resumed_at", "earlier", "step")
+TRAINING += ("complete",)
+# Of the options that a resumed training may change, those that change its result.
+LENGTH = {"num_epochs", "max_steps", "val_step", "skip_bad_batches"}
+FORMATS = {"md": as_markdown, "latex": as_latex, "csv": as_csv, "json": as_json}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    names: Annotated[list[str], "runs that `list` tells of", "NAME"]
-    seeds: Annotated[list[int], "one training for each"] = (0,)
+    names: Annotated[list[str], "runs that `list` shows", "NAME"]
+    seeds: Annotated[list[int], "one training each"] = (0,)  # type: ignore[assignment]  # immutable
     data_path: Annotated[str | None, "in place of the registry's"] = None
     bert_path: Annotated[str | None, "in place of the registry's"] = None
-    train: Annotated[bool, "--no-train only evaluates the models that are in runs/reproduce"] = True
+    train: Annotated[bool, "--no-train only evaluates models that are in runs/reproduce"] = True
 
     def __post_init__(self) -> None:
-        for seed in self.seeds:
-            require(seed >= 0, f"--seeds {seed}: expected 0 or more")
+        require(min(self.seeds) >= 0, f"--seeds {min(self.seeds)}: expected 0 or more")
 
     @property
     def paths(self) -> dict[str, str]:
-        """What takes the place of the registry's paths."""
-        every = {"data_path": self.data_path, "bert_path": self.bert_path}
-        return {name: path for name, path in every.items() if path is not None}
+        """The folders that take the place of the registry's."""
+        given = {"data_path": self.data_path, "bert_path": self.bert_path}
+        return {name: path for name, path in given.items() if path is not None}
 
 
 @dataclass(frozen=True)
 class TableOptions:
-    format: Annotated[Literal["md", "latex", "csv", "json"], "how it is written"] = "md"
+    format: Annotated[Literal["md", "latex", "csv", "json"], "format of the tables"] = "md"
 
 
 @dataclass(frozen=True)
@@ -75,184 +69,211 @@ class ListOptions:
     pass
 
 
-def listed(registry: Registry) -> str:
-    """Every run: what it needs, its commands, and whether it is done."""
+def overview(registry: Registry) -> str:
+    """Return every run with its tables, data, commands and state."""
     lines = []
     for each in registry.runs.values():
+        tables = [table.title for table in registry.tables.values() if each in registry.rows(table)]
         lines.append(f"{each.name}: {each.title}; {state(registry, each)}")
-        lines.append(f"  tables: {'; '.join(registry.tables[name] for name in each.tables)}")
+        lines.append(f"  tables: {'; '.join(tables)}")
         lines.append(f"  needs: {'; '.join([*each.of, registry.data_of(each).needs])}")
-        for command in registry.commands(each, 0, {}):
-            lines.append(f"  {shown(command)}")
+        lines += [f"  {as_typed(command)}" for command in registry.commands(each, 0, {})]
     return "\n".join(lines) + "\n"
 
 
 def state(registry: Registry, each: Run) -> str:
-    """Which seeds of a run are done, and whose results are stale or damaged."""
-    seeds: dict[str, list[str]] = {}
+    """Return which seeds of a run are done, and what is wrong with the others."""
+    states = []
     for seed, path in each.results().items():
         try:
-            check_figures(each, path)
-            word = "stale" if any(objections(registry, each, seed)) else "done"
-        except InputError:
-            word = "damaged"
-        seeds.setdefault(word, []).append(str(seed))
-    told = (f"{word} for seed {', '.join(found)}" for word, found in seeds.items())
-    return ", ".join(told) or "not run"
+            states.append(
+                f"seed {seed} {next(problems(registry, each, RunResult.read(path)), 'is done')}"
+            )
+        except InputError as error:
+            states.append(f"seed {seed} is damaged ({error})")
+    return ", ".join(states) or "not run"
 
 
-def check_figures(each: Run, path: Path) -> None:
-    """Raise InputError where a results file lacks figures of a table that the run has a row in."""
-    for protocol in each.tables.values():
-        figures_of(path, protocol)
-
-
-def reproduce(
-    registry: Registry, each: Run, seed: int, options: RunOptions, of_ensemble: bool = False
-) -> None:
-    """Do what is missing of a run: its members, its training, its evaluation.
-
-    Of a member of an ensemble so are the scores that gave its results.
-    """
-    path, paths = each.result(seed), options.paths
-    if os.path.lexists(path):
-        if not of_ensemble or has_scores(each, seed):
-            log.info("%s, seed %d: done, %s", each.name, seed, path)
-            return
-        log.info("%s: done again, %s has not its scores", path, each.scores(seed))
-    if each.of:
-        for member in registry.members(each):
-            reproduce(registry, member, seed, options, of_ensemble=True)
-    else:
-        if options.train:
-            _call(registry.train(each, seed, paths))
-        check_model(registry, each, seed)
-    evaluation = registry.evaluate(each, seed, paths)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    _call([*evaluation, "--json", str(part)])
-    about, found = origin(registry, each, seed, evaluation), read_json(part, RESULT)
-    part.unlink()
-    content = about | {name: found[name] for name in found if name not in about}
-    against = next(objections(registry, each, seed, content=content), "")
-    require(not against, f"not written: {against}; delete older results that are stale")
-    write_json(path, content)
-    log.info("%s, seed %d: %s", each.name, seed, path)
-
-
-def origin(registry: Registry, each: Run, seed: int, evaluation: list[str]) -> dict[str, Any]:
-    """How results came about: the commands that were run, where, the trainings, the scores.
-
-    Of an ensemble what its models read, too.
-
-    A model that came without its run.json has null for its training, and no command of it.
-    """
-    if each.of:
-        parts = [read_json(member.result(seed), RESULT) for member in registry.members(each)]
-        commands = [command for part in parts for command in part["commands"]]
-        trainings = [training for part in parts for training in part["trainings"]]
-        read = {path: digest for part in parts for path, digest in part["matrices"].items()}
-        inputs = [one for part in parts for one in part.get("fingerprints") or [None]]
-        known = {"fingerprints": inputs}  # which the evaluation of scores cannot know
-    else:
-        path = each.model(seed).parent / runlog.RUN
-        found = read_json(path, HOW_TRAINED) if path.exists() else {}
-        trainings = [{name: found.get(name) for name in TRAINING} if found else None]
-        commands = [found["command"]] if "command" in found else []
-        read, known = {str(each.scores(seed)): sha256_of(each.scores(seed))}, {}
-    about = {"commands": [*commands, shown(evaluation)]} | provenance.surroundings()
-    return about | {"trainings": trainings, "matrices": read} | known
-
-
-def has_scores(each: Run, seed: int) -> bool:
-    """Whether the scores that gave a model's results are there."""
-    path = each.scores(seed)
-    if not path.exists():
-        return False
-    return scores_of(read_json(each.result(seed), RESULT)) == {str(path): sha256_of(path)}
-
-
-def check_run(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
-    """Raise InputError where a run would come to no results, before it is begun.
-
-    So it is where its own or its members' are damaged or stale, and where what has to be evaluated
-    is not there.
-    """
-    to_do = not os.path.lexists(each.result(seed))
-    for part in [each, *map(registry.run, each.of)]:
+def check(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
+    """Raise InputError before the training if a result has a problem, or the split is another."""
+    for part in dict.fromkeys([*registry.members(each), each]):
         path = part.result(seed)
-        there = os.path.lexists(path)
-        if there:
-            try:
-                check_figures(part, path)
-                raise_first(objections(registry, part, seed))
-            except InputError as error:
-                raise InputError(f"{error}; delete it to have the run done again") from error
-        if to_do and not part.of and not (there and has_scores(part, seed)):
+        if path.exists():
+            against = problems(registry, part, RunResult.read(path))
+            raise_first(f"{path}: {problem}; delete it to run it again" for problem in against)
+        elif not part.of:
             check_split(registry, part, paths)
-            if there:
-                found = f"{path}: its scores are gone, and {part.model(seed)}, too"
-                again = f"delete {path} to have the model trained anew"
-                require(part.model(seed).exists(), f"{found}; {again}")
 
 
 def check_split(registry: Registry, each: Run, paths: dict[str, str]) -> None:
-    """Raise InputError unless the images and captions that are evaluated are those of its row."""
-    config = parse(EvaluateConfig, registry.evaluate(each, 0, paths)[1:], "")
-    folder = Path(config.data_path) / config.data_name
-    raise_first(split_objections(registry, each, Split.open(folder, config.split, None)))
+    """Raise InputError if the split to be evaluated is missing or of another number of images."""
+    from data import Split
+
+    data = registry.data_of(each)
+    folder = Path(paths.get("data_path", data.data_path)) / data.data_name
+    split = Split.open(folder, data.split, None)  # type: ignore[arg-type]  # which it checks
+    found = f"{split.path}: {split.images} images"
+    require(split.images == data.images, f"{found}; expected {data.images}")
+
+
+def reproduce(
+    registry: Registry, each: Run, seed: int, options: RunOptions, with_scores: bool = False
+) -> RunResult:
+    """Return the result of a run; do first what is missing: members, training, evaluation.
+
+    `with_scores` also evaluates a model again if the scores behind its result are gone.
+    """
+    path, members = each.result(seed), []
+    if path.exists():
+        result = RunResult.read(path)
+        if not with_scores or result.matrices == digests(each, seed):
+            log.info("%s, seed %d: done, %s", each.name, seed, path)
+            return result
+        log.info("%s: evaluate again, %s is not its scores", path, each.scores(seed))
+    if each.of:
+        members = [
+            reproduce(registry, member, seed, options, with_scores=True)
+            for member in registry.members(each)
+        ]
+    else:
+        if options.train:
+            run_program(registry.train(each, seed, options.paths))
+        check_model(registry, each, seed)
+    command = registry.evaluate(each, seed, options.paths)
+    evaluation = evaluate(command, path)
+    result = result_of(registry, each, seed, as_typed(command), evaluation, members)
+    raise_first(f"{path}: not written: {problem}" for problem in problems(registry, each, result))
+    result.write(path)
+    log.info("%s, seed %d: %s", each.name, seed, path)
+    return result
+
+
+def evaluate(command: list[str], path: Path) -> dict[str, Any]:
+    """Run an evaluation and return its results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    run_program([*command, "--json", str(temporary)])
+    evaluation = read_json(temporary, "the results of an evaluation")
+    temporary.unlink()
+    return evaluation
+
+
+def result_of(
+    registry: Registry,
+    each: Run,
+    seed: int,
+    command: str,
+    evaluation: dict[str, Any],
+    members: list[RunResult],
+) -> RunResult:
+    """Return the result of a run from its evaluation; an ensemble's holds what its members' do."""
+    from common import provenance
+
+    if members:
+        commands = [text for member in members for text in member.commands]
+        trainings = [training for member in members for training in member.trainings]
+        matrices = {name: sha for member in members for name, sha in member.matrices.items()}
+        inputs = [fingerprints for member in members for fingerprints in member.fingerprints]
+        evaluation = evaluation | {"fingerprints": inputs}  # which saved scores do not tell
+    else:
+        path = each.model(seed).parent / RUN_JSON
+        session = read_json(path, "how a model was trained") if path.exists() else None
+        trainings = [session and {name: session.get(name) for name in TRAINING}]
+        commands = [session["command"]] if session else []
+        matrices = digests(each, seed)
+    return RunResult(
+        entry=registry.digest(each),
+        commands=[*commands, command],
+        **provenance.surroundings(),
+        trainings=trainings,
+        matrices=matrices,
+        evaluation=evaluation,
+    )
+
+
+def digests(each: Run, seed: int) -> dict[str, str]:
+    """Return the SHA-256 of a model's scores by their file; nothing if they are gone."""
+    path = each.scores(seed)
+    return {str(path): sha256_of(path)} if path.exists() else {}
 
 
 def check_model(registry: Registry, each: Run, seed: int) -> None:
-    """Raise InputError unless the model is there, and as far as it tells the one that is meant."""
-    model = each.model(seed)
-    require(model.exists(), f"{model}: not found; expected the model that is to be evaluated")
-    raise_first(model_objections(registry, each, seed))
+    """Raise InputError if a model was trained with other options, or not to its end."""
+    from checkpoint.checkpoint import read_checkpoint
+
+    path = each.model(seed)
+    require(path.exists(), f"{path}: not found; expected the model to evaluate")
+    wanted = asdict(parse(TrainConfig, registry.train(each, seed, {})[1:], ""))
+    # Paths may differ, and the width of the features is that of the data.
+    lasting = {k: v for k, v in wanted.items() if k not in {*FREE, "data_name", "img_dim"}}
+    raise_first(other_options(path, read_checkpoint(path).options, lasting))
+    beside = path.parent / RUN_JSON
+    if beside.exists():
+        session = read_json(beside, "how a model was trained")
+        unfinished = f"{beside}: the training did not finish; resume it (train.py --resume auto)"
+        require(session.get("complete") is not False, unfinished)
+        # The best model may be older than the last resume, run.json has the newest options.
+        length = {name: wanted[name] for name in LENGTH}
+        raise_first(other_options(beside, session.get("options", {}), lasting | length))
 
 
-def _call(command: list[str]) -> None:
-    """Run a program of the project. Raises what it ended with.
+def other_options(path: Path, options: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
+    """Yield the options of a training that the registry lists otherwise."""
+    for name, value in wanted.items():
+        if name in options and options[name] != value:
+            found = f"{path}: was trained with --{name} {brief_repr(options[name])}"
+            yield f"{found}; expected {brief_repr(value)}"
 
-    Signals are handed on to it, which saves before it ends, and are waited out.
+
+def run_program(command: list[str]) -> None:
+    """Run a program of the project. Raises InputError if it fails.
+
+    A signal is passed on to the program, which saves before it ends.
     """
-    log.info("%s", shown(command))
-    programs: list[subprocess.Popen] = []
-    told: list[int] = []
+    log.info("%s", as_typed(command))
+    program = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]])
+    received: list[int] = []
 
-    def hand_on(number: int, frame: object) -> None:
-        told.append(number)
-        for program in programs:
-            program.send_signal(number)
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        program.send_signal(number)
 
-    with handled(hand_on):  # SIGINT, too, which a shell has ignored for every `&`
-        programs.append(subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]]))
-        if told:  # before it was there
-            programs[0].send_signal(told[0])
-        status = programs[0].wait()
-    if told or status > 128:
-        raise Stopped(told[0] if told else status - 128)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN or number == signal.SIGINT:  # a shell ignores SIGINT after `&`
+            signal.signal(number, forward)
+    try:
+        status = program.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        sys.exit(128 + received[0])
+    if status > 128:
+        sys.exit(status)  # a signal ended the program
     require(status == 0, f"{command[0]} ended with status {status}, see above")
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    action, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    action, *rest = sys.argv[1:] or ["--help"]
+    if action in ("-h", "--help"):
+        print_line(__doc__)
+        return
     registry = Registry(REGISTRY)
     if action == "list":
         parse(ListOptions, rest, __doc__, "reproduce.py list")
-        print_line(listed(registry))
+        print_line(overview(registry))
     elif action == "table":
-        options = parse(TableOptions, rest, __doc__, "reproduce.py table")
-        print_line(FORMATS[options.format](registry))
+        table = parse(TableOptions, rest, __doc__, "reproduce.py table")
+        print_line(FORMATS[table.format](registry))
     elif action == "run":
         options = parse(RunOptions, rest, __doc__, "reproduce.py run")
         runs = [(registry.run(name), seed) for name in options.names for seed in options.seeds]
-        for each, seed in runs:  # before the long work
-            check_run(registry, each, seed, options.paths)
+        for each, seed in runs:
+            check(registry, each, seed, options.paths)
         for each, seed in runs:
             reproduce(registry, each, seed, options)
-    elif action in ("-h", "--help"):
-        print_line(__doc__)
     else:
         raise InputError(f"{action}: expected list, run or table (see --help)")
 

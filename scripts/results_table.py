@@ -1,13 +1,12 @@
-"""results_table.py — the README's tables, made from the files under results/.
+"""results_table.py — the tables of README.md and docs/, made from the files under results/.
 
     python -m scripts.results_table            # print them
-    python -m scripts.results_table --write    # put them between the README's markers
+    python -m scripts.results_table --write    # put them between the markers of the pages
 
-What has not been run says so.
+A figure that was not measured is `not run`.
 """
 
 import re
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,162 +17,174 @@ from common.errors import require
 from common.files import read_json, read_text, write_text
 from common.layout import CAPTIONS_PER_IMAGE
 from scripts.parts.experiments import REGISTRY, RESULTS, Registry
-from scripts.parts.paper_table import as_markdown
-from scripts.parts.reports import about, commit_of, demo_rows, scoring_tables, speed_tables
-from scripts.parts.tables import COLUMNS, markdown
-from training.log import METRICS, RUN, events
+from scripts.parts.paper_table import legend, markdown_tables, rows
+from scripts.parts.tables import (
+    COLUMNS,
+    demo_rows,
+    markdown,
+    origin,
+    short_commit,
+    speed_tables,
+)
 
-README = Path("README.md")
 REPORT = "a report under results/"
-TAGS = ("r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum")
+TAGS = ("r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum")  # of a validation in metrics.jsonl
+PAPER_TABLES = ("flickr30k_1k", "mscoco_1k_fold5", "mscoco_5k")
+SHORT_NAMES = ("Flickr30K, 1K", "MSCOCO, 5 folds of 1K", "MSCOCO, 5K")
+SHORT = {0: "R@1 i2t", 3: "R@1 t2i", 6: "rsum"}  # columns of the README's table
+NOT_RUN = "not run\n"
 
 
 @dataclass(frozen=True)
 class Options:
-    write: Annotated[bool, "rewrite the block between the README's markers"] = False
+    write: Annotated[bool, "rewrite the text between the markers of the pages"] = False
+
+
+def paper(results: Path) -> str:
+    """The README's table: the paper's figures and ours."""
+    registry, lines = Registry(REGISTRY), []
+    for name, short in zip((*PAPER_TABLES, "flickr8k"), (*SHORT_NAMES, "Flickr8k"), strict=True):
+        for row in rows(registry, name, results):
+            theirs = [f"{row.paper[k]:.1f}" if row.paper else "" for k in SHORT]
+            ours = [f"{row.mean[k]:.1f}" if row.mean else "not run" for k in SHORT]
+            lines.append([short, row.run.title, *theirs, *ours])
+    columns = [f"{whose} {what}" for whose in ("paper", "ours") for what in SHORT.values()]
+    return markdown(["data", "model", *columns], lines)
+
+
+def tables(*names: str) -> Callable[[Path], str]:
+    """Return a function that makes these tables of the registry."""
+    return lambda results: markdown_tables(Registry(REGISTRY), names, results)
+
+
+def paper_full(results: Path) -> str:
+    """The paper's tables, with every figure."""
+    return f"{tables(*PAPER_TABLES)(results)}\n{legend(results)}"
+
+
+def flickr8k(results: Path) -> str:
+    """The models on Flickr8k, and their trainings."""
+    trainings = [training(path) for path in sorted((results / "flickr8k").iterdir())]
+    return "\n".join([tables("flickr8k")(results), *trainings])
 
 
 def training(folder: Path) -> str:
-    """One training run: how it came about, and its validations."""
+    """A training: how it was made, and its validations."""
+    from training.log import METRICS, RUN, events
+
     session = read_json(folder / RUN, REPORT)
     if not (folder / METRICS).exists():
         return f"`{session['command']}`: not run.\n"
     validations = [event for event in events(folder) if "rsum" in event]
-    rows = [[str(e["step"]), *(f"{e[tag]:.1f}" for tag in TAGS)] for e in validations]
+    lines = [[str(e["step"]), *(f"{e[tag]:.1f}" for tag in TAGS)] for e in validations]
     images = session["options"]["val_captions"] // CAPTIONS_PER_IMAGE
     resumed = ", ".join(map(str, session["resumed_at"])) or "never"
-    gigabytes = session["peak_memory_bytes"] / 1e9
     return (
         f"`{session['command']}`\n\n"
         f"First {images} dev images; {session['options']['precision']}, {session['device']}, "
-        f"{session['seconds'] / 60:.0f} minutes, {gigabytes:.1f} GB at most, cut off and resumed "
-        f"at step: {resumed}; commit {commit_of(session)}; all figures in `{folder}`.\n\n"
-        f"{markdown(['step', *COLUMNS], rows)}"
+        f"{session['seconds'] / 60:.0f} minutes, {session['peak_memory_bytes'] / 1e9:.1f} GB at "
+        f"most, resumed at step: {resumed}; commit {short_commit(session)}; all figures in "
+        f"`{folder}`.\n\n{markdown(['step', *COLUMNS], lines)}"
     )
 
 
-def results(folder: Path) -> str:
-    """The paper's figures and ours, then the trainings whose logs are kept."""
-    runs = [training(path.parent) for path in sorted(folder.glob(f"flickr8k/*/{RUN}"))]
-    return "\n".join([as_markdown(Registry(REGISTRY), folder), *runs])
-
-
-def reliability(folder: Path) -> str:
-    """What the programs that seek faults found."""
-    path = folder / "reliability.json"
-    found = read_json(path, REPORT) if path.exists() else {}
-    return "\n".join([chaos(found.get("chaos")), fuzz(found.get("fuzz"))])
-
-
-def chaos(found: dict[str, Any] | None) -> str:
-    """Runs that were cut off."""
-    if found is None:
-        return "Runs that were cut off: not run.\n"
-    ways = ", ".join(f"{count} {way}" for way, count in sorted(found["ways"].items()))
-    ended = sum(count for end, count in found["exits"].items() if end.endswith(" 0"))
+def chaos(results: Path) -> str:
+    """Interrupted trainings."""
+    report = _report(results / "reliability.json").get("chaos")
+    if report is None:
+        return NOT_RUN
+    ways = ", ".join(f"{count} {way}" for way, count in sorted(report["ways"].items()))
+    ended = sum(count for end, count in report["exits"].items() if end.endswith(" 0"))
     return (
-        f"{about(found)}: {found['survived']} of {found['cycles']} cycles ({ways}) left the state "
-        f"of an uncut run, bit for bit; {found['cycles'] - ended} of them cut the program off, in "
-        f"the others it came to its end. {found['runs_completed']} runs were completed that way, "
-        f"with the logs and the best model of an uncut one. Steps done twice: "
-        f"{found['steps_done_twice']} in all, {found['most_steps_done_twice']} at most after one "
-        f"cut (`--save_step {found['save_step']}`). {found['seconds'] / 60:.0f} minutes.\n"
+        f"{origin(report)}: after {report['survived']} of {report['cycles']} cycles ({ways}) the "
+        f"state was that of an uninterrupted run, bit for bit. {report['cycles'] - ended} of them "
+        f"interrupted the program, in the others it ended first. {report['runs_completed']} runs "
+        f"were completed, each with the logs and the best model of an uninterrupted one. Steps "
+        f"done twice: {report['steps_done_twice']}, at most {report['most_steps_done_twice']} "
+        f"after one interruption (`--save_step {report['save_step']}`). "
+        f"{report['seconds'] / 60:.0f} minutes.\n"
     )
 
 
-def fuzz(found: dict[str, Any] | None) -> str:
-    """Files from strangers."""
-    if found is None:
-        return "Fuzzing of the readers: not run.\n"
+def fuzz(results: Path) -> str:
+    """Damaged files."""
+    report = _report(results / "reliability.json").get("fuzz")
+    if report is None:
+        return NOT_RUN
     head = ["reader", "inputs", "read", "refused", "slowest, s", "minutes", "open faults", "mended"]
-    head += ["commit", "torch"]
-    rows = [
+    lines = [
         [
             *(name, f"{r['inputs']:,}", f"{r['read']:,}", f"{r['refused']:,}"),
             *(f"{r['slowest_seconds']:.2f}", f"{r['seconds'] / 60:.0f}", str(len(r["faults"]))),
             "; ".join(r["mended"]) or "none found",
-            *(commit_of(r), r.get("torch", "unknown")),
+            *(short_commit(r), r.get("torch", "unknown")),
         ]
-        for name, r in found["readers"].items()
+        for name, r in report["readers"].items()
     ]
-    # the file's command is that of the last report; rows of other readers stay in it
-    command = re.sub(r"(?<=--only )\S+", "READER", found["command"])
-    return f"`{command}` ({found['machine']}):\n\n{markdown(head, rows)}"
+    # The command is that of the last report, the rows of other readers are older.
+    command = re.sub(r"(?<=--only )\S+", "READER", report["command"])
+    return f"`{command}` ({report['machine']}):\n\n{markdown([*head, 'commit', 'torch'], lines)}"
 
 
-def speed(folder: Path) -> str:
-    """What the benchmark found."""
-    path = folder / "speed.json"
-    if not path.exists():
-        return "Benchmark: not run.\n"
-    found = read_json(path, REPORT)
-    ranks = found["ranks"]
+def speed(results: Path) -> str:
+    """The benchmark."""
+    report = _report(results / "speed.json")
+    if not report:
+        return NOT_RUN
+    ranks = report["ranks"]
     return (
-        f"{speed_tables(found)}\n"
+        f"{speed_tables(report)}\n"
         f"Ranks and recalls of a memory-mapped matrix of {ranks['images']:,} x "
         f"{ranks['captions']:,} scores: {ranks['seconds']:.1f} s, {ranks['peak_gb']:.2f} GB.\n"
     )
 
 
-def text_cache(folder: Path) -> str:
-    """What a training step takes where BERT reads in every step, and where it has read once."""
-    rows = []
-    for path in sorted(folder.glob(f"cache_text/*/{RUN}")):
-        session = read_json(path, REPORT)
-        times = [event["batch_time"] for event in events(path.parent) if "batch_time" in event]
-        seconds = statistics.median(times[1:])  # the first ones compile
-        about = [session["device"], commit_of(session)]
-        rows.append([f"`{session['command']}`", f"{seconds:.2f}", *about])
-    if not rows:
-        return "With and without `--cache_text`: not run.\n"
-    return markdown(["", "seconds a step, median", "machine", "commit"], rows)
-
-
-def scoring(folder: Path) -> str:
-    """What the ways of scoring cost and change on trained models."""
-    files = sorted(folder.glob("scoring/*.json"))
-    found = [read_json(path, REPORT) for path in files]
-    return "\n".join(map(scoring_tables, found)) or "Ways of scoring: not run.\n"
-
-
-def demo(folder: Path) -> str:
-    """What the demonstration measured."""
-    path = folder / "demo.json"
-    if not path.exists():
-        return "Demonstration: not run.\n"
-    found = read_json(path, REPORT)
-    minutes = sum(found["seconds"][name] for name in ("i2t", "t2i")) / 60
+def demo(results: Path) -> str:
+    """The demonstration."""
+    report = _report(results / "demo.json")
+    if not report:
+        return NOT_RUN
+    minutes = (report["seconds"]["i2t"] + report["seconds"]["t2i"]) / 60
     return (
-        f"{about(found)}, {minutes:.1f} minutes of training, width {found['width']} in place of "
-        f"the paper's 256; {found['settings']}:\n\n{demo_rows(found)}"
+        f"{origin(report)}, {minutes:.1f} minutes of training, width {report['width']} instead of "
+        f"256; {report['settings']}:\n\n{demo_rows(report)}"
     )
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {
-    "demo": demo,
-    "cache": text_cache,
-    "results": results,
-    "reliability": reliability,
-    "speed": speed,
-    "scoring": scoring,
+def _report(path: Path) -> dict[str, Any]:
+    return read_json(path, REPORT) if path.exists() else {}
+
+
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"paper": paper, "demo": demo},
+    "docs/results.md": {
+        "paper_full": paper_full,
+        "flickr8k": flickr8k,
+        "demo_seeds": tables("demo"),
+        "ablations": tables("ablations"),
+    },
+    "docs/speed.md": {"speed": speed},
+    "docs/reliability.md": {"chaos": chaos, "fuzz": fuzz},
 }
 
 
-def updated(readme: str, folder: Path = RESULTS) -> str:
-    """The README with each block between its markers as the files under results/ have it."""
-    for name, block in BLOCKS.items():
+def updated(page: str, text: str, results: Path = RESULTS) -> str:
+    """Return a page's text with its tables made anew. Raises InputError if a marker is missing."""
+    for name, table in PAGES[page].items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        parts = re.split(f"{re.escape(begin)}.*?{re.escape(end)}", readme, flags=re.DOTALL)
-        require(len(parts) == 2, f"{README}: expected the markers of {name}, once, in this order")
-        readme = f"{begin}{block(folder)}{end}".join(parts)
-    return readme
+        parts = re.split(f"{re.escape(begin)}.*?{re.escape(end)}", text, flags=re.DOTALL)
+        require(len(parts) == 2, f"{page}: expected the markers of {name}, once, in this order")
+        text = f"{begin}{table(results)}{end}".join(parts)
+    return text
 
 
 def main() -> None:
-    if not parse(Options, None, __doc__).write:
-        print_line("\n".join(block(RESULTS) for block in BLOCKS.values()))
-        return
-    write_text(README, updated(read_text(README, "the README, in this folder")))
+    options = parse(Options, None, __doc__)
+    for page, blocks in PAGES.items():
+        if options.write:
+            write_text(Path(page), updated(page, read_text(Path(page), "a page of the project")))
+        else:
+            print_line("\n".join(block(RESULTS) for block in blocks.values()))
 
 
 if __name__ == "__main__":

@@ -101,42 +101,37 @@ def test_files_and_functions_can_be_read_at_one_go() -> None:
                 assert not body or body[-1].end_lineno - body[0].lineno < 30, f"{path}: {node.name}"
 
 
-def test_the_readmes_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", results_table.PAGES)
+def test_tables_of_the_pages_are_up_to_date(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = results_table.updated(README)
-    assert found == README, "run: python -m scripts.results_table --write"
+    text = (ROOT / page).read_text()
+    assert results_table.updated(page, text) == text, "run: python -m scripts.results_table --write"
 
 
-def test_the_tables_are_put_between_the_markers(
+def test_tables_are_written_between_their_markers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "results").symlink_to(ROOT / "results")
+    (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "README.md"
-    empty = re.sub(
-        r"(<!-- \w+: begin -->\n).*?(<!-- \w+: end -->)", r"\1\2", README, flags=re.DOTALL
-    )
-    assert len(empty) < len(README)
-    path.write_text(empty)
-    assert run_here(monkeypatch, results_table.main, []) == 0
-    assert "| DIME (i-t) |" in capsys.readouterr().out and path.read_text() == empty
+    marked = re.compile(r"(<!-- \w+: begin -->\n).*?(<!-- \w+: end -->)", re.DOTALL)
+    for page in results_table.PAGES:
+        (tmp_path / page).write_text(marked.sub(r"\1\2", (ROOT / page).read_text()))
     assert run_here(monkeypatch, results_table.main, ["--write"]) == 0
-    assert path.read_text() == README
-    for wrong in (empty.replace("<!-- speed: end -->", ""), empty.replace("<!-- speed: begin", "")):
-        path.write_text(wrong)
-        assert run_here(monkeypatch, results_table.main, ["--write"]) == 2
-        assert "README.md: expected the markers of speed, once" in capsys.readouterr().err
-        assert path.read_text() == wrong
+    for page in results_table.PAGES:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+    speed = tmp_path / "docs/speed.md"
+    speed.write_text("<!-- speed: begin -->\n")
+    assert run_here(monkeypatch, results_table.main, ["--write"]) == 2
+    assert "docs/speed.md" in capsys.readouterr().err
+    assert speed.read_text() == "<!-- speed: begin -->\n"
 
 
-def test_a_run_without_its_log_is_not_run(tmp_path: Path) -> None:
-    run = ROOT / "results/flickr8k/i2t"
-    shutil.copytree(run, tmp_path / "flickr8k/i2t")
-    shutil.copy(ROOT / "results/paper.json", tmp_path)
-    assert "| step |" in results_table.results(tmp_path)
-    (tmp_path / "flickr8k/i2t/metrics.jsonl").unlink()
-    text = results_table.results(tmp_path)
-    assert "| step |" not in text and "--resume auto`: not run.\n" in text
+def test_a_training_without_its_log_is_not_run(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "results/flickr8k/i2t", tmp_path / "i2t")
+    assert "| step |" in results_table.training(tmp_path / "i2t")
+    (tmp_path / "i2t/metrics.jsonl").unlink()
+    assert results_table.training(tmp_path / "i2t").endswith("not run.\n")
 
 
 def test_no_path_of_a_machine_is_in_the_project() -> None:

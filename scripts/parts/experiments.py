@@ -1,22 +1,21 @@
-"""experiments.py — the registry of runs: scripts/experiments.toml.
+"""experiments.py — the runs that scripts/experiments.toml lists: their options, commands and files.
 
-Read by scripts/reproduce.py, which runs them, and scripts/parts/paper_table.py. Whether results are
-what a run's row says is asked in scripts/parts/objections.py.
+`scripts/reproduce.py` does the runs, `scripts/parts/paper_table.py` shows their results.
 """
 
+import hashlib
+import json
 import re
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from common.cli import parse
-from common.errors import InputError, require, summarise
+from common.errors import InputError, require
 from common.files import read_text
-from evalconfig import EvaluateConfig
-from training.config import FREE, TrainConfig
-from training.runfolder import BEST
+from training.config import TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,189 +25,170 @@ else:
 REGISTRY = Path(__file__).parent.parent / "experiments.toml"
 RESULTS = Path("results")
 RUNS = Path("runs/reproduce")
-RESULT = "the results of an evaluation"
-# What results may differ in from the registry: where files are, what changes figures by rounding
-# alone (device, compilation), what changes none of a table's, and the features' width, which the
-# data has.
-ELSEWHERE = {
-    "train.py": FREE - {"num_epochs", "max_steps", "val_step", "skip_bad_batches"} | {"img_dim"},
-    "evaluate_models.py": {"data_path", "bert_path", "device", "workers", "compile", "bootstrap"},
-}
-CONFIGS = {"train.py": TrainConfig, "evaluate_models.py": EvaluateConfig}
-
-
-class Entry:
-    """Part of the registry. Raises TypeError where it holds another kind than it should."""
-
-    def __post_init__(self) -> None:
-        for field_ in fields(self):
-            kind, value = get_origin(field_.type) or field_.type, getattr(self, field_.name)
-            if not isinstance(value, kind):
-                raise TypeError(f"{field_.name} is {value!r}; expected {kind.__name__}")
+BEST = "model_best.pth.tar"
+BOOTSTRAP = "1000"  # samples of the intervals
 
 
 @dataclass(frozen=True)
-class Data(Entry):
-    """What a run needs, and the options that all runs on it share."""
+class Data:
+    """What runs on the same data share: folders, training options, and the evaluated split."""
 
     needs: str
-    images: int  # that are evaluated
+    images: int  # of the split
     data_path: str
     data_name: str
     bert_path: str
-    evaluate: str
+    split: str
     train: str = ""
 
 
 @dataclass(frozen=True)
-class Run(Entry):
-    """One row of a table: a model of one direction, or an ensemble of other runs."""
+class Table:
+    """A table: every run on its data has a row."""
+
+    title: str
+    data: str
+    fold5: bool = False  # its recalls are the means of five folds
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of a table: a model of one direction, or an ensemble of other runs."""
 
     name: str
     title: str
-    tables: dict[str, str]  # the tables it has a row in, and the protocol that counts there
     data: str = ""
     direction: str = ""
     train: str = ""
     of: list[str] = field(default_factory=list)
     paper: str = ""  # its row in results/paper.json
-    beside: str = ""  # a run that it is compared with, seed by seed
+    beside: str = ""  # the run that it is compared with, seed by seed
 
     def folder(self, seed: int) -> Path:
-        """Where its checkpoints are."""
+        """Return the folder of its checkpoints and scores."""
         return RUNS / self.name / f"seed{seed}"
 
     def model(self, seed: int) -> Path:
-        """The checkpoint that is evaluated."""
+        """Return the checkpoint that is evaluated."""
         return self.folder(seed) / self.direction / BEST
 
     def scores(self, seed: int) -> Path:
-        """The matrix that its evaluation keeps, of which ensembles are evaluated."""
+        """Return the file of its scores, from which ensembles are evaluated."""
         return self.folder(seed) / "scores.npy"
 
     def result(self, seed: int | str, results: Path = RESULTS) -> Path:
-        """The file of its evaluation."""
+        """Return the file of its result."""
         return results / "reproduce" / f"{self.name}_seed{seed}.json"
 
     def results(self, results: Path = RESULTS) -> dict[int, Path]:
-        """The files of its evaluations that are there, by seed."""
+        """Return the files of its results that exist, by seed."""
         pattern = self.result("*", results)
-        texts = [
-            path.stem.removeprefix(f"{self.name}_seed")
+        seeds = [
+            int(match[1])
             for path in pattern.parent.glob(pattern.name)
+            if (
+                match := re.fullmatch(
+                    rf"{re.escape(self.name)}_seed(0|[1-9][0-9]*)\.json", path.name
+                )
+            )
         ]
-        seeds = sorted(int(text) for text in texts if re.fullmatch("0|[1-9][0-9]*", text))
-        return {seed: self.result(seed, results) for seed in seeds}
+        return {seed: self.result(seed, results) for seed in sorted(seeds)}
 
 
 class Registry:
-    """All runs, tables and data. Raises InputError where the file is no registry, or has a slip."""
+    """The runs, tables and data of a file. Raises InputError if it has a slip."""
 
     def __init__(self, path: Path) -> None:
         try:
             content = tomllib.loads(read_text(path, "a registry of runs"))
-            self.tables: dict[str, str] = content["tables"]
+            self.tables = {name: Table(**entry) for name, entry in content["table"].items()}
             self.data = {name: Data(**entry) for name, entry in content["data"].items()}
             self.runs = {name: Run(name, **entry) for name, entry in content["run"].items()}
         except (tomllib.TOMLDecodeError, AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{path}: no registry of runs: {error!r}") from error
-        for check in (self._check_names, self._check_commands):
-            for run in self.runs.values():
-                try:
-                    check(run)
-                except (InputError, ValueError, TypeError) as error:
-                    raise InputError(f"{path}: run.{run.name}: {error}") from error
+        for table in self.tables.values():
+            require(table.data in self.data, f"{path}: table {table.title}: no data {table.data}")
+        for run in self.runs.values():
+            try:
+                self._check(run)
+            except (InputError, ValueError) as error:
+                raise InputError(f"{path}: run.{run.name}: {error}") from error
 
-    def _check_names(self, run: Run) -> None:
-        """Raise InputError where a run names what is not there."""
-        tables, named = set(run.tables) - set(self.tables), {*run.of, run.beside or run.name}
-        runs = named - set(self.runs)
-        require(not tables, f"names tables that are not there: {summarise(sorted(tables))}")
-        require(not runs, f"names runs that are not there: {summarise(sorted(runs))}")
-        shared = not run.beside or run.tables.keys() & self.runs[run.beside].tables.keys()
-        require(bool(shared), f"is beside {run.beside}, which has no row in its tables")
-        require(not run.of or not run.data, "is of other runs and names data, too")
-        known = bool(run.of) or run.data in self.data
-        require(known, f"names data {run.data!r}; expected one of {summarise(sorted(self.data))}")
-
-    def _check_commands(self, run: Run) -> None:
-        """Raise an error where a run would come to no figures, before it is begun."""
-        no_models = [name for name in run.of if self.runs[name].of]
-        require(not no_models, f"of {', '.join(no_models)}, an ensemble; expected models")
-        data = {member.data for member in self.members(run)}
-        require(len(data) == 1, f"of models on {', '.join(sorted(data))}; expected one")
+    def _check(self, run: Run) -> None:
+        """Raise InputError if a run names something unknown, or train.py refuses its options."""
+        for name in (*run.of, *([run.beside] if run.beside else [])):
+            require(name in self.runs, f"names {name}, which is no run")
+        members = self.members(run)
+        require(not any(member.of for member in members), "is an ensemble of ensembles")
+        names = {member.data for member in members}
+        require(names <= self.data.keys(), f"names data {', '.join(names)}; expected a known one")
+        require(len(names) == 1, f"is of models on {', '.join(sorted(names))}; expected one")
         if not run.of:
             parse(TrainConfig, self.train(run, 0, {})[1:], "")
-        evaluation = parse(EvaluateConfig, self.evaluate(run, 0, {})[1:], "")
-        require(evaluation.split is not None, "its evaluation names no --split")
-        given = evaluation.all_protocols
-        for table, protocol in run.tables.items():
-            found = f"table {table} takes protocol {protocol}"
-            require(protocol in given, f"{found}; its evaluation gives {', '.join(given)}")
 
     def run(self, name: str) -> Run:
-        """The run of that name."""
+        """Return the run of that name. Raises InputError if there is none."""
         require(name in self.runs, f"{name}: no such run; expected {', '.join(self.runs)}")
         return self.runs[name]
 
     def members(self, run: Run) -> list[Run]:
-        """The models of an ensemble; of a model itself."""
+        """Return the models of an ensemble; a model is its own only member."""
         return [self.runs[name] for name in run.of] or [run]
 
     def data_of(self, run: Run) -> Data:
-        """What a run needs."""
+        """Return the data that a run needs."""
         return self.data[self.members(run)[0].data]
 
-    def commands(self, run: Run, seed: int, paths: dict[str, str]) -> list[list[str]]:
-        """All commands of a run, of an ensemble those of its members first."""
+    def rows(self, table: Table) -> list[Run]:
+        """Return the runs that have a row in a table."""
+        return [run for run in self.runs.values() if self.members(run)[0].data == table.data]
+
+    def digest(self, run: Run) -> str:
+        """Return the SHA-256 of what a run's figures depend on. A result with another is stale."""
+        return hashlib.sha256(json.dumps(self._entry(run), sort_keys=True).encode()).hexdigest()
+
+    def _entry(self, run: Run) -> dict[str, Any]:
+        # Titles are left out, and folders too: fingerprints say which data a result is of.
         if run.of:
-            every = [self.commands(member, seed, paths) for member in self.members(run)]
-            before = [command for commands in every for command in commands]
-        else:
-            before = [self.train(run, seed, paths)]
-        return [*before, self.evaluate(run, seed, paths)]
+            return {"of": [self._entry(member) for member in self.members(run)]}
+        data = self.data[run.data]
+        return {
+            "train": ["--direction", run.direction, *shlex.split(f"{data.train} {run.train}")],
+            "evaluate": [data.data_name, data.split, data.images],
+        }
+
+    def commands(self, run: Run, seed: int, paths: dict[str, str]) -> list[list[str]]:
+        """Return all commands of a run; of an ensemble those of its members first."""
+        if not run.of:
+            return [self.train(run, seed, paths), self.evaluate(run, seed, paths)]
+        each = [self.commands(member, seed, paths) for member in self.members(run)]
+        return [*(command for commands in each for command in commands),
+                self.evaluate(run, seed, paths)]  # fmt: skip
 
     def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
-        """The command that trains a model, or goes on with it."""
+        """Return the command that trains a model or resumes its training."""
         text = f"{self.data[run.data].train} {run.train}"
         options = ["--direction", run.direction, *shlex.split(text)]
         more = ["--seed", str(seed), "--logger_name", str(run.folder(seed)), "--resume", "auto"]
-        return ["train.py", *self._data(run, paths), *options, *more]
+        return ["train.py", *self._data_options(run, paths), *options, *more]
 
     def evaluate(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
-        """The command that evaluates a model or an ensemble; it names no results file to write.
-
-        An ensemble's is the mean of its members' scores, which are not computed again.
-        """
+        """Return the command that evaluates a model, or an ensemble from its members' scores."""
         if run.of:
-            what = ["--scores", *(str(member.scores(seed)) for member in self.members(run))]
+            source = ["--scores", *(str(member.scores(seed)) for member in self.members(run))]
         else:
-            what = ["--model_path", str(run.model(seed)), *self._data(run, paths)]
-            what += ["--save_scores", str(run.scores(seed))]
-        return ["evaluate_models.py", *what, *shlex.split(self.data_of(run).evaluate)]
+            source = ["--model_path", str(run.model(seed)), *self._data_options(run, paths)]
+            source += ["--save_scores", str(run.scores(seed))]
+        split = self.data_of(run).split
+        return ["evaluate_models.py", *source, "--split", split, "--bootstrap", BOOTSTRAP]
 
-    def _data(self, run: Run, paths: dict[str, str]) -> list[str]:
-        """The options that name a run's data, wherever its model was trained."""
+    def _data_options(self, run: Run, paths: dict[str, str]) -> list[str]:
         data = self.data[run.data]
         where = {"data_path": data.data_path, "bert_path": data.bert_path} | paths
         options = where | {"data_name": data.data_name}
         return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
-def shown(command: list[str]) -> str:
-    """A command of the registry as it is typed."""
+def as_typed(command: list[str]) -> str:
+    """Return a command of the registry as one types it."""
     return f"python {shlex.join(command)}"
-
-
-def typed(text: str) -> list[str]:
-    """The command that `shown` shows."""
-    require(isinstance(text, str), f"{text!r}; expected a command")
-    return shlex.split(text)[1:]
-
-
-def works(command: list[str]) -> tuple[str, dict[str, Any]]:
-    """A command's program, and the options that its figures depend on, beyond rounding."""
-    program, *words = command
-    require(not {"-h", "--help"} & set(words), f"{shown(command)}: computes nothing")
-    options = asdict(parse(CONFIGS[program], words, ""))
-    return program, {k: v for k, v in options.items() if k not in ELSEWHERE[program]}
