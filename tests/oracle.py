@@ -20,10 +20,19 @@ def unit(x: Tensor) -> Tensor:
     return x / x.square().sum().sqrt().clamp(min=1e-12)
 
 
+def relu(x: Tensor) -> Tensor:
+    """Positive part, with gradient 0 at exactly 0, where `clamp` has 1 before torch 2.14.
+
+    It matters with hard routing: a cell's input is RIC's output alone, which holds exact zeros,
+    and the straight-through gates have a gradient even so.
+    """
+    return torch.where(x > 0, x, torch.zeros_like(x))
+
+
 def router(module: nn.Module, x: Tensor) -> Tensor:
     """§4: gates [O] of tokens [L, D]."""
-    hidden = linear(module.mlp[0], sum(x) / len(x)).clamp(min=0)
-    return torch.tanh(linear(module.mlp[2], hidden)).clamp(min=0)
+    hidden = relu(linear(module.mlp[0], sum(x) / len(x)))
+    return relu(torch.tanh(linear(module.mlp[2], hidden)))
 
 
 def guidance(cell: GlobalLocalGuidance, x: Tensor, guide: Tensor) -> Tensor:
@@ -46,7 +55,7 @@ def reasoning(cell: IntraModalReasoning, x: Tensor) -> Tensor:
             weights = torch.stack([query[l] @ k for k in key]) / math.sqrt(size)
             attended[l, channels] = softmax(weights) @ value
     y = x + attended
-    return y + linear(cell.fc2, linear(cell.fc1, y).clamp(min=0))
+    return y + linear(cell.fc2, relu(linear(cell.fc1, y)))
 
 
 def linear_rows(layer: nn.Linear, x: Tensor, first: int, stop: int) -> Tensor:
@@ -89,7 +98,7 @@ def refinement(
         attended = (softmax(smooth * row) @ context)[None]
         scale = torch.tanh(linear_rows(cell.scale_shift, attended, 0, width))[0]
         shift = linear_rows(cell.scale_shift, attended, width, 2 * width)[0]
-        hidden = linear(cell.fc1, token * scale + shift).clamp(min=0)
+        hidden = relu(linear(cell.fc1, token * scale + shift))
         rows.append(token + linear(cell.fc2, hidden))
     return torch.stack(rows)
 
@@ -98,7 +107,7 @@ def run_cell(
     name: str, cell: nn.Module, x: Tensor, context: Tensor, guide: Tensor, config
 ) -> Tensor:
     if name == "ric":
-        return x.clamp(min=0)
+        return relu(x)
     if name == "glgc":
         return guidance(cell, x, guide)
     if name == "imrc":
@@ -137,7 +146,7 @@ def route(space: nn.Module, x: Tensor, context: Tensor, guide: Tensor, config) -
             if config.routing == "hard" and total > 0:
                 shares = only_largest(shares, 1.0) + (shares - shares.detach())  # straight through
             out = sum(share * y for share, y in zip(shares, e, strict=True))
-            mixed.append(out + xs[0].clamp(min=0) if total < 1e-4 else out)
+            mixed.append(out + relu(xs[0]) if total < 1e-4 else out)
             path.extend(shares)
         xs = mixed
     above, below = 0, 0
@@ -210,7 +219,7 @@ def text(encoder: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         outputs = []
         for w in range(words):
             products = [conv.weight[:, :, k] @ padded[w + k] for k in range(window)]
-            outputs.append((sum(products) + conv.bias).clamp(min=0))
+            outputs.append(relu(sum(products) + conv.bias))
         grams.append(torch.stack(outputs))
     short = linear(encoder.fc, hidden)
     each = linear(encoder.mapping, torch.cat(grams, 1)) + short
