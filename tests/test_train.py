@@ -296,7 +296,8 @@ def test_run_json_says_how_it_came_about(tiny: Path, run_train: Callable[..., in
     run = json.loads((tiny / "runs/i2t/run.json").read_text())
     assert run["command"].startswith("python ") and "--max_steps 2" in run["command"]
     assert run["options"]["embed_size"] == 8 and run["options"]["seed"] == 0
-    assert run["versions"]["torch"] == torch.__version__.split("+")[0]
+    # the package of the CPU wheel is 2.13.0+cpu, that of PyPI 2.14.1 where torch says 2.14.1+cu130
+    assert torch.__version__.startswith(run["versions"]["torch"])
     assert run["seconds"] > 0 and run["peak_memory_bytes"] > 10**7
     assert run["device"] and run["resumed_at"] == run["earlier"] == []
     assert run["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", run["commit"])
