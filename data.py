@@ -1,11 +1,11 @@
-"""data.py — a split's images and captions by memory map, and training batches (SPEC §8, §10).
+"""data.py — a split's images and captions, and training batches (SPEC §8, §10).
 
-A batch is a pure function of (seed, epoch, position): workers hold no state, their number changes
-nothing, and an epoch can be entered at any position. Knows nothing of the model.
+A batch is a pure function of (seed, epoch, position): worker processes hold no state, their number
+changes nothing, and training can resume at any position of an epoch. Knows nothing of the model.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,55 +18,55 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.config import DataConfig
-from common.errors import raise_first
+from common.errors import require
 from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
-    count_problems,
-    finite_rows,
+    check_finite_rows,
     map_features,
-    number_problems,
     read_captions,
     read_rows,
     rows_per_image,
     split_files,
-    width_problems,
 )
 from common.workers import load
 from vocab import Vocabulary
 
-CHEAP_BYTES = 2**28  # a feature file up to this size is read through for NaN when it is opened
-SAMPLED_ROWS = 16  # of the features that tell one data set from another
-CHECKED_ROWS = 500  # read through at a time
-ORDER, EXTRAS = 1, 2  # lead the seeds of the two random streams, so that they never meet
+SMALL_FILE = 2**28  # bytes; features up to this size are searched for NaN when they are opened
+SAMPLED_ROWS = 16  # rows of a larger file that its fingerprint covers
+ROWS_AT_ONCE = 500  # read while searching for NaN
+ORDER, EXTRAS = 1, 2  # first number of the two random streams' seeds, so that they never coincide
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and captions of one split; features stay on the disk until they are asked for."""
+    """Images and captions of one split; features are read from the disk when they are needed."""
 
     path: Path  # the *_ims.npy file
     captions: tuple[str, ...]
-    rows_per_image: int  # 5 where each image's row is repeated for its captions, else 1
+    rows_per_image: int  # 5 if each image's row is repeated for its captions, else 1
 
     @classmethod
     def open(
         cls, folder: str | Path, name: SplitName, img_dim: int | None, training: bool = False
     ) -> "Split":
-        """Open `folder/{name}_ims.npy` and `_caps.txt`, and check that they fit each other.
+        """Open `folder/{name}_ims.npy` and `_caps.txt` and check that they fit each other.
 
-        Features may have any width where `img_dim` is None. Raises InputError that names the file,
-        what was found and what was expected. In training an empty caption is an error too.
+        `img_dim` is the expected width of the features; None accepts any. An empty caption is an
+        error only in training. Raises InputError that names the file and what was expected.
         """
         path, captions_path = split_files(folder, name)
         captions = read_captions(captions_path, allow_empty=not training)
         features = map_features(path)
-        raise_first(width_problems(path, features, img_dim))
-        raise_first(count_problems(path, len(features), len(captions)))
-        split = cls(path, captions, rows_per_image(len(features), len(captions)))
-        if features.nbytes <= CHEAP_BYTES:
-            for first in range(0, len(features), CHECKED_ROWS):
-                split.regions(np.arange(first, min(first + CHECKED_ROWS, len(features))))
+        width = features.shape[2]
+        require(
+            img_dim in (None, width),
+            f"{path}: features are {width} wide; expected {img_dim}, the model's --img_dim",
+        )
+        split = cls(path, captions, rows_per_image(path, len(features), len(captions)))
+        if features.nbytes <= SMALL_FILE:
+            for first in range(0, len(features), ROWS_AT_ONCE):
+                split.regions(np.arange(first, min(first + ROWS_AT_ONCE, len(features))))
         return split
 
     @property
@@ -76,7 +76,7 @@ class Split:
 
     @property
     def regions_per_image(self) -> int:
-        """Regions of an image, L."""
+        """Number of regions of an image, L."""
         return self._features.shape[1]
 
     @property
@@ -89,25 +89,25 @@ class Split:
         return map_features(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would carry the whole file to a spawned worker.
+        # pickling a memory map would copy the whole file to a spawned worker
         return {key: value for key, value in vars(self).items() if key != "_features"}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the captions, the features' shape and type, and their rows.
+        """SHA-256 of the captions, the features' shape and type, and the features.
 
-        Of a file above CHEAP_BYTES it is some of the rows.
+        Of a file above SMALL_FILE it covers SAMPLED_ROWS rows.
         """
         features = self._features
         digest = hashlib.sha256("\n".join(self.captions).encode())
         digest.update(f"{features.shape} {features.dtype.str}".encode())
-        count = len(features) if features.nbytes <= CHEAP_BYTES else SAMPLED_ROWS
+        count = len(features) if features.nbytes <= SMALL_FILE else SAMPLED_ROWS
         for row in np.linspace(0, len(features) - 1, count, dtype=int):
             digest.update(np.ascontiguousarray(features[row]).data)
         return digest.hexdigest()
 
     def image_rows(self, images: np.ndarray) -> np.ndarray:
-        """Row of each image's features."""
+        """Row of the features of each image."""
         return images * self.rows_per_image
 
     def caption_rows(self, captions: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ class Split:
     def regions(self, rows: np.ndarray) -> Tensor:
         """Features of `rows`, `[rows, L, img_dim]` float32. Raises InputError on NaN or inf."""
         features = read_rows(self._features, rows)
-        raise_first(number_problems(self.path, np.unique(rows[~finite_rows(features)])))
+        check_finite_rows(self.path, features, rows)
         return torch.from_numpy(features)
 
 
@@ -130,19 +130,19 @@ class Batch:
     mask: Tensor  # [T, M] bool, True = a real token
     captions: Tensor  # [T] index in the split
     pairs: int
-    states: Tensor | None = None  # [T, M, hidden] of BERT, where they are kept
+    hidden_states: Tensor | None = None  # [T, M, hidden] BERT's output, if it is cached
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch where a GPU can fetch it (called by DataLoader)."""
+        """Return the batch in page-locked memory (called by DataLoader)."""
         return self._each(Tensor.pin_memory)
 
-    def _each(self, change: Any) -> "Batch":
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = {key: change(v) for key, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors)  # type: ignore[arg-type]  # all of these fields are tensors
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ class TrainingBatches(Dataset):
     config: DataConfig
     max_words: int
     skip_single: bool  # leave out a batch of one item, which batch normalisation cannot take
-    states: Path | None = None  # BERT's states of all captions, see textcache.py
+    hidden_states: Path | None = None  # BERT's output for all captions, see text_cache.py
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches of an epoch."""
         full, rest = divmod(len(self.split.captions), self.config.batch_size)
         # DEVIATION: a last batch that batch normalisation cannot take is skipped: of one item in
         # t2i without extra images, or of one region in i2t without extra sentences (the published
@@ -165,37 +165,36 @@ class TrainingBatches(Dataset):
         smallest = 2 if self.skip_single else 1
         return full * (self.config.batch_size >= smallest) + (rest >= smallest)
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        epoch, position = place
+    def __getitem__(self, index: tuple[int, int]) -> Batch:
+        epoch, position = index
         # DEVIATION: order and extra negatives are functions of seed, epoch and position (the
         # published ones came from global generators).
         order = _order(self.config.seed, epoch, len(self.split.captions))
         size = self.config.batch_size
-        captions = order[position * size : (position + 1) * size]
+        paired = order[position * size : (position + 1) * size]
+        # Extra negatives stand behind the pairs: captions as columns, images as rows (SPEC §7).
         rng = np.random.default_rng((EXTRAS, self.config.seed, epoch, position))
-        more = rng.integers(len(self.split.captions), size=len(captions) * self.config.extra_stc)
-        images = rng.integers(self.split.images, size=len(captions) * self.config.extra_img)
-        rows = np.concatenate([self.split.caption_rows(captions), self.split.image_rows(images)])
-        captions = np.concatenate([captions, more])
-        ids, mask = self.vocabulary.encode(
-            [self.split.captions[c] for c in captions], self.max_words
-        )
-        pairs = len(captions) - len(more)
-        states = None
-        if self.states is not None:
-            states = torch.from_numpy(open_memmap(self.states, mode="r")[captions])
+        extra = rng.integers(len(self.split.captions), size=len(paired) * self.config.extra_stc)
+        images = rng.integers(self.split.images, size=len(paired) * self.config.extra_img)
+        rows = np.concatenate([self.split.caption_rows(paired), self.split.image_rows(images)])
+        captions = np.concatenate([paired, extra])
+        texts = [self.split.captions[c] for c in captions]
+        ids, mask = self.vocabulary.encode(texts, self.max_words)
+        hidden = None
+        if self.hidden_states is not None:
+            hidden = torch.from_numpy(open_memmap(self.hidden_states, mode="r")[captions])
         regions = self.split.regions(rows)
-        return Batch(regions, ids, mask, torch.from_numpy(captions), pairs, states)
+        return Batch(regions, ids, mask, torch.from_numpy(captions), len(paired), hidden)
 
     def epoch(self, epoch: int, start: int, pin: bool) -> Iterator[Batch]:
-        """The batches of an epoch from position `start` on, read by the workers."""
-        places = [(epoch, position) for position in range(start, len(self))]
-        return load(self, places, self.config.workers, pin)
+        """Yield the batches of an epoch from position `start` on, read by worker processes."""
+        indices = [(epoch, position) for position in range(start, len(self))]
+        return load(self, indices, self.config.workers, pin)
 
 
 @dataclass(frozen=True)
 class ImageBlocks(Dataset):
-    """Features of consecutive distinct images: `self[first, stop]`, for evaluation."""
+    """For evaluation: `self[first, stop]` are the features of these images, each once."""
 
     split: Split
 

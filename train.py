@@ -54,7 +54,7 @@ def train(config: TrainConfig, device: torch.device) -> None:
     if config.cache_text and not trainer.complete:
         encoder, captions = trainer.model.text, split.captions
         path = cached_text(config.folder, encoder, bert, captions, config.max_words)
-        trainer.batches = replace(batches, states=path)
+        trainer.batches = replace(batches, hidden_states=path)
     trainer.train()
 
 

@@ -1,6 +1,6 @@
 """vocab.py — WordPiece vocabulary, and captions as ids and masks (SPEC §1).
 
-Knows nothing of images, nor of what a model does with the ids.
+Knows nothing of images or of the model.
 """
 
 import os
@@ -16,18 +16,18 @@ from torch import Tensor
 from common.errors import require
 from common.files import read_text
 
-# Captions are tokenised in the loader's workers; a thread pool of the parent does not survive
-# the fork, and one thread reads 25,000 captions in about a second.
+# Captions are tokenised in the loader's workers. A thread pool of the parent does not survive the
+# fork, and one thread tokenises 25,000 captions in about a second.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 LONGEST_WORD = 100  # characters; a longer word is one [UNK]
 
-# REFERENCE: a carriage return is a control character like any other and vanishes; the library alone
-# would make it a space.
+# REFERENCE: a carriage return is dropped like any other control character; the library alone would
+# make it a space.
 # DEVIATION: characters younger than Unicode 8 are classed as the tokenizers library does (the
 # published code asked Python).
-CLEANED = normalizers.Sequence(
+CLEAN = normalizers.Sequence(
     [
         normalizers.Replace("\r", ""),
         normalizers.BertNormalizer(
@@ -48,7 +48,7 @@ class Vocabulary:
     def load(cls, folder: str | Path) -> "Vocabulary":
         """Read `folder/vocab.txt`.
 
-        Raises InputError where it is missing, not UTF-8, or lacks a special entry.
+        Raises InputError if it is missing, not UTF-8 or lacks a special entry.
         """
         path = Path(folder) / "vocab.txt"
         text = read_text(path, "the vocabulary of BERT, in the folder of --bert_path")
@@ -72,9 +72,9 @@ class Vocabulary:
         return tokenizer
 
     def encode(self, captions: Sequence[str], max_words: int) -> tuple[Tensor, Tensor]:
-        """Captions as ids `[T, max_words]` int64 and mask `[T, max_words]` bool, True = real.
+        """Return ids `[T, max_words]` int64 and mask `[T, max_words]` bool, True = a real token.
 
-        `[CLS] … [SEP]` around at most `max_words - 2` pieces, then padding with id 0.
+        A row is `[CLS]`, at most `max_words - 2` WordPieces, `[SEP]`, and padding with id 0.
         """
         cls, sep = self.entries.index(CLS), self.entries.index(SEP)
         ids = torch.zeros(len(captions), max_words, dtype=torch.int64)
@@ -86,15 +86,15 @@ class Vocabulary:
         return ids, mask
 
     def lengths(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens of each caption `[T]` if none were cut, and how many of them are `[UNK]` `[T]`."""
-        unknown, every = self.entries.index(UNK), self._pieces(captions)
-        lengths = torch.tensor([len(pieces) + 2 for pieces in every])  # [CLS] and [SEP]
-        return lengths, torch.tensor([pieces.count(unknown) for pieces in every])
+        """Return tokens of each uncut caption `[T]`, and how many of them are `[UNK]` `[T]`."""
+        unknown, pieces = self.entries.index(UNK), self._pieces(captions)
+        lengths = torch.tensor([len(row) + 2 for row in pieces])  # [CLS] and [SEP]
+        return lengths, torch.tensor([row.count(unknown) for row in pieces])
 
     def _pieces(self, captions: Sequence[str]) -> list[list[int]]:
-        """WordPieces of captions, uncut, without `[CLS]` and `[SEP]`."""
-        # Python's lower-casing, as in 2018, knows the final sigma; the library's does not. What
-        # is dropped goes first: it has a say in which sigma is the final one.
-        lower = [CLEANED.normalize_str(caption).lower() for caption in captions]
+        """Ids of the WordPieces of captions, uncut, without `[CLS]` and `[SEP]`."""
+        # Python lower-cases as the tokeniser of 2018 did and knows the final sigma; the library
+        # does not. Dropped characters go first, because they decide which sigma is final.
+        lower = [CLEAN.normalize_str(caption).lower() for caption in captions]
         encoded = self._tokenizer.encode_batch(lower, add_special_tokens=False)
         return [pieces.ids for pieces in encoded]

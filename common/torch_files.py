@@ -220,7 +220,7 @@ def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:
     torch.save(content, buffer)
     with buffer.getbuffer() as data:
         seal = b"sha256=" + hashlib.sha256(data).hexdigest().encode()
-        with atomic_write(path, len(data) + len(seal), keep) as file:
+        with atomic_write(path, keep) as file:
             file.write(data[:-2])
             file.write(len(seal).to_bytes(2, "little") + seal)
 

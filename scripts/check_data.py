@@ -1,154 +1,328 @@
-"""check_data.py — whether a data set's folder is whole, and what working with it will take.
+"""check_data.py — check the folder of a data set (SPEC §10) before a training does.
 
-    python -m scripts.check_data DATA_PATH/DATA_NAME                   # a table, what is wrong
-    python -m scripts.check_data data/f30k_precomp --bert_path bert    # captions' WordPieces, too
-    python -m scripts.check_data data/f30k_precomp --full              # every row is read
+    python -m scripts.check_data DATA_PATH/DATA_NAME                   # a table, problems, warnings
+    python -m scripts.check_data data/f30k_precomp --bert_path bert    # BERT and WordPieces, too
+    python -m scripts.check_data data/f30k_precomp --full              # reads every row
 
-Exit status 0: nothing is wrong; 1: there are faults, and each is named; 2: there is no such folder.
-Remarks are what you may want to know and is no fault. Without --full, NaN and repeated rows are
-looked for in 200 images of a split, spread evenly. Needs are estimates for the published sizes
-(256 wide, batches of 32 with one extra negative a pair) in float32 on a CPU. Training takes less
-where activations are computed twice (a small --memory), and most where all are kept. Beside peaks
-that were measured (Flickr8k with MiniLM, both directions) the less was 16 % too low, the most 13 %
-too high in batches of 24, and evaluation on 200 images (i2t) 2 % too high.
+Exit status 0: no problem; 1: problems, the first one of each file; 2: no data set there. A warning
+is worth knowing and not a problem. Without --full, NaN and wrong repeated rows are looked for in
+200 images of each split, spread evenly.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
-from common.cli import parse, print_line, run
-from common.errors import InputError, check_range, require
-from common.files import check_writable, explain_os_errors, write_json
-from common.layout import SplitName, files_of
-from common.memory import free_memory, used_memory
-from scripts.parts.data_needs import CPU, bert_sizes, needs
-from scripts.parts.data_problems import between, look_at_words, looked_at, remarks_on
+import numpy as np
+
+from common.cli import parse, print_line, progress, run
+from common.errors import InputError, check_range, require, summarise
+from common.files import explain_os_errors, read_json
+from common.layout import (
+    CAPTIONS_PER_IMAGE,
+    SplitName,
+    check_finite_rows,
+    check_named,
+    count_images,
+    extraction_file,
+    ids_file,
+    images_digest,
+    map_features,
+    names_file,
+    read_captions,
+    read_ids,
+    read_lines,
+    read_names,
+    read_rows,
+    rows_per_image,
+    split_files,
+)
 from scripts.parts.tables import markdown
-from vocab import Vocabulary
 
-FAULTY = 1  # exit status
+if TYPE_CHECKING:
+    from vocab import Vocabulary
+
+HAS_PROBLEMS = 1  # exit status
 HEAD = ["split", "images", "captions", "ids", "features", "type", "rows an image", "GB"]
 HEAD += ["rows read", "longest caption", "cut"]
-DISK = {"checkpoints": "checkpoints", "cache_text": "--cache_text", "scores": "--save_scores"}
+SAMPLED_IMAGES = 200  # of a split
+IMAGES_AT_ONCE = 16  # 24 MB if SCAN's rows are repeated
+CAPTIONS_AT_ONCE = 1000
+KNOWN_SIZES = {
+    "Flickr30K": {"train": 29_000, "dev": 1_014, "test": 1_000},
+    "MSCOCO": {"train": 113_287, "test": 1_000, "testall": 5_000},
+}
+SAME_IMAGES = {"test", "testall"}  # MSCOCO's test is the first thousand images of testall
+MOST_UNKNOWN = 0.05  # share of [UNK] above which the vocabulary is of another language
 
 
 @dataclass(frozen=True)
 class Options:
-    folder: Annotated[str, "the data set's folder", "DATA_PATH/DATA_NAME"]
-    bert_path: Annotated[str | None, "folder of BERT: captions are held to its vocabulary"] = None
+    folder: Annotated[str, "folder of the data set", "DATA_PATH/DATA_NAME"]
+    bert_path: Annotated[str | None, "folder of BERT, which is described and reads captions"] = None
     max_words: Annotated[int, "WordPieces of a caption that training will read"] = 32
-    full: Annotated[bool, "read every row of the features, not some"] = False
-    json: Annotated[str | None, "write all that was found here"] = None
+    full: Annotated[bool, "read every row of the features"] = False
 
     def __post_init__(self) -> None:
         check_range(self, ("max_words",), 2)
 
 
-def said(report: dict[str, Any]) -> str:
-    """The report as text."""
-    rows = []
-    for split in report["splits"]:
-        shape = " x ".join(map(str, split["shape"] or ())) or "none"
-        read = f"{split['rows_read']:,} of {split['shape'][0]:,}" if split["shape"] else "none"
-        words = [str(split[key]) if key in split else "-" for key in ("longest", "cut")]
-        counts = [f"{split[key]:,}" for key in ("images", "captions", "ids")]
-        gigabytes = f"{split['bytes'] / 1e9:.2f}"
-        repeats = str(split["rows_per_image"] or "-")
-        rows.append(
-            [split["name"], *counts, shape, split["dtype"], repeats, gigabytes, read, *words]
-        )
-    parts = [markdown(HEAD, rows)]
-    for title, lines in (("Faults", report["faults"]), ("Remarks", report["remarks"])):
-        parts.append(f"{title}:{'' if lines else ' none'}\n" + "".join(f"* {x}\n" for x in lines))
-    if report["needs"]:
-        parts.append(f"{needs_title(report)}:\n\n{needs_table(report['needs'])}")
-    return "\n".join(parts)
+@dataclass
+class SplitContent:
+    """What the files of a split hold, as far as they can be read."""
+
+    name: SplitName
+    captions: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()  # one an image
+    features: np.memmap | None = None
+    rows_per_image: int = 1
+    rows_read: int = 0
+    longest: int | None = None  # WordPieces of the longest caption
+    cut: int | None = None  # captions longer than --max_words
+
+    @property
+    def images(self) -> int:
+        return len(self.captions) // CAPTIONS_PER_IMAGE
+
+    def row(self) -> list[str]:
+        """Return the split's row of the table."""
+        counts = [f"{n:,}" for n in (self.images, len(self.captions), len(self.ids))]
+        words = ["-" if n is None else str(n) for n in (self.longest, self.cut)]
+        if self.features is None:
+            return [self.name, *counts, *["-"] * 5, *words]
+        shape = " x ".join(map(str, self.features.shape))
+        read = f"{self.rows_read:,} of {len(self.features):,}"
+        size = f"{self.features.nbytes / 1e9:.2f}"
+        kind = [shape, str(self.features.dtype), str(self.rows_per_image), size, read]
+        return [self.name, *counts, *kind, *words]
 
 
-def needs_title(report: dict[str, Any]) -> str:
-    """What the estimates stand for."""
-    bert = "" if report["bert_bytes"] else ", BERT's weights not counted (give --bert_path)"
-    return f"Needs, estimated in GB; {report['free_memory'] / 1e9:.1f} GB are free here{bert}"
+@dataclass
+class Report:
+    """The result of a check."""
 
+    splits: list[SplitContent] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    bert: list[str] = field(default_factory=list)  # lines that describe the folder of BERT
 
-def needs_table(rows: list[dict[str, Any]]) -> str:
-    """Memory and disk."""
-    lines = []
-    for row in rows:
-        least, most = (f"{row[key] / 1e9:.1f}" for key in ("least", "most"))
-        disk = [f"{row[key] / 1e9:.2f} {title}" for key, title in DISK.items() if key in row]
-        memory = least if least == most else f"{least} to {most}"
-        lines.append([row["what"], memory, ", ".join(disk)])
-    return markdown(["program", "memory", "disk"], lines)
-
-
-def inputs_of(options: Options) -> list[Path]:
-    """Every file that may be read."""
-    found = [path for name in get_args(SplitName) for path in files_of(options.folder, name)]
-    if options.bert_path is not None:
-        from bert import bert_files  # here, as in `bert_sizes`
-
-        found += bert_files(options.bert_path)
-    return found
-
-
-def splits_of(folder: Path) -> list[SplitName]:
-    """The splits that a folder holds a file of. Raises InputError where there is none."""
-    with explain_os_errors(folder, "a data set's folder"):
-        there = {path.name for path in folder.iterdir()}
-    parts = ("ims.npy", "caps.txt", "ids.txt")
-    names = get_args(SplitName)
-    held = [n for n in names if any(f"{n}_{part}" in there for part in parts)]
-    require(bool(held), f"{folder}: holds no split; expected train_ims.npy, train_caps.txt, ...")
-    return held
-
-
-def checked(options: Options) -> dict[str, Any]:
-    """All that is found of a data set, plain data. Raises InputError where there is none."""
-    folder = Path(options.folder)
-    names = splits_of(folder)
-    vocabulary, bert, remarks = None, None, []
-    if options.bert_path:
-        vocabulary = Vocabulary.load(options.bert_path)
-        try:  # before the long work
-            bert = bert_sizes(options.bert_path)
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Note an InputError of the block as a problem, and go on behind the block."""
+        try:
+            yield
         except InputError as error:
-            remarks.append(f"{error}; the vocabulary alone is made use of")
-    splits = [looked_at(folder, name, options.full) for name in names]
-    for split in splits:
+            self.problems.append(str(error))
+
+    def text(self) -> str:
+        parts = [markdown(HEAD, [split.row() for split in self.splits])]
+        titles = {"BERT": self.bert, "Problems": self.problems, "Warnings": self.warnings}
+        for title, lines in titles.items():
+            if lines:
+                parts.append(f"{title}:\n" + "".join(f"* {line}\n" for line in lines))
+        return "\n".join(parts if self.problems else [*parts, "No problem.\n"])
+
+
+def check(options: Options) -> Report:
+    """Check all splits of a folder. Raises InputError if it has none."""
+    folder, report, vocabulary = Path(options.folder), Report(), None
+    names = splits_in(folder)
+    if options.bert_path:
+        from checkpoint.bert import describe_bert
+        from vocab import Vocabulary
+
+        with report.collect():
+            vocabulary = Vocabulary.load(options.bert_path)
+            report.bert = describe_bert(options.bert_path)
+    for name in names:
+        split = check_split(report, folder, name, options.full)
+        report.splits.append(split)
         if vocabulary is not None and split.captions:
-            look_at_words(split, vocabulary, options.max_words)
-    estimated, free = needs(splits, bert, options.max_words), free_memory(CPU)
-    tight = [row["what"] for row in estimated if row["least"] - used_memory(CPU) > free]
-    faults = [fault for split in splits for fault in split.faults]
-    remarks += [remark for split in splits for remark in split.remarks]
-    remarks += remarks_on(splits, folder)
-    if tight:
-        remarks.append(f"this machine has too little free memory for {', '.join(tight)}")
-    return {
-        "folder": str(folder),
-        "bert_path": options.bert_path,
-        "bert_bytes": bert[0] if bert else None,
-        "splits": [split.as_dict(options.max_words) for split in splits],
-        "faults": [*faults, *between(splits, folder)],
-        "remarks": remarks,
-        "needs": estimated,
-        "free_memory": free,
-    }
+            with report.collect():
+                check_words(report, split, vocabulary, options.max_words)
+    check_together(report, folder)
+    report.warnings += warnings_about(report.splits, folder)
+    return report
+
+
+def splits_in(folder: Path) -> list[SplitName]:
+    """Return the splits that a folder has files of. Raises InputError if there are none."""
+    with explain_os_errors(folder, "the folder of a data set"):
+        files = {path.name for path in folder.iterdir()}
+    parts = ("ims.npy", "caps.txt", "ids.txt")
+    splits = [s for s in get_args(SplitName) if any(f"{s}_{part}" in files for part in parts)]
+    require(bool(splits), f"{folder}: no split; expected train_ims.npy, train_caps.txt, ...")
+    return splits
+
+
+def check_split(report: Report, folder: Path, name: SplitName, full: bool) -> SplitContent:
+    """Check each file of a split."""
+    split = SplitContent(name)
+    path, captions_path = split_files(folder, name)
+    with report.collect():
+        captions = read_captions(captions_path, allow_empty=name != "train")
+        count_images(captions_path, captions)
+        split.captions = captions
+        if "" in captions:
+            report.warnings.append(f"{captions_path}: {captions.count('')} captions are empty")
+    with report.collect():
+        split.features = map_features(path)
+        check_features(report, path, split, split.features, full)
+    with report.collect():
+        if split.captions and ids_file(folder, name).exists():
+            split.ids = read_image_ids(ids_file(folder, name), split)
+    return split
+
+
+def check_features(
+    report: Report, path: Path, split: SplitContent, features: np.memmap, full: bool
+) -> None:
+    """Check the size of the file, the number of rows and their values. Raises InputError."""
+    surplus = path.stat().st_size - features.offset - features.nbytes
+    require(surplus == 0, f"{path}: {surplus} bytes more than its header asks for")
+    if split.captions:
+        split.rows_per_image = rows_per_image(path, len(features), len(split.captions))
+    empty_rows = check_values(path, split, features, full)
+    if empty_rows:
+        report.warnings.append(
+            f"{path}: {empty_rows} of the {split.rows_read} rows read are all zeros, as an "
+            "extraction that was cut off leaves them"
+        )
+
+
+def check_values(path: Path, split: SplitContent, features: np.memmap, full: bool) -> int:
+    """Read rows, and return how many are all zeros.
+
+    Raises InputError if a row holds NaN, or if the repeated rows of an image differ.
+    """
+    repeats = split.rows_per_image
+    images = len(features) // repeats
+    sample = np.unique(np.linspace(0, images - 1, images if full else SAMPLED_IMAGES, dtype=int))
+    empty_rows = 0
+    with progress(f"reading {path.name}", len(sample), "images") as bar:
+        for first in range(0, len(sample), IMAGES_AT_ONCE):
+            chosen = sample[first : first + IMAGES_AT_ONCE]
+            rows = (chosen[:, None] * repeats + np.arange(repeats)).ravel()
+            values = read_rows(features, rows)
+            check_finite_rows(path, values, rows)
+            empty_rows += int((~values.any((1, 2))).sum())
+            grouped = values.reshape(len(chosen), repeats, -1)
+            unequal = chosen[(grouped != grouped[:, :1]).any((1, 2))]
+            if len(unequal):
+                raise InputError(
+                    f"{path}: the five rows of image {summarise(list(map(str, unequal)))} differ; "
+                    "expected one row five times, since there is a row for each caption"
+                )
+            split.rows_read += len(rows)
+            bar.update(len(chosen))
+    return empty_rows
+
+
+def read_image_ids(path: Path, split: SplitContent) -> tuple[str, ...]:
+    """Return the ids of a split's images; none if the file has the ids of captions."""
+    lines = read_lines(path, "ids, one a line")
+    if len(lines) == len(split.captions) == len(set(lines)):
+        return ()
+    return read_ids(path, split.images)
+
+
+def check_words(
+    report: Report, split: SplitContent, vocabulary: "Vocabulary", max_words: int
+) -> None:
+    """Count the WordPieces of captions. Raises InputError if the vocabulary is not theirs."""
+    parts, unknown = [], 0
+    with progress(f"tokenising {split.name}", len(split.captions), "captions") as bar:
+        for first in range(0, len(split.captions), CAPTIONS_AT_ONCE):
+            lengths, unk = vocabulary.lengths(split.captions[first : first + CAPTIONS_AT_ONCE])
+            parts.append(lengths.numpy())
+            unknown += int(unk.sum())
+            bar.update(len(lengths))
+    every = np.concatenate(parts)  # [T], [CLS] and [SEP] included
+    split.longest, split.cut = int(every.max()), int((every > max_words).sum())
+    if split.cut:
+        report.warnings.append(
+            f"{split.name}: {split.cut} captions are longer than --max_words {max_words} and will "
+            f"be cut; the longest has {split.longest} WordPieces"
+        )
+    share = unknown / max(1, int((every - 2).sum()))
+    if share > MOST_UNKNOWN:
+        raise InputError(
+            f"{vocabulary.path}: {share:.0%} of the WordPieces of {split.name} are [UNK]; expected "
+            "a vocabulary of the captions' language"
+        )
+
+
+def check_together(report: Report, folder: Path) -> None:
+    """Check what splits have in common, and the file names of their images."""
+    widths = {s.name: s.features.shape[2] for s in report.splits if s.features is not None}
+    if len(set(widths.values())) > 1:
+        sizes = ", ".join(f"{width} in {name}" for name, width in widths.items())
+        report.problems.append(f"{folder}: widths of features differ: {sizes}; expected one width")
+    for number, one in enumerate(report.splits):
+        for other in report.splits[number + 1 :]:
+            shared = sorted(set(one.ids) & set(other.ids))
+            if shared and {one.name, other.name} != SAME_IMAGES:
+                path = ids_file(folder, other.name)
+                problem = f"{path}: {summarise(shared)} is in {one.name}_ids.txt, too"
+                report.problems.append(f"{problem}; expected other images in every split")
+    if names_file(folder).exists():
+        with report.collect():
+            names = read_names(folder)
+            for split in report.splits:
+                with report.collect():
+                    check_named(ids_file(folder, split.name), split.ids, names)
+                    check_extraction(folder, split, names)
+
+
+def check_extraction(folder: Path, split: SplitContent, names: dict[str, str]) -> None:
+    """Raise InputError if extract_regions made the features of other images than the ids name."""
+    path = extraction_file(folder, split.name)
+    if not path.exists() or not split.ids:
+        return
+    record = read_json(path, "the record of extract_regions")
+    if record.get("renaming"):
+        raise InputError(
+            f"{path}: features and boxes may be of two extractions; run extract_regions again"
+        )
+    about = record.get("about")
+    digest = about.get("ids") if isinstance(about, dict) else None
+    if digest != images_digest(split.ids, names):
+        raise InputError(
+            f"{path}: features are of other images than {split.name}_ids.txt and "
+            f"{names_file(folder).name} name; extract_regions --overwrite makes them again"
+        )
+
+
+def warnings_about(splits: list[SplitContent], folder: Path) -> Iterator[str]:
+    """Yield what is unusual about the splits together."""
+    names = {split.name for split in splits}
+    for name in ("train", "dev"):
+        if name not in names:
+            yield f"{folder}: no {name}, which train.py needs"
+    if not names & SAME_IMAGES:
+        yield f"{folder}: no test, the default split of evaluate_models.py"
+    regions = {split.features.shape[1] for split in splits if split.features is not None}
+    if len(regions) > 1:
+        yield f"{folder}: splits have {' or '.join(map(str, sorted(regions)))} regions an image"
+    sizes = {split.name: split.images for split in splits}
+    if not any(is_known(sizes, published) for published in KNOWN_SIZES.values()):
+        yield f"{folder}: the numbers of images are neither Flickr30K's nor MSCOCO's"
+
+
+def is_known(sizes: dict[SplitName, int], published: dict[str, int]) -> bool:
+    """Whether all published splits that are there have the published number of images."""
+    shared = sizes.keys() & published.keys()
+    return bool(shared) and all(sizes[name] == published[name] for name in shared)
 
 
 def main() -> None:
-    options = parse(Options, None, __doc__)
-    if options.json:
-        check_writable(Path(options.json), inputs_of(options))
-    report = checked(options)
-    if options.json:
-        write_json(Path(options.json), report)
-    print_line(said(report))
-    if report["faults"]:
-        sys.exit(FAULTY)
+    report = check(parse(Options, None, __doc__ or ""))
+    print_line(report.text())
+    if report.problems:
+        sys.exit(HAS_PROBLEMS)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from checkpoint.checkpoint import build_model, json_beside, load_model, read_che
 from common import cli as options
 from common import provenance
 from common.errors import InputError
-from common.layout import pictures_digest, read_ids, read_names
+from common.layout import images_digest, read_ids, read_names
 from common.torch_files import write_torch
 from data import Split, TrainingBatches
 from evaluation import map_scores
@@ -386,7 +386,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
     coco = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}]}
     coco |= {"annotations": [{"image_id": 7, "id": n, "caption": "a man"} for n in range(5)]}
     annotations = [json.dumps(x).encode() for x in ({"images": [karpathy] * 2}, coco)]
-    about = {"dtype": "float16", "model": "tsv", "ids": pictures_digest(list(NAMES), NAMES)}
+    about = {"dtype": "float16", "model": "tsv", "ids": images_digest(list(NAMES), NAMES)}
     records = [
         json.dumps({"about": about, "rows": 0, "left_out": out, "complete": False}).encode()
         for out in ([], [1])

@@ -1,4 +1,4 @@
-"""data.py: SCAN's layout in all its forms, what is refused, and batches as a function."""
+"""data.py: SCAN's layout in all its forms, bad files, and batches as a function."""
 
 import os
 import pickle
@@ -33,7 +33,7 @@ def equal(a: Batch, b: Batch) -> bool:
     )
 
 
-def test_both_row_ratios_are_the_same_split(tmp_path: Path) -> None:
+def test_both_row_ratios_give_the_same_split(tmp_path: Path) -> None:
     write_split(tmp_path / "once", "dev", 6)
     write_split(tmp_path / "five", "dev", 6, repeat=True)
     once, five = (Split.open(tmp_path / name, "dev", IMG_DIM) for name in ("once", "five"))
@@ -46,8 +46,8 @@ def test_both_row_ratios_are_the_same_split(tmp_path: Path) -> None:
     assert torch.equal(*rows)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4", "<f2"])
-def test_features_come_as_float32(tmp_path: Path, dtype: type) -> None:
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4"])
+def test_features_are_read_as_float32(tmp_path: Path, dtype: type) -> None:
     write_split(tmp_path, "dev", 3, dtype=dtype)
     regions = Split.open(tmp_path, "dev", IMG_DIM).regions(np.array([2, 0]))
     assert regions.dtype == torch.float32 and regions.shape == (2, REGIONS, IMG_DIM)
@@ -61,7 +61,7 @@ def test_only_a_line_feed_ends_a_caption(tmp_path: Path) -> None:
     assert read_captions(path) == ("a b\x0cc", "d\u2028e\x85f\x1cg", "", "h")
 
 
-def test_a_split_leaves_its_features_on_the_disk(tmp_path: Path) -> None:
+def test_pickled_split_holds_no_features(tmp_path: Path) -> None:
     write_split(tmp_path, "dev", 200)
     split = Split.open(tmp_path, "dev", IMG_DIM)
     split.regions(np.array([1]))
@@ -71,24 +71,22 @@ def test_a_split_leaves_its_features_on_the_disk(tmp_path: Path) -> None:
     assert torch.equal(pickle.loads(pickled).regions(row), split.regions(row))
 
 
-def folder_instead(path: Path) -> None:
-    (path / "dev_ims.npy").unlink()
-    (path / "dev_ims.npy").mkdir()
-
-
-def header(text: bytes, version: int = 1) -> Callable[[Path], None]:
-    """An .npy file with that header, and 20 bytes of data."""
-    size = len(text).to_bytes(2 if version == 1 else 4, "little")
-    magic = b"\x93NUMPY" + bytes([version, 0])
-
-    def change(path: Path) -> None:
-        (path / "dev_ims.npy").write_bytes(magic + size + text + bytes(20))
-
-    return change
-
-
 def save(path: Path, array: np.ndarray) -> None:
     np.save(path / "dev_ims.npy", array, allow_pickle=True)
+
+
+def raw(data: bytes) -> Callable[[Path], object]:
+    """Replace the features' file by these bytes."""
+    return lambda path: (path / "dev_ims.npy").write_bytes(data)
+
+
+def header(text: bytes) -> Callable[[Path], object]:
+    """Replace the features by an .npy file with this header and 20 bytes of data."""
+    return raw(b"\x93NUMPY\x01\0" + len(text).to_bytes(2, "little") + text + bytes(20))
+
+
+def captions(text: str) -> Callable[[Path], object]:
+    return lambda path: (path / "dev_caps.txt").write_text(text)
 
 
 def truncate(path: Path) -> None:
@@ -104,59 +102,44 @@ def spoil(value: float) -> Callable[[Path], None]:
     return change
 
 
+HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 7, 13)}\n"
 BAD = {
-    "missing": (lambda p: (p / "dev_ims.npy").unlink(), "not found"),
+    "missing": (lambda p: (p / "dev_ims.npy").unlink(), "dev_ims.npy: not found"),
     "no captions": (lambda p: (p / "dev_caps.txt").unlink(), "dev_caps.txt: not found"),
-    "a folder": (folder_instead, "Is a directory; expected region features"),
-    "truncated": (truncate, "no whole .npy"),
-    "header cut": (lambda p: os.truncate(p / "dev_ims.npy", 20), "no whole .npy"),
-    "empty": (lambda p: os.truncate(p / "dev_ims.npy", 0), "no whole .npy"),
-    "text": (lambda p: (p / "dev_ims.npy").write_text("hello"), "no whole .npy"),
-    "open bracket": (header(b"{'descr': '<f4', 'shape': (1, \n"), "no whole .npy"),
-    "open text": (header(b"{'descr': '<f4"), "no whole .npy"),
-    "an expression": (header(b"{'descr': __import__('os').getcwd()}"), "no whole .npy"),
-    "huge header": (
-        lambda p: (p / "dev_ims.npy").write_bytes(b"\x93NUMPY\x02\0" + b"\xff" * 4),
-        "its header claims 4294967295 bytes",
-    ),
-    "huge shape": (
-        header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 7, 13)}\n"),
-        "no whole .npy",
-    ),
-    "objects": (lambda p: save(p, np.array([[[{}]]], dtype=object)), "no whole .npy"),
-    "integers": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int64)), "int64"),
-    "int32": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int32)), "int32"),
+    "truncated": (truncate, "dev_ims.npy: not a complete .npy"),
+    "header cut": (lambda p: os.truncate(p / "dev_ims.npy", 20), "not a complete .npy"),
+    "empty": (raw(b""), "not a complete .npy"),
+    "open bracket": (header(b"{'descr': '<f4', 'shape': (1, \n"), "not a complete .npy"),
+    "an expression": (header(b"{'descr': __import__('os').getcwd()}"), "not a complete .npy"),
+    "huge header": (raw(b"\x93NUMPY\x02\0" + b"\xff" * 4), "not a complete .npy"),
+    "huge shape": (header(HUGE), "not a complete .npy"),
+    "objects": (lambda p: save(p, np.array([[[{}]]], dtype=object)), "not a complete .npy"),
+    "integers": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int32)), "int32"),
     "doubles": (lambda p: save(p, np.zeros((4, 7, 13))), "float64"),
     "flat": (lambda p: save(p, np.zeros((4, 13), dtype=np.float32)), "shape (4, 13)"),
     "rows": (lambda p: save(p, np.zeros((9, 7, 13), np.float32)), "9 rows for 20 captions"),
-    "width": (
-        lambda p: save(p, np.zeros((4, 7, 12), np.float32)),
-        "expected 13, the model's --img_dim",
-    ),
+    "width": (lambda p: save(p, np.zeros((4, 7, 12), np.float32)), "12 wide; expected 13"),
     "nan": (spoil(np.nan), "row 2"),
     "infinite": (spoil(-np.inf), "row 2"),
     "latin": (lambda p: (p / "dev_caps.txt").write_bytes(b"a\n\xe9\n" * 10), "line 2"),
-    "void": (lambda p: (p / "dev_caps.txt").write_bytes(b""), "is empty; expected captions"),
-    "caption": (
-        lambda p: (p / "dev_caps.txt").write_text("a\n" * 6 + " \n" + "a\n" * 13),
-        "line 7",
-    ),
-    "endless": (lambda p: (p / "dev_caps.txt").write_text("a" * 10_001), "line 1 has 10001 char"),
-    "uneven": (lambda p: (p / "dev_caps.txt").write_text("a\n" * 19), "4 rows for 19 captions"),
+    "no lines": (captions(""), "dev_caps.txt: is empty"),
+    "empty caption": (captions("a\n" * 6 + " \n" + "a\n" * 13), "line 7"),
+    "long caption": (captions("a" * 10_001), "line 1 has 10001 char"),
+    "uneven": (captions("a\n" * 19), "4 rows for 19 captions"),
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_files_are_named_with_what_was_found(tmp_path: Path, fault: str) -> None:
-    change, said = BAD[fault]
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_files_are_named(tmp_path: Path, kind: str) -> None:
+    change, expected = BAD[kind]
     write_split(tmp_path, "dev", 4)
     change(tmp_path)
     with pytest.raises(InputError, match="dev_") as error:
         Split.open(tmp_path, "dev", IMG_DIM, training=True)
-    assert said in str(error.value)
+    assert expected in str(error.value)
 
 
-def test_every_row_of_a_small_file_is_read_through(tmp_path: Path) -> None:
+def test_small_file_is_searched_for_nan_when_opened(tmp_path: Path) -> None:
     write_split(tmp_path, "dev", 101, repeat=True)
     features = np.load(tmp_path / "dev_ims.npy")
     features[504, 0, 0] = np.nan
@@ -165,17 +148,17 @@ def test_every_row_of_a_small_file_is_read_through(tmp_path: Path) -> None:
         Split.open(tmp_path, "dev", IMG_DIM)
 
 
-def test_an_empty_caption_may_be_evaluated(tmp_path: Path) -> None:
+def test_empty_caption_is_allowed_in_evaluation(tmp_path: Path) -> None:
     write_split(tmp_path, "dev", 4)
     (tmp_path / "dev_caps.txt").write_text("a\n" * 6 + "\n" + "a\n" * 13)
     assert Split.open(tmp_path, "dev", IMG_DIM).captions[6] == ""
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_nan_in_a_large_file_is_found_at_the_batch(
+def test_nan_in_a_large_file_is_found_in_its_batch(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.CHEAP_BYTES", 0)
+    monkeypatch.setattr("data.SMALL_FILE", 0)
     write_split(tmp_path, "dev", 4)
     spoil(np.nan)(tmp_path)
     split = Split.open(tmp_path, "dev", IMG_DIM)
@@ -189,29 +172,29 @@ def split(tmp_path: Path) -> Split:
     return Split.open(tmp_path, "train", IMG_DIM, training=True)
 
 
-def test_an_epoch_is_every_caption_once_with_its_image(split: Split) -> None:
-    found = [batch for batch in batches(split).epoch(3, 0, pin=False)]
-    assert [batch.pairs for batch in found] == [6] * 9 + [1]
-    captions = torch.cat([batch.captions for batch in found]).numpy()
+def test_epoch_holds_every_caption_once_with_its_image(split: Split) -> None:
+    epoch = list(batches(split).epoch(3, 0, pin=False))
+    assert [batch.pairs for batch in epoch] == [6] * 9 + [1]
+    captions = torch.cat([batch.captions for batch in epoch]).numpy()
     assert sorted(captions) == list(range(55)) and captions.tolist() != list(range(55))
-    regions = torch.cat([batch.regions for batch in found])
+    regions = torch.cat([batch.regions for batch in epoch])
     assert torch.equal(regions, split.regions(captions // 5))
     ids, mask = Vocabulary.load(GOLDEN / "i2t/bert").encode(
         [split.captions[c] for c in captions], WIDTH
     )
-    assert torch.equal(torch.cat([batch.ids for batch in found]), ids)
-    assert torch.equal(torch.cat([batch.mask for batch in found]), mask)
+    assert torch.equal(torch.cat([batch.ids for batch in epoch]), ids)
+    assert torch.equal(torch.cat([batch.mask for batch in epoch]), mask)
 
 
 @pytest.mark.parametrize("extra", [{"extra_stc": 2}, {"extra_img": 3}])
-def test_a_batch_is_a_function_of_seed_epoch_and_position(
+def test_batch_is_a_function_of_seed_epoch_and_position(
     split: Split, extra: dict[str, int]
 ) -> None:
     some = batches(split, **extra)
     whole = list(some.epoch(1, 0, pin=False))
     for workers in (0, 1, 2):
         again = replace(some, config=replace(some.config, workers=workers))
-        torch.manual_seed(workers)  # the global generator has no part in it
+        torch.manual_seed(workers)  # the global generator is not used
         for start in (0, 4):
             rest = list(again.epoch(1, start, pin=False))
             assert all(equal(a, b) for a, b in zip(rest, whole[start:], strict=True))
@@ -226,13 +209,13 @@ def test_reading_leaves_the_global_generator_alone(split: Split) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_extra_captions_are_columns_behind_the_pairs(split: Split) -> None:
+def test_extra_captions_follow_the_pairs(split: Split) -> None:
     batch = batches(split, extra_stc=2)[0, 0]
     assert batch.pairs == 6 and len(batch.regions) == 6 and len(batch.ids) == len(batch.mask) == 18
     assert torch.equal(batch.captions[:6], batches(split)[0, 0].captions)
 
 
-def test_extra_images_are_rows_behind_the_pairs(split: Split) -> None:
+def test_extra_images_follow_the_pairs(split: Split) -> None:
     batch = batches(split, extra_img=2)[0, 0]
     assert batch.pairs == 6 and len(batch.regions) == 18 and len(batch.ids) == 6
     every = split.regions(np.arange(split.images))
@@ -241,7 +224,7 @@ def test_extra_images_are_rows_behind_the_pairs(split: Split) -> None:
 
 
 def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:
-    """An item's own among them (SPEC §7)."""
+    """An item's own caption or image may be drawn, too (SPEC §7)."""
     captions, images = torch.zeros(55), torch.zeros(11)
     every = split.regions(np.arange(split.images))
     own_captions = own_images = 0
@@ -260,7 +243,7 @@ def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:
         assert counts.min() > mean / 2 and counts.max() < mean * 2
 
 
-def test_the_order_depends_on_seed_and_epoch(split: Split) -> None:
+def test_order_depends_on_seed_and_epoch(split: Split) -> None:
     firsts = [batches(split, seed=seed)[epoch, 0] for seed, epoch in ((0, 0), (1, 0), (0, 1))]
     orders = {tuple(batch.captions.tolist()) for batch in firsts}
     assert len(orders) == 3
@@ -273,7 +256,7 @@ def test_extras_depend_on_the_seed(split: Split, monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(first.captions[6:], second.captions[6:])
 
 
-def test_the_last_batch_of_one_is_kept_or_skipped(split: Split) -> None:
+def test_last_batch_of_one_is_kept_or_skipped(split: Split) -> None:
     assert len(batches(split)) == 10
     assert len(batches(split, skip_single=True)) == 9
     assert len(batches(split, skip_single=True, batch_size=7)) == 8  # 55 = 7 * 7 + 6
@@ -283,6 +266,6 @@ def test_the_last_batch_of_one_is_kept_or_skipped(split: Split) -> None:
 
 
 @pytest.mark.parametrize("option", ["batch_size", "extra_stc", "extra_img", "workers", "seed"])
-def test_impossible_numbers_are_named(option: str) -> None:
+def test_negative_numbers_are_refused(option: str) -> None:
     with pytest.raises(InputError, match=f"--{option} -1"):
         DataConfig(**{option: -1})

@@ -217,7 +217,7 @@ def test_retrievals_of_files_that_do_not_fit(
     np.save(tmp_path / "s.npy", np.zeros((2, 10), np.float32))
     assert "shape (2, 10); expected the scores of 3 images and 15 captions" in refused()
     (tmp_path / "s.npy").write_text("none")
-    assert "s.npy: no whole .npy array" in refused()
+    assert "s.npy: not a complete .npy array" in refused()
     (tmp_path / "id_mapping.json").write_text("{}")
     assert "id_mapping.json: lacks 7, 8, 9 of test_ids.txt" in refused()
     (tmp_path / "test_ids.txt").write_text("7\n")

@@ -553,7 +553,7 @@ def test_nan_met_in_a_batch_ends_the_program_with_its_line(
     monkeypatch: pytest.MonkeyPatch,
     workers: str,
 ) -> None:
-    monkeypatch.setattr("data.CHEAP_BYTES", 0)
+    monkeypatch.setattr("data.SMALL_FILE", 0)
     spoil_features(tiny)
     assert run_train(*tiny_train(tiny, "--num_epochs", "1", "--workers", workers)) == 2
     assert "train_ims.npy: row 3 holds NaN or infinite features; the last" in last_line(capsys)

@@ -37,17 +37,17 @@ def is_punctuation(c: str) -> bool:
 
 def pieces(entries: set[str], word: str) -> list[str]:
     """Greedy longest match."""
-    found, first = [], 0
+    matched, first = [], 0
     while first < len(word):
         for stop in range(len(word), first, -1):
             piece = ("##" if first else "") + word[first:stop]
             if piece in entries:
-                found.append(piece)
+                matched.append(piece)
                 first = stop
                 break
         else:
             return ["[UNK]"]
-    return found if len(word) <= 100 else ["[UNK]"]
+    return matched if len(word) <= 100 else ["[UNK]"]
 
 
 def tokens_by_spec(entries: set[str], caption: str) -> list[str]:
@@ -89,7 +89,7 @@ def test_tokens_equal_an_oracle_from_the_spec(vocabulary: Vocabulary) -> None:
         assert [vocabulary.entries[i] for i in row[real]] == expected, ascii(caption)
 
 
-def test_a_long_caption_is_cut_and_a_short_one_padded() -> None:
+def test_long_caption_is_cut_and_short_one_padded() -> None:
     vocabulary = Vocabulary.load(GOLDEN / "i2t/bert")
     ids, mask = vocabulary.encode(["a man " * 9, "", "dog"], 7)
     cls, sep = vocabulary.entries.index("[CLS]"), vocabulary.entries.index("[SEP]")
@@ -106,17 +106,17 @@ def test_no_captions_give_no_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (None, "not found"),
         (b"[PAD]\n\xff\n", "line 2 is not UTF-8"),
-        (b"[PAD]\n[UNK]\n[CLS]\na\n", "no entry [SEP]"),
+        (b"[PAD]\n[UNK]\n[CLS]\na\n", "[SEP]"),
         (b"a\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n", "first entry 'a'"),
     ],
 )
-def test_bad_vocabularies(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_bad_vocabularies(tmp_path: Path, content: bytes | None, expected: str) -> None:
     if content is not None:
         (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"vocab\.txt") as error:
         Vocabulary.load(tmp_path)
-    assert said in str(error.value)
+    assert expected in str(error.value)

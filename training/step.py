@@ -50,7 +50,7 @@ class TrainStep:
         """
         config = self.config
         self.model.train()
-        output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.states)
+        output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.hidden_states)
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
         path = path_loss(output.paths, output.meanings, config.batch_size)
         loss = rank + config.trade_off * path

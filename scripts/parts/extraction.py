@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from common.errors import InputError, raise_first, require
+from common.errors import InputError, require
 from common.files import (
     explain_os_errors,
     map_array,
@@ -26,11 +26,11 @@ from common.layout import (
     CAPTIONS_PER_IMAGE,
     SplitName,
     boxes_file,
+    check_named,
     count_images,
     extraction_file,
     ids_file,
-    nameless_problems,
-    pictures_digest,
+    images_digest,
     read_captions,
     read_ids,
     split_files,
@@ -54,7 +54,7 @@ class Extraction:
         self._end_renaming()
         self.captions = read_captions(captions)
         self.ids = read_ids(ids, count_images(captions, self.captions))
-        raise_first(nameless_problems(ids, names, self.ids))
+        check_named(ids, self.ids, names)
         self.arrays: list[np.memmap] = []
         self.state: dict[str, Any] = {}  # what the record holds
 
@@ -93,7 +93,7 @@ class Extraction:
         `about` is what the rows depend on, `dtype` among it. Raises InputError where what is there
         is of another run, or damaged.
         """
-        self.state = self._recorded(about | {"ids": pictures_digest(self.ids, self.names)})
+        self.state = self._recorded(about | {"ids": images_digest(self.ids, self.names)})
         if self.complete:
             self._check_complete()
             return
@@ -217,7 +217,7 @@ class Extraction:
         ids = [self.ids[row] for row in kept]
         for path, lines in zip(self.results[2:], (captions, ids), strict=True):
             write_lines(self._fresh(path), lines)
-        self.state["about"]["ids"] = pictures_digest(ids, self.names)
+        self.state["about"]["ids"] = images_digest(ids, self.names)
 
 
 def _blocks(array: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:

@@ -7,9 +7,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common.errors import raise_first
 from common.files import write_bytes
-from common.layout import SplitName, ids_file, nameless_problems, read_ids, read_names
+from common.layout import SplitName, check_named, ids_file, read_ids, read_names
 from scripts.parts.images import find_pictures, read_picture
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -25,7 +24,7 @@ def picture_files(data: Path, split: SplitName, images: int, pictures: Path) -> 
     """
     path, names = ids_file(data, split), read_names(data)
     ids = read_ids(path, images)
-    raise_first(nameless_problems(path, names, ids))
+    check_named(path, ids, names)
     files = find_pictures(pictures, names)
     return tuple(files[key] for key in ids)
 
