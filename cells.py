@@ -1,8 +1,8 @@
 """cells.py — the four interaction cells of DIME (SPEC §5): RIC, GLGC, IMRC, CMRC.
 
-A cell refines query tokens `[Q, C, L, D]` in the light of its view of the contexts. It knows
-nothing of the layer it sits in, of direction or of loss. The axes are those of `router.py`; where
-C = 1 nothing depends on the context yet, and broadcasting does the rest.
+A cell refines query tokens `[Q, C, L, D]`, given its projections of the contexts. It knows nothing
+of the layer it sits in, of direction or of loss. The axes are those of `router.py`: C = 1 if
+nothing depends on the context yet, and broadcasting does the rest.
 """
 
 from collections.abc import Callable
@@ -12,44 +12,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import AffinityNorm, CellName, Routing
+from common.config import AffinityNorm, Routing
 from router import Cell, Modality, Router, UniformRouter
 
 LEAK = 0.1  # slope of the leaky ReLU in the affinities, as in SCAN
-NO_LENGTH = 1e-12  # a vector shorter than this is divided by this, as torch's normalize does
-NO_SUM = 1e-8  # the same for l1norm and l2norm, which add it
+NO_LENGTH = 1e-12  # a shorter vector is divided by this, as in `F.normalize`
+NO_SUM = 1e-8  # added to the divisor of l1norm and l2norm
 
 
 class RectifiedIdentity(Cell):
-    """RIC (§5.0): keep what is there, rectified."""
-
-    skips = False  # it has no product to save
+    """RIC (§5.0), rectified identity: `relu(x)`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.relu()
 
 
 class GlobalLocalGuidance(Cell):
-    """GLGC (§5.1): the whole of the other modality guides each token."""
+    """GLGC (§5.1): the whole of the other modality, u, guides each token.
+
+    `(1 + norm_L(fc(x) * u)) * x`
+    """
 
     def __init__(self, dim: int, router: nn.Module) -> None:
         super().__init__(router)
         self.fc = nn.Linear(dim, dim)
 
-    def view(self, context: Modality) -> tuple[Tensor, ...]:
+    def project_context(self, context: Modality) -> tuple[Tensor, ...]:
         return (context.pooled.sign()[None, :, None, :],)  # [1, C, 1, D]
 
     def forward(self, x: Tensor, guide: Tensor) -> Tensor:
-        # REFERENCE: norm_L(fc(x) * guide), over tokens and not over channels. The guide is
-        # constant along L, so only its sign is left, and no gradient reaches it.
-        x = x.contiguous()  # so that one call multiplies and adds the bias
+        # REFERENCE: norm_L(fc(x) * guide), over tokens and not over channels. The guide u is
+        # constant along L, so norm_L(fc(x) u) = u / |u| norm_L(fc(x)) = sign(u) norm_L(fc(x)): only
+        # its sign acts, no gradient reaches it, and the norm needs no product for each pair.
+        x = x.contiguous()  # one call then multiplies and adds the bias
         scaled = self.fc(x)
         scale = guide.to(x.dtype) * _inverse_length(scaled)  # [Q, C, 1, D]
         return torch.addcmul(x, scaled * scale, x)  # (1 + guide * unit) * x
 
 
 class IntraModalReasoning(Cell):
-    """IMRC (§5.2): self-attention among the tokens, then a feed-forward layer."""
+    """IMRC (§5.2): self-attention among the tokens, then a feed-forward layer.
+
+    `y = x + MHA(x)`, `y + fc2(relu(fc1(y)))`
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int, router: nn.Module) -> None:
         super().__init__(router)
@@ -63,13 +68,14 @@ class IntraModalReasoning(Cell):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # New tensors that no gradient asks for are added to in place: a pass through memory less.
+        # Adding in place to tensors that no gradient needs saves a pass through memory.
         x = x.contiguous()
         y = self._attend(x).add_(x)
         return self.fc2(self.fc1(y).relu_()).add_(y)
 
     def _attend(self, x: Tensor) -> Tensor:
-        # Two batched products: with 16 channels a head the fused attention is slower on a CPU.
+        # Two batched products: with 16 channels a head, `scaled_dot_product_attention` is slower
+        # on a CPU.
         # REFERENCE: no mask (padded words attend and are attended to), no output projection.
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [Q, C, L, 3, H, D/H]
         query, key, value = split.movedim(-3, 0).transpose(-3, -2)  # each [Q, C, H, L, D/H]
@@ -79,7 +85,10 @@ class IntraModalReasoning(Cell):
 
 
 class CrossModalRefinement(Cell):
-    """CMRC (§5.3): each token attends to the other modality's tokens and is refined by them."""
+    """CMRC (§5.3): each token attends to the tokens c of the other modality, which refine it.
+
+    `a = softmax_M(smooth * norm(x c^T)) c`, `x + fc2(relu(fc1(x * tanh(scale(a)) + shift(a))))`
+    """
 
     def __init__(self, dim: int, norm: AffinityNorm, smooth: float, router: nn.Module) -> None:
         super().__init__(router)
@@ -89,33 +98,33 @@ class CrossModalRefinement(Cell):
         self.fc1 = nn.Linear(dim, dim)
         self.fc2 = nn.Linear(dim, dim)
 
-    def view(self, context: Modality) -> tuple[Tensor, ...]:
-        # The weights sum to one, so Linear(P c) = P Linear(c): the context is projected once
-        # per item and not once per pair.
+    def project_context(self, context: Modality) -> tuple[Tensor, ...]:
+        # The attention weights P sum to one, so Linear(P c) = P Linear(c): a context is projected
+        # once, and not once for each query.
         projected = self.scale_shift(context.tokens)  # [C, M, 2D]
         return context.tokens[None], context.mask[None, :, None, :], projected[None]
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor, projected: Tensor) -> Tensor:
         weights = self.attention(x, tokens, mask)  # [Q, C, L, M]
         scale, shift = (weights @ projected).float().chunk(2, -1)  # [Q, C, L, D] each
-        # x tanh(scale) + shift: tanh(s) = 2 sigmoid(2s) - 1, and `tanh` takes a processor five
-        # times as long. In float32, since a bfloat16 near 1/2 would tell little of a small tanh.
+        # x tanh(scale) + shift, by tanh(s) = 2 sigmoid(2s) - 1: on a CPU `tanh` is five times as
+        # slow as `sigmoid`. In float32, because a sigmoid near 1/2 in bfloat16 loses a small tanh.
         modulated = torch.addcmul(shift - x, x, (2 * scale).sigmoid_(), value=2)
         return self.fc2(self.fc1(modulated).relu_()).add_(x)
 
     def attention(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """What each query token looks at: weights `[Q, C, L, M]`, 0 on masked context tokens."""
+        """Return attention weights `[Q, C, L, M]` over the context tokens, 0 on masked ones."""
         affinity = self.norm(x @ tokens.to(x.dtype).mT)  # [Q, C, L, M]
         return (self.smooth * affinity).masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def _unit_over_tokens(x: Tensor) -> Tensor:
-    """`x` with unit length along the token axis L."""
+    """Return `x` with unit length along the token axis L."""
     return x * _inverse_length(x)
 
 
 def _inverse_length(x: Tensor) -> Tensor:
-    """One over the length of `x` along the token axis L; the sum of squares is kept in float32."""
+    """Return 1 / length of `x` along the token axis L; the sum of squares is in float32."""
     squares = x.float().square().sum(-2, keepdim=True)
     return squares.clamp_min(NO_LENGTH**2).rsqrt().to(x.dtype)
 
@@ -135,7 +144,7 @@ def _clip(x: Tensor) -> Tensor:
     return F.leaky_relu(x, LEAK)
 
 
-# `raw_feature_norm_CMRC`: each over the query tokens L, for every context token.
+# `raw_feature_norm_CMRC`: each normalises over the query tokens L, for every context token.
 AFFINITY_NORMS: dict[AffinityNorm, Callable[[Tensor], Tensor]] = {
     "clipped_l2norm": lambda a: _unit_over_tokens(_clip(a)),
     "l2norm": _over_length,
@@ -149,7 +158,7 @@ AFFINITY_NORMS: dict[AffinityNorm, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class CellSizes:
-    """What the cells of every layer have in common."""
+    """The sizes and options that the cells of every layer share."""
 
     dim: int  # D
     heads: int  # H of IMRC
@@ -159,10 +168,13 @@ class CellSizes:
     smooth: float  # inverse temperature of CMRC's attention (lambda_softmax)
     routing: Routing = "soft"
 
-    def cell(self, name: CellName, paths: int) -> Cell:
-        """A new cell with a router for `paths` out-paths."""
-        uniform = self.routing == "uniform"
-        router = UniformRouter(paths) if uniform else Router(self.dim, self.router_hidden, paths)
+    def cell(self, name: str, paths: int) -> Cell:
+        """Return a new cell with a router for `paths` out-paths."""
+        router: nn.Module
+        if self.routing == "uniform":
+            router = UniformRouter(paths)
+        else:
+            router = Router(self.dim, self.router_hidden, paths)
         if name == "ric":
             return RectifiedIdentity(router)
         if name == "glgc":

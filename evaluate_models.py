@@ -1,84 +1,128 @@
 """evaluate_models.py — retrieval results of one model or an ensemble (SPEC §10).
 
-Turns checkpoints, own or published, into one score matrix; every figure is computed from it.
+It turns checkpoints, native or official, or saved score matrices into one score matrix, and
+computes every metric from that. torch and transformers are imported inside functions, once the
+options are parsed, so that `--help` answers at once.
 """
+
+from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import numpy as np
-import torch
-
-from checkpoint.bert import Bert, bert_files
-from checkpoint.checkpoint import (
-    Checkpoint,
-    bert_folder,
-    bert_of,
-    build_model,
-    common_option,
-    json_beside,
-    read_checkpoint,
-    warn_of_selection,
-)
 from common.cli import parse, pick_device, print_line, run, warn_if_bf16_is_slow
 from common.config import Precision
-from common.errors import InputError, require
-from common.files import write_array, write_arrays, write_json
-from common.layout import SplitName, count_images, files_of, read_captions, split_files
-from data import Split
-from evalconfig import DESCRIPTION, EvaluateConfig, EvaluatedSplit, check_different, check_outputs
-from evaluation import (
-    MSCOCO_IMAGES,
-    as_text,
-    ceiling,
-    check_folds,
-    image_of_caption,
-    map_scores,
-    mean_matrix,
-    mean_of_files,
-    measured,
-    ranked,
-)
-from model import DIME
-from scoring import Scorer, behind, encode_split, shortlist, shortlisted
-from scripts.parts.mscoco import eccv_metrics, extended, known_ids
+from common.errors import InputError, check_range, require
+from common.files import check_writable, write_array, write_json
+from common.layout import files_of, read_captions, split_files
+from common.results import MSCOCO_IMAGES, EvaluationResult, ProtocolResult
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from checkpoint import Checkpoint
+    from checkpoint.bert import Bert
+    from data import Split
+    from model import DIME
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION = """Evaluate one DIME model, or an ensemble of several, on a split.
+
+  python evaluate_models.py --model_path runs/f30k/i2t/model_best.pth.tar --data_path data
+  python evaluate_models.py --model_path I2T.pth.tar T2I.pth.tar --data_path data --fold5
+  python evaluate_models.py --scores i2t.npy t2i.npy --bootstrap 1000
+
+Prints R@1 R@5 R@10, median and mean rank in both directions; for 5,000 images as the mean of five
+folds (MSCOCO 1K) and for all images (5K). Reads this project's checkpoints, the official ones, and
+.safetensors."""
+
+EvaluatedSplit = Literal["dev", "test", "testall"]
+FROM_CHECKPOINT = " (default: the checkpoint's)"
+LEAST_SAMPLES = 100  # of the bootstrap: with fewer, a single sample would be a bound
+FIGURES = ("r1", "r5", "r10", "medr", "meanr")
+GROUPS = {
+    "models and data": ("model_path", "scores", "data_path", "data_name", "bert_path", "split"),
+    "metrics": ("fold5", "bootstrap", "shortlist"),
+    "output": ("save_scores", "json"),
+    "hardware": ("device", "precision", "compile", "workers"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Every option of evaluation. Data, BERT and precision default to the checkpoints'."""
+
+    model_path: Annotated[
+        list[str] | None,
+        "checkpoints, native, official or .safetensors; two or more are an ensemble",
+    ] = None
+    scores: Annotated[
+        list[str] | None,
+        "instead of models: saved score matrices, whose mean is an ensemble's; also pass "
+        "--data_path, --data_name and --split to say which split they belong to",
+    ] = None
+    data_path: Annotated[str | None, "folder of the data sets' folders" + FROM_CHECKPOINT] = None
+    data_name: Annotated[str | None, "data set's folder, like f30k_precomp" + FROM_CHECKPOINT] = (
+        None
+    )
+    bert_path: Annotated[str | None, "folder of the BERT it was trained with" + FROM_CHECKPOINT] = (
+        None
+    )
+    split: Annotated[EvaluatedSplit | None, "default: test; with --fold5 testall, if it exists"] = (
+        None
+    )
+    fold5: Annotated[bool, "mean of five equal slices of the images (MSCOCO 1K)"] = False
+    bootstrap: Annotated[
+        int, "95 %% intervals from this many samples of the images, 100 or more; 0: none"
+    ] = 0
+    shortlist: Annotated[
+        int | None,
+        "approximate: score only the best N captions of an image and images of a caption, by the "
+        "product of their pooled vectors",
+    ] = None
+    save_scores: Annotated[str | None, "write the score matrix (images, captions), .npy"] = None
+    json: Annotated[str | None, "write the result, unrounded"] = None
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    precision: Annotated[
+        Precision | None, "bf16 computes products in bfloat16" + FROM_CHECKPOINT
+    ] = None
+    compile: Annotated[bool | None, "compile the routing (default: if it saves time)"] = None
+    workers: Annotated[int, "processes that read features; 0: the program itself"] = 2
+
+    def __post_init__(self) -> None:
+        if bool(self.model_path) == bool(self.scores):
+            raise InputError("expected either --model_path or --scores")
+        check_range(self, ("workers", "bootstrap"), 0)
+        check_range(self, ("shortlist",), 1)
+        for name, kind in (("split", EvaluatedSplit), ("precision", Precision)):
+            value, known = getattr(self, name), get_args(kind)
+            if value is not None and value not in known:
+                raise InputError(f"--{name} {value}: expected one of {', '.join(known)}")
+        if 0 < self.bootstrap < LEAST_SAMPLES:
+            raise InputError(
+                f"--bootstrap {self.bootstrap}: expected 0 or at least {LEAST_SAMPLES}"
+            )
+        if self.scores:
+            for name in ("shortlist", "precision", "bert_path", "compile", "device", "workers"):
+                unused = getattr(self, name) == getattr(EvaluateConfig, name)  # the default
+                require(unused, f"--{name} goes with --model_path, not with --scores")
+            given = [x is not None for x in (self.data_path, self.data_name)]
+            if any(given) and not (all(given) and self.split):
+                raise InputError("--scores: give --data_path, --data_name and --split together")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(EvaluateConfig, argv, DESCRIPTION)
-    _write(config, *_evaluated(config), printed=True)
-
-
-def _write(
-    config: EvaluateConfig,
-    result: dict[str, Any],
-    scores: np.ndarray,
-    found: dict[str, np.ndarray],
-    printed: bool,
-) -> None:
-    """Write what was asked for. Raises InputError, once all of it was tried."""
-    files = (
-        (write_array, config.save_scores, scores),
-        (write_arrays, config.ranks, found),
-        (write_json, config.json, result),
-    )
-    works = [partial(write, Path(path), content) for write, path, content in files if path]
-    works += [partial(print_line, as_text(result))] if printed else []
-    problems = []
-    for work in works:
-        try:
-            work()
-        except InputError as error:  # which loses no other output
-            problems.append(str(error))
-    require(not problems, "; ".join(problems))
+    config = parse(EvaluateConfig, argv, DESCRIPTION, groups=GROUPS)
+    result, scores = _evaluate(config)
+    _write(config, result, scores, printed=True)
 
 
 def evaluate(
@@ -88,142 +132,177 @@ def evaluate(
     bert_path: str | Path | None = None,
     split: EvaluatedSplit | None = None,
     fold5: bool = False,
-    precision: Precision | None = None,
-    device: str = "auto",
-    workers: int = 2,
-    save_scores: str | Path | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """Results of one model, or of an ensemble: the mean of the models' score matrices.
+    **options: Any,
+) -> EvaluationResult:
+    """Return the result of one model, or of an ensemble: the mean of the models' score matrices.
 
-    Data, BERT and precision that are not given are the checkpoints'; the split is test, or for
-    fold5, protocols and extended testall where there is one. `more` are further options of
-    `EvaluateConfig`. Raises InputError where a file or a combination cannot be used.
-
-    Returns what `--json` writes, None where it is not known:
-
-    * `models`, `scores`, `data_name`, `split`, `images`, `captions`: what was evaluated;
-    * `fingerprints`: what each model read and was trained on: `data`, `bert`, `training`;
-    * `seconds` of scoring, and `closed`, the share of closed gates `[model][layer][cell]`;
-    * `shortlist`: `count`, the `share` of pairs that were scored, `ceiling` of the recalls, %;
-    * `extended`: figures by name and direction, %;
-    * `protocols`: by name `metrics`, the `folds` whose mean they are, and `intervals`;
-    * `metrics`, `folds`, `intervals` of the first protocol.
+    `options` are further options of `EvaluateConfig`; `scores=[paths]` evaluates saved matrices.
+    Data, BERT and precision default to the checkpoints'; the split is test, or with `fold5` testall
+    if it exists. Raises InputError if a file or a combination cannot be used.
     """
-    paths, more["scores"] = _several(model_paths), _several(more.get("scores"))
     config = EvaluateConfig(
-        model_path=paths,
-        data_path=data_path,
+        model_path=_as_list(model_paths),
+        scores=_as_list(options.pop("scores", None)),
+        data_path=None if data_path is None else str(data_path),
         data_name=data_name,
-        bert_path=bert_path,
+        bert_path=None if bert_path is None else str(bert_path),
         split=split,
         fold5=fold5,
-        precision=precision,
-        device=device,
-        workers=workers,
-        save_scores=save_scores,
-        **more,
+        **options,
     )
-    result, scores, found = _evaluated(config)
-    _write(config, result, scores, found, printed=False)
+    result, scores = _evaluate(config)
+    _write(config, result, scores)
     return result
 
 
-def _several(paths: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path] | None:
-    return [paths] if isinstance(paths, str | Path) else paths
+def _as_list(paths: str | Path | Sequence[str | Path] | None) -> list[str] | None:
+    if paths is None:
+        return None
+    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
-def _evaluated(
-    config: EvaluateConfig,
-) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
-    """What `evaluate` gives, the score matrix, and every query's rank: none is written yet."""
-    check_different(config)
-    package = eccv_metrics() if config.extended else None  # before the long work
-    about, scores, ids = (_of_files if config.scores else _of_models)(config, package)
+def _evaluate(config: EvaluateConfig) -> tuple[EvaluationResult, np.ndarray]:
+    """Return the result and the score matrix; nothing is written yet."""
+    from evaluation import evaluate_folds, evaluate_whole
+
+    _check_different(config)
+    about, scores = _scores_of_files(config) if config.scores else _scores_of_models(config)
     images, captions = scores.shape
-    about |= {"images": images, "captions": captions, "extended": None}
-    if images != MSCOCO_IMAGES and (config.fold5 or config.protocols):
-        found = f"the protocols 1k5 and 5k are MSCOCO's, of {MSCOCO_IMAGES} images"
-        log.warning("%d images: %s; 5k is the whole split here, 1k5 fifths of it", images, found)
-    if ids is not None:
-        about["extended"] = extended(package, scores, ids)
-    protocols, every = {}, {}
-    for protocol in config.all_protocols:
-        folds = ranked(scores, protocol)
-        protocols[protocol] = measured(folds, protocol, config.bootstrap)
-        sides = [np.concatenate(side) for side in zip(*folds, strict=True)]
-        prefix = f"{protocol}." if len(config.all_protocols) > 1 else ""
-        every |= {f"{prefix}i2t": sides[0], f"{prefix}t2i": sides[1]}
-    first = next(iter(protocols.values()))
-    return about | first | {"protocols": protocols}, scores, every
+    folds = config.fold5 or images == MSCOCO_IMAGES
+    unknown = dict.fromkeys(("models", "scores", "fingerprints", "seconds", "shortlist"))
+    result = EvaluationResult(
+        **unknown | about,
+        images=images,
+        captions=captions,
+        whole=evaluate_whole(scores, config.bootstrap),
+        fold5=evaluate_folds(scores, config.bootstrap) if folds else None,
+        fold5_asked=config.fold5,
+    )
+    return result, scores
 
 
-def _of_files(
-    config: EvaluateConfig, package: Any
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
-    """Scores that were saved; what they are of is known where data is named."""
-    paths = config.scores
-    folder = None if config.data_path is None else Path(config.data_path) / config.data_name
-    data = files_of(folder, config.split) if folder else []
-    check_outputs(config, [*paths, *data])
+def _write(
+    config: EvaluateConfig, result: EvaluationResult, scores: np.ndarray, printed: bool = False
+) -> None:
+    """Write every output; a failure of one loses no other. Raises InputError afterwards."""
+    tasks: list[Callable[[], None]] = []
+    if config.save_scores:
+        tasks.append(partial(write_array, Path(config.save_scores), scores))
+    if config.json:
+        tasks.append(partial(write_json, Path(config.json), result.to_json()))
+    if printed:
+        tasks.append(partial(print_line, as_text(result)))
+    problems = []
+    for task in tasks:
+        try:
+            task()
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def _check_different(config: EvaluateConfig) -> None:
+    """Raise InputError if an ensemble holds one file twice, under whatever names."""
+    option = "--scores" if config.scores else "--model_path"
+    seen: dict[str, str] = {}
+    for path in config.scores or config.model_path or ():
+        place = os.path.realpath(path)
+        if place in seen:
+            raise InputError(f"{option} {path}: is the same file as {seen[place]}")
+        seen[place] = path
+
+
+def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:
+    """Raise InputError before the long work if an output cannot be written or is an input."""
+    outputs = {"save_scores": config.save_scores, "json": config.json}
+    for name, path in outputs.items():
+        if not path:
+            continue
+        others = [other for key, other in outputs.items() if key != name and other]
+        try:
+            check_writable(Path(path), [*inputs, *others])
+        except InputError as error:
+            raise InputError(f"--{name} {error}") from error
+
+
+def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the mean of saved score matrices, and what the options say of them."""
+    import numpy as np
+
+    from checkpoint.checkpoint import warn_of_selection
+    from common.layout import count_images
+    from evaluation import check_folds, is_reranked, map_scores, mean_matrix
+
+    paths = config.scores or []
+    folder = Path(config.data_path) / str(config.data_name) if config.data_path else None
+    data = files_of(folder, config.split) if folder and config.split else []
+    _check_outputs(config, [*paths, *data])
     matrices = [map_scores(Path(path)) for path in paths]
-    if data:
+    images = len(matrices[0])
+    if folder and config.split:
         captions = split_files(folder, config.split)[1]
-        images, found = count_images(captions, read_captions(captions)), len(matrices[0])
-        require(images == found, f"{paths[0]}: scores of {found} images; {captions} has {images}")
+        expected = count_images(captions, read_captions(captions))
+        if images != expected:
+            raise InputError(f"{paths[0]}: scores of {images} images; {captions} has {expected}")
     for path, matrix in zip(paths, matrices, strict=True):
-        shapes = f"{matrix.shape}; {paths[0]} has {matrices[0].shape}"
-        require(matrix.shape == matrices[0].shape, f"{path}: scores of shape {shapes}")
-        warn_of_selection(path, config.split)  # of what model they are is not known
-        if shortlisted(matrix):
-            log.warning("%s: if these are scores of a shortlist, the results are approximate", path)
-    if "1k5" in config.all_protocols:
-        check_folds(len(matrices[0]), paths[0])
-    ids = known_ids(package, folder, config.split, len(matrices[0])) if package else None
-    scores = matrices[0] if len(matrices) == 1 else mean_of_files(paths, matrices)
-    known = {"scores": [str(path) for path in paths], "data_name": config.data_name}
-    unknown = dict.fromkeys(("models", "fingerprints", "seconds", "closed", "shortlist"))
-    return unknown | known | {"split": config.split}, scores, ids
+        if matrix.shape != matrices[0].shape:
+            raise InputError(
+                f"{path}: shape {matrix.shape}; expected {matrices[0].shape}, that of {paths[0]}"
+            )
+        warn_of_selection(path, config.split)
+        if is_reranked(matrix):
+            log.warning("%s: looks like scores of a shortlist; the result is approximate", path)
+    if config.fold5:
+        check_folds(images, paths[0])
+    about = {"scores": paths, "data_name": config.data_name, "split": config.split}
+    if len(matrices) == 1:
+        return about, matrices[0]
+    dtype = np.result_type(np.float32, *matrices)
+    try:
+        with np.errstate(over="raise"):
+            return about, mean_matrix(np.array(matrix, dtype) for matrix in matrices)
+    except FloatingPointError as error:
+        raise InputError(f"{', '.join(paths)}: their sum overflows {dtype}") from error
 
 
-def _of_models(
-    config: EvaluateConfig, package: Any
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
-    """Scores that the models give."""
-    paths, device = config.model_path, pick_device(config.device)
-    models = [*paths, *(json_beside(Path(path)) for path in paths)]
-    check_outputs(config, models)  # before they are read
+def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray]:
+    """Return the mean of the models' score matrices, and what is known of models and data."""
+    from checkpoint.bert import bert_files
+    from checkpoint.checkpoint import bert_folder, common_option, json_beside, read_checkpoint
+
+    paths, device = config.model_path or [], pick_device(config.device)
+    files: list[str | Path] = [*paths, *(json_beside(Path(path)) for path in paths)]
+    _check_outputs(config, files)
     checkpoints = [read_checkpoint(path) for path in paths]
     data_name = config.data_name or common_option(checkpoints, "data_name")
     folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
     split = config.split
     if split is None:
-        whole = config.of_whole_split and os.path.isfile(folder / "testall_ims.npy")
-        split = "testall" if whole else "test"
+        has_testall = os.path.isfile(split_files(folder, "testall")[0])
+        split = "testall" if config.fold5 and has_testall else "test"
     berts = [bert_folder(checkpoint, config.bert_path) for checkpoint in checkpoints]
-    inputs = [*models, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
-    check_outputs(config, inputs)
-    opened = [_open(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
-    ids = known_ids(package, folder, split, opened[0].split.images) if package else None
-    scorers = [each.scorer(config, device) for each in opened]
+    _check_outputs(
+        config, [*files, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
+    )
+    # Every model is opened before the first one is run: a fault of the second is not found late.
+    models = [_open_model(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
     since = time.monotonic()
-    scores, limits = _scores(scorers, config.shortlist, config.compile)
+    scores, limits = _ensemble_scores(models, config, device)
     about = {
-        "models": [str(path) for path in paths],
-        "scores": None,
+        "models": paths,
         "data_name": data_name,
         "split": split,
-        "fingerprints": [each.fingerprints for each in opened],
+        "fingerprints": [model.fingerprints for model in models],
         "seconds": round(time.monotonic() - since, 2),
-        "closed": [(scorer.closed / scorer.scored).tolist() for scorer in scorers],
         "shortlist": limits,
     }
-    return about, scores, ids
+    return about, scores
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """One model, and what it is evaluated on."""
+class _OpenModel:
+    """One model, and the split it is evaluated on."""
 
     checkpoint: Checkpoint
     split: Split
@@ -232,66 +311,112 @@ class _Opened:
 
     @property
     def fingerprints(self) -> dict[str, str | None]:
-        """Of what the model read, and was trained on."""
-        read = {"data": self.split.fingerprint, "bert": self.bert.fingerprint}
-        return read | {"training": self.checkpoint.state.get("train_data")}
-
-    def scorer(self, config: EvaluateConfig, device: torch.device) -> Scorer:
-        """The model with all images and captions of the split, encoded by it."""
-        path, sizes = self.checkpoint.path, self.checkpoint.config
-        log.info(
-            "%s (%s on %s): %d images and %d captions of %s",
-            *(path, sizes.direction, device),
-            *(self.split.images, len(self.split.captions), self.split.path),
-        )
-        where = {"device": device, "workers": config.workers}
-        texts = (self.bert.vocabulary, sizes.max_words)
-        encoded = encode_split(self.model, self.split, *texts, **where)
-        return Scorer(self.model, encoded, device, str(path))
+        """SHA-256 of what the model reads now, and of the data it was trained on."""
+        inputs = {"data": self.split.fingerprint, "bert": self.bert.fingerprint}
+        return inputs | {"training": self.checkpoint.state.get("train_data")}
 
 
-def _open(
+def _open_model(
     checkpoint: Checkpoint,
     folder: Path,
-    name: SplitName,
+    name: EvaluatedSplit,
     config: EvaluateConfig,
     device: torch.device,
-) -> _Opened:
-    """A model, ready to encode a split. Raises InputError where one does not go with the other."""
+) -> _OpenModel:
+    """Return a model that is ready to encode a split. Raises InputError if they do not fit."""
+    from checkpoint.checkpoint import bert_of, build_model, warn_of_selection
+    from data import Split
+    from evaluation import check_folds
+
     split = Split.open(folder, name, checkpoint.config.img_dim)
-    selected_on = checkpoint.state.get("dev_data")
-    warn_of_selection(checkpoint.path, name, selected_on, split.fingerprint)
-    if "1k5" in config.all_protocols:
-        check_folds(split.images, split.path)  # before the long work, not after it
+    dev_data = checkpoint.state.get("dev_data")
+    warn_of_selection(checkpoint.path, name, dev_data, split.fingerprint)
+    if config.fold5:
+        check_folds(split.images, split.path)
     bert = bert_of(checkpoint, config.bert_path)
     model = build_model(checkpoint, bert, device)
-    if not config.skip:
-        model.space.skip_nothing()
-    model.precision = config.precision or checkpoint.options.get("precision", "fp32")
-    require(
-        model.precision in get_args(Precision),
-        f"{checkpoint.path}: precision {model.precision!r}; expected one of {get_args(Precision)}",
-    )
-    warn_if_bf16_is_slow(model.precision, device)
-    return _Opened(checkpoint, split, bert, model)
+    precision = config.precision or checkpoint.options.get("precision", "fp32")
+    if precision not in get_args(Precision):
+        raise InputError(f"{checkpoint.path}: precision {precision!r}; expected fp32 or bf16")
+    model.precision = precision
+    warn_if_bf16_is_slow(precision, device)
+    return _OpenModel(checkpoint, split, bert, model)
 
 
-def _scores(
-    scorers: Sequence[Scorer], count: int | None, compiled: bool | None
+def _ensemble_scores(
+    models: Sequence[_OpenModel], config: EvaluateConfig, device: torch.device
 ) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """The mean of the models' scores; with a shortlist of `count`, what it leaves out, too."""
-    if count is None:
-        for scorer in scorers:
-            scorer.model.compile_where_it_pays(compiled, scorer.encoded.pairs)
-        return mean_matrix(scorer.all_pairs() for scorer in scorers), None
-    products = mean_matrix(scorer.encoded.products() for scorer in scorers)
-    wanted = shortlist(products, count)
-    for scorer in scorers:
-        # on request alone: a query at a time is scored, and compiled code takes no fewer than two
-        scorer.model.compile_where_it_pays(bool(compiled), 0)
-    scores = behind(mean_matrix(scorer.some_pairs(wanted) for scorer in scorers), products, wanted)
-    limits = {"count": count, "share": float(wanted.mean())}
-    return scores, limits | {"ceiling": ceiling(wanted, image_of_caption(wanted.shape[1]))}
+    """Return the mean of the models' scores; with --shortlist also what it left out."""
+    import evaluation as ev
+
+    encoded: list[ev.Encoded] = []
+    for each in models:
+        log.info(
+            "%s (%s on %s): %d images and %d captions of %s",
+            *(each.checkpoint.path, each.model.direction, device),
+            *(each.split.images, len(each.split.captions), each.split.path),
+        )
+        encoded.append(
+            ev.encode_split(
+                *(each.model, each.split, each.bert.vocabulary),
+                device=device,
+                workers=config.workers,
+            )
+        )
+    runs = [(m.model, e, str(m.checkpoint.path)) for m, e in zip(models, encoded, strict=True)]
+    if config.shortlist is None:
+        for model, items, _ in runs:
+            model.compile_if_it_pays(config.compile, items.pairs)
+        return ev.mean_matrix(ev.score_all(m, e, device, name) for m, e, name in runs), None
+    coarse = ev.mean_matrix(items.coarse_scores() for items in encoded)
+    wanted = ev.shortlist(coarse, config.shortlist)
+    for model, _, _ in runs:  # one query at a time is scored, and compiled code takes at least two
+        model.compile_if_it_pays(bool(config.compile), 0)
+    exact = ev.mean_matrix(ev.score_some(m, e, wanted, device, name) for m, e, name in runs)
+    bound = ev.recall_upper_bound(wanted, ev.image_of_caption(wanted.shape[1]))
+    share = float(wanted.mean())
+    limits = {"count": config.shortlist, "share": share, "recall_upper_bound": bound}
+    return ev.rank_last(exact, coarse, wanted), limits
+
+
+def as_text(result: EvaluationResult) -> str:
+    """Return the lines that an evaluation prints (SPEC §10)."""
+    text = []
+    if result.shortlist:
+        count, bound = result.shortlist["count"], result.shortlist["recall_upper_bound"]
+        text.append(
+            f"Approximate: only the best {count} in each direction by pooled vectors were scored, "
+            f"{100 * result.shortlist['share']:.1f} % of all pairs; they hold a correct answer for "
+            f"{bound['i2t']:.1f} % of the images and {bound['t2i']:.1f} % of the captions"
+        )
+    if result.fold5:
+        for number, fold in enumerate(result.fold5.folds, 1):
+            text += [f"Fold {number}", *_lines(ProtocolResult(fold))]
+        text += [f"Mean of {len(result.fold5.folds)} folds", *_lines(result.fold5)]
+    if not result.fold5 or result.images == MSCOCO_IMAGES:
+        text += ["All images"] if result.fold5 else []
+        text += _lines(result.whole)
+    return "\n".join(text)
+
+
+def _lines(result: ProtocolResult) -> list[str]:
+    """Return the family's lines for one protocol, with its intervals if there are some."""
+    metrics, intervals = result.metrics, result.intervals
+    text = [f"rsum: {metrics.rsum:.1f}"]
+    for side, title in (("i2t", "Image to text"), ("t2i", "Text to image")):
+        recall = getattr(metrics, side)
+        mean = (recall.r1 + recall.r5 + recall.r10) / 3
+        text.append(f"Average {side} Recall: {mean:.1f}")
+        text.append(f"{title}: {' '.join(f'{getattr(recall, name):.1f}' for name in FIGURES)}")
+        if intervals:
+            bounds = (intervals[side][name] for name in FIGURES)
+            text.append(
+                f"95 % intervals: {' '.join(f'{low:.1f}-{high:.1f}' for low, high in bounds)}"
+            )
+    if intervals:
+        low, high = intervals["rsum"]
+        text.append(f"95 % interval of rsum: {low:.1f}-{high:.1f}")
+    return text
 
 
 if __name__ == "__main__":

@@ -1,283 +1,379 @@
-"""evaluation.py — what a score matrix is worth (SPEC §10): ranks, recalls, folds.
+"""evaluation.py — scores of all pairs of a split, and their ranks, recalls and folds (SPEC §10).
 
-It needs no model, and knows nothing of how the scores came about.
+It is given a model that encodes and scores, and knows nothing of checkpoints or options.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.cli import progress
 from common.errors import InputError, require
 from common.files import map_array
 from common.layout import CAPTIONS_PER_IMAGE
+from common.memory import chunk_size, describe_oom, is_oom
+from common.results import ProtocolResult, Recall, Retrieval
+from common.workers import load
+from data import ImageBlocks, Split
+from model import DIME
+from router import Modality
+from vocab import Vocabulary
 
-# Named by MSCOCO's: the mean of five folds, and the whole split, of however many images.
-Protocol = Literal["1k5", "5k"]
-Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from 0
+log = logging.getLogger(__name__)
 
-FOLDS = 5
-MSCOCO_IMAGES = 5000  # that its protocols are of
-LEVEL = 95  # percent of the intervals
-NO_NUMBERS = "the scores hold NaN or inf; expected numbers"
+IMAGE_BLOCK, CAPTION_BLOCK = 128, 256  # images and captions encoded at a time
+TILE = 128  # images, and captions, that are scored on the device together
 ROW_BLOCK = 256  # rows of a score matrix ranked at a time
+FOLDS = 5
+LEVEL = 95  # percent of the confidence intervals
+RERANK_GAP = 4  # scores and coarse scores of unit vectors are within ±1, so 4 separates them
+NOT_FINITE = "the scores hold NaN or inf; expected finite numbers"
+
+Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from 0
+Tile = tuple[Tensor, Tensor]  # indices of images and of encoded captions, all of them paired
+
+
+class BadScores(InputError):
+    """A model's scores hold NaN or inf."""
 
 
 @dataclass(frozen=True)
-class Recall:
-    """Recalls in percent, and median and mean rank from 1."""
+class Encoded:
+    """A split's encoded images and captions in main memory; each distinct caption once."""
 
-    r1: float
-    r5: float
-    r10: float
-    medr: float
-    meanr: float
-
-    @classmethod
-    def of(cls, ranks: np.ndarray) -> "Recall":
-        """From ranks `[queries]` of the best match, from 0."""
-        r1, r5, r10 = (float(100 * np.mean(ranks < k)) for k in (1, 5, 10))
-        return cls(r1, r5, r10, float(np.floor(np.median(ranks)) + 1), float(ranks.mean() + 1))
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Both ways of retrieval: captions of an image, images of a caption."""
-
-    i2t: Recall
-    t2i: Recall
-
-    @classmethod
-    def of(cls, of_images: np.ndarray, of_captions: np.ndarray) -> "Retrieval":
-        """From the ranks of images `[I]` and captions `[T]`, from 0."""
-        return cls(Recall.of(of_images), Recall.of(of_captions))
+    images: Modality
+    captions: Modality
+    text: np.ndarray  # [T] index of the encoded caption of each caption
 
     @property
-    def rsum(self) -> float:
-        """Sum of the six recalls."""
-        return sum(side.r1 + side.r5 + side.r10 for side in (self.i2t, self.t2i))
+    def pairs(self) -> int:
+        """Number of pairs of an image and a distinct caption."""
+        return len(self.images) * len(self.captions)
 
-    @property
-    def selection(self) -> float:
-        """What the best model has the most of."""
-        # REFERENCE: R@1 + R@5 of both ways, four recalls, though the published name is best_rsum.
-        return sum(side.r1 + side.r5 for side in (self.i2t, self.t2i))
+    def expand(self, columns: np.ndarray) -> np.ndarray:
+        """Return `[I, T]` from columns of distinct captions, `[I, distinct captions]`."""
+        return columns if columns.shape[1] == len(self.text) else columns[:, self.text]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, unrounded, for JSON."""
-        return {**asdict(self), "rsum": self.rsum}
+    def coarse_scores(self) -> np.ndarray:
+        """Return the products `[I, T]` of the pooled vectors."""
+        return self.expand((self.images.pooled @ self.captions.pooled.T).numpy())
 
 
-def image_of_caption(captions: int) -> np.ndarray:
-    """The image `[captions]` that each caption describes, where five follow each other."""
-    return np.arange(captions) // CAPTIONS_PER_IMAGE
+@contextmanager
+def evaluation_mode(model: DIME) -> Iterator[None]:
+    """Put the model in evaluation mode, without gradients; afterwards restore its mode."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
-def ranks(scores: Tensor | np.ndarray, owner: Sequence[int]) -> Ranks:
-    """Ranks from 0: of each image's best caption `[I]`, and of each caption's image `[T]`.
+def encode_split(
+    model: DIME,
+    split: Split,
+    vocabulary: Vocabulary,
+    *,
+    device: torch.device,
+    images: int | None = None,
+    workers: int = 0,
+) -> Encoded:
+    """Encode a split's images (or its first `images`) and all their captions."""
+    images = split.images if images is None else images
+    indices: dict[str, int] = {}
+    captions = split.captions[: images * CAPTIONS_PER_IMAGE]
+    text = np.array([indices.setdefault(caption, len(indices)) for caption in captions])
+    blocks = [(i, min(i + IMAGE_BLOCK, images)) for i in range(0, images, IMAGE_BLOCK)]
+    ids, mask = vocabulary.encode(list(indices), model.config.max_words)
+    text_blocks = zip(ids.split(CAPTION_BLOCK), mask.split(CAPTION_BLOCK), strict=True)
+    with evaluation_mode(model):
+        regions = load(ImageBlocks(split), blocks, workers)
+        encoded_images = _gather(
+            (model.encode_images(block.to(device)) for block in regions), "images", images
+        )
+        encoded_captions = _gather(
+            (model.encode_captions(i.to(device), m.to(device)) for i, m in text_blocks),
+            "captions",
+            len(indices),
+        )
+    return Encoded(encoded_images, encoded_captions, text)
 
-    `scores` is `[I, T]`, a memory map too; caption t describes image `owner[t]`. Equal scores count
-    against the model, so one that has collapsed scores 0. Raises InputError on NaN or infinite
-    scores.
+
+def _gather(parts: Iterator[Modality], what: str, total: int) -> Modality:
+    """Return the parts of a modality, `total` items together, as one in main memory."""
+    tensors: dict[str, Tensor] = {}
+    done = 0
+    with progress(f"encoding {what}", total, what) as bar:
+        for part in parts:
+            for name, value in vars(part).items():
+                if name not in tensors:
+                    tensors[name] = torch.empty(total, *value.shape[1:], dtype=value.dtype)
+                tensors[name][done : done + len(part)] = value
+            done += len(part)
+            bar.update(len(part))
+    return Modality(**tensors)
+
+
+def score_split(
+    model: DIME,
+    split: Split,
+    vocabulary: Vocabulary,
+    *,
+    device: torch.device,
+    images: int | None = None,
+    workers: int = 0,
+    stop: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """Return scores `[I, T]` float32 of a split's images (or its first `images`) and captions.
+
+    `stop` is called before each tile and may raise. Raises BadScores on NaN or inf.
     """
-    if isinstance(scores, Tensor):
-        scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
-    owner = np.asarray(owner)
-    own = scores[owner, np.arange(len(owner))]  # [T]
-    own = own.astype(np.promote_types(own.dtype, np.float32))
-    require(bool(np.isfinite(own).all()), NO_NUMBERS)
-    best = np.full(len(scores), -np.inf, dtype=own.dtype)  # [I] of an image's captions
-    np.maximum.at(best, owner, own)
-    # What reaches a relevant score ranks before it, but for what is relevant itself.
-    # DEVIATION: equal scores count against the model (their published order is arbitrary).
-    of_images = -np.bincount(owner, own >= best[owner], len(scores)).astype(np.int64)
-    of_captions = torch.full((len(owner),), -1)
-    own, best = torch.from_numpy(own), torch.from_numpy(best)
-    for first in range(0, len(scores), ROW_BLOCK):
-        stop = min(first + ROW_BLOCK, len(scores))
-        block = torch.from_numpy(np.array(scores[first:stop]))
-        # DEVIATION: scores that are no numbers are an error (the published code ranked NaN).
-        require(bool(block.isfinite().all()), NO_NUMBERS)
-        of_images[first:stop] += (block >= best[first:stop, None]).sum(1).numpy()
-        of_captions += (block >= own).sum(0)
-    return of_images, of_captions.numpy()
+    encoded = encode_split(model, split, vocabulary, device=device, images=images, workers=workers)
+    return score_all(model, encoded, device, stop=stop)
 
 
-def retrieval(scores: Tensor | np.ndarray, owner: Sequence[int]) -> Retrieval:
-    """Both recalls of a score matrix `[I, T]`, where caption t describes image `owner[t]`."""
-    return Retrieval.of(*ranks(scores, owner))
+def score_all(
+    model: DIME,
+    encoded: Encoded,
+    device: torch.device,
+    name: str = "the model",
+    stop: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """Return scores `[I, T]` float32 of all pairs; a score does not depend on its tile."""
+    # Captions of similar length share a tile, where words beyond the longest are left out.
+    captions = encoded.captions.mask.sum(1).argsort(stable=True).split(TILE)
+    images = torch.arange(len(encoded.images)).split(TILE)
+    return _score_tiles(
+        model, encoded, [(i, c) for c in captions for i in images], device, name, stop
+    )
+
+
+def score_some(
+    model: DIME, encoded: Encoded, wanted: np.ndarray, device: torch.device, name: str = "the model"
+) -> np.ndarray:
+    """Return scores `[I, T]` float32 of the pairs that are `wanted` `[I, T]`, and 0 elsewhere."""
+    order = encoded.text.argsort(kind="stable")  # captions with equal text side by side
+    _, firsts = np.unique(encoded.text[order], return_index=True)
+    distinct = np.logical_or.reduceat(wanted[:, order], firsts, axis=1)
+    if model.direction == "i2t":
+        tiles = [(np.array([i]), np.flatnonzero(row)) for i, row in enumerate(distinct)]
+    else:
+        tiles = [(np.flatnonzero(column), np.array([c])) for c, column in enumerate(distinct.T)]
+    some = [(torch.as_tensor(i), torch.as_tensor(c)) for i, c in tiles if len(i) and len(c)]
+    return np.where(wanted, _score_tiles(model, encoded, some, device, name), np.float32(0))
+
+
+def _score_tiles(
+    model: DIME,
+    encoded: Encoded,
+    tiles: Sequence[Tile],
+    device: torch.device,
+    name: str,
+    stop: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """Return scores `[I, T]` of these tiles, and 0 elsewhere."""
+    images, captions = encoded.images, encoded.captions
+    scores = np.zeros((len(images), len(captions)), dtype=np.float32)
+    pairs = chunk_size(device.type, images.tokens.shape[-1])
+    total = sum(len(i) * len(c) for i, c in tiles)
+    with evaluation_mode(model), progress("scoring", total, "pairs") as bar:
+        for i, c in tiles:
+            if stop is not None:
+                stop()
+            tile, pairs = _score_tile(model, images[i].to(device), captions[c].to(device), pairs)
+            if not tile.isfinite().all():  # checked here, not after hours of scoring
+                raise BadScores(f"{name} gives scores of NaN or inf")
+            scores[np.ix_(i.numpy(), c.numpy())] = tile.cpu().numpy()
+            bar.update(tile.numel())
+    return encoded.expand(scores)
+
+
+def _score_tile(
+    model: DIME, images: Modality, captions: Modality, pairs: int
+) -> tuple[Tensor, int]:
+    """Return a tile's scores and the chunk size, which is halved whenever memory runs out."""
+    while True:
+        try:
+            return model.score(images, captions, pairs)[0], pairs
+        except Exception as error:
+            if pairs == 1 or not is_oom(error):
+                raise
+            pairs //= 2
+            log.warning("%s; continuing with %d pairs at a time", describe_oom(error), pairs)
+
+
+def shortlist(coarse_scores: np.ndarray, count: int) -> np.ndarray:
+    """Return which pairs `[I, T]` are among the `count` best of their image or their caption."""
+    chosen = np.zeros(coarse_scores.shape, dtype=bool)
+    for matrix, marks in ((coarse_scores, chosen), (coarse_scores.T, chosen.T)):
+        for first, items in best_items(matrix, count):
+            np.put_along_axis(marks[first : first + len(items)], items, True, axis=1)
+    return chosen
+
+
+def rank_last(scores: np.ndarray, coarse_scores: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the scores of wanted pairs; other pairs get their coarse score, below all of them."""
+    # Scores of images without unit length (--no_imgnorm) are not within ±1.
+    gap = max(RERANK_GAP, coarse_scores.max() - scores[wanted].min() + 1)
+    return np.where(wanted, scores, coarse_scores - np.float32(gap))
+
+
+def is_reranked(scores: np.ndarray) -> bool:
+    """Return whether a matrix holds values that only `rank_last` makes (or --no_imgnorm)."""
+    return bool(scores.min() < -RERANK_GAP / 2)
 
 
 def best_items(scores: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The `count` best columns of every row of `[rows, columns]`, best first.
+    """Yield the `count` best columns of every row of `[rows, columns]`, best first.
 
-    A block of rows at a time: its first row, and its columns `[block, count]`.
+    Each block of rows gives its first row and its columns `[block, count]`.
     """
     for first in range(0, len(scores), ROW_BLOCK):
         block = torch.from_numpy(np.array(scores[first : first + ROW_BLOCK], order="C"))
         yield first, block.topk(min(count, block.shape[1]), dim=1).indices.numpy()
 
 
-def ceiling(known: np.ndarray, owner: Sequence[int]) -> dict[str, float]:
-    """How many queries, in percent, have a right answer among the `known` pairs `[I, T]`."""
+def recall_upper_bound(known: np.ndarray, owner: Sequence[int] | np.ndarray) -> dict[str, float]:
+    """Return the percentage of queries with a correct answer among the `known` pairs `[I, T]`."""
     own = known[np.asarray(owner), np.arange(len(owner))]  # [T]
     images = np.bincount(owner, own, len(known)) > 0
     return {"i2t": 100 * float(images.mean()), "t2i": 100 * float(own.mean())}
 
 
+def image_of_caption(captions: int) -> np.ndarray:
+    """Return the image `[captions]` of each caption; every five captions in a row share one."""
+    return np.arange(captions) // CAPTIONS_PER_IMAGE
+
+
+def ranks(scores: Tensor | np.ndarray, owner: Sequence[int] | np.ndarray) -> Ranks:
+    """Return ranks from 0: of each image's best caption `[I]`, of each caption's image `[T]`.
+
+    `scores` is `[I, T]`, also a memory map; caption t describes image `owner[t]`. Equal scores
+    count against the model, so a collapsed model has recall 0. Raises InputError on NaN or inf.
+    """
+    if isinstance(scores, Tensor):
+        scores = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
+    owner = np.asarray(owner)
+    own = scores[owner, np.arange(len(owner))]  # [T]
+    own = own.astype(np.promote_types(own.dtype, np.float32))
+    require(bool(np.isfinite(own).all()), NOT_FINITE)
+    best = np.full(len(scores), -np.inf, dtype=own.dtype)  # [I] score of an image's best caption
+    np.maximum.at(best, owner, own)
+    # Every score that reaches the relevant one ranks before it, except for relevant ones.
+    # DEVIATION: equal scores count against the model (their published order is arbitrary).
+    of_images = -np.bincount(owner, own >= best[owner], len(scores)).astype(np.int64)
+    of_captions = torch.full((len(owner),), -1)
+    own_tensor, best_tensor = torch.from_numpy(own), torch.from_numpy(best)
+    for first in range(0, len(scores), ROW_BLOCK):
+        stop = min(first + ROW_BLOCK, len(scores))
+        block = torch.from_numpy(np.array(scores[first:stop]))
+        # DEVIATION: scores that are no numbers are an error (the published code ranked NaN).
+        require(bool(block.isfinite().all()), NOT_FINITE)
+        of_images[first:stop] += (block >= best_tensor[first:stop, None]).sum(1).numpy()
+        of_captions += (block >= own_tensor).sum(0)
+    return of_images, of_captions.numpy()
+
+
+def retrieval(scores: Tensor | np.ndarray, owner: Sequence[int] | np.ndarray) -> Retrieval:
+    """Return the metrics of scores `[I, T]`, where caption t describes image `owner[t]`."""
+    return Retrieval.of(*ranks(scores, owner))
+
+
 def check_folds(images: int, source: str | Path = "scores") -> None:
-    """Raise InputError where the images of `source` cannot be cut into equal folds."""
-    found = f"--fold5, --protocols 1k5: {source}: {images} images"
-    require(images > 0 and images % FOLDS == 0, f"{found}; expected a multiple of {FOLDS}")
+    """Raise InputError if the images of `source` cannot be divided into equal folds."""
+    message = f"--fold5: {source}: {images} images; expected a multiple of {FOLDS}"
+    require(images > 0 and images % FOLDS == 0, message)
 
 
-def folds(scores: np.ndarray, owner: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Scores and owners of five consecutive equal slices of the images, with their captions."""
+def ranks_by_fold(scores: np.ndarray, owner: np.ndarray) -> list[Ranks]:
+    """Return the ranks of five equal consecutive slices of the images with their captions."""
     check_folds(len(scores))
     # DEVIATION: folds are slices of one score matrix, ensembles too (the published ensemble used
     # the caption lengths of the first fold for every fold).
     size = len(scores) // FOLDS
+    folds = []
     for first in range(0, len(scores), size):
         captions = np.flatnonzero((owner >= first) & (owner < first + size))
-        yield scores[first : first + size][:, captions], owner[captions] - first
+        folds.append(ranks(scores[first : first + size][:, captions], owner[captions] - first))
+    return folds
 
 
-def mean_of(results: Sequence[Retrieval]) -> Retrieval:
-    """Every figure averaged."""
+def bootstrap_ci(folds: Sequence[Ranks], samples: int, seed: int = 0) -> dict[str, Any]:
+    """Return confidence intervals: the JSON of `Retrieval` with `[low, high]` as values.
 
-    def mean(side: str) -> Recall:
-        rows = [list(asdict(getattr(result, side)).values()) for result in results]
-        return Recall(*np.mean(rows, axis=0).tolist())
-
-    return Retrieval(mean("i2t"), mean("t2i"))
-
-
-def ranked(scores: np.ndarray, protocol: Protocol) -> list[Ranks]:
-    """Ranks by fold, of scores `[I, T]` whose captions follow each other by five an image."""
-    owner = image_of_caption(scores.shape[1])
-    parts = folds(scores, owner) if protocol == "1k5" else [(scores, owner)]
-    return [ranks(*part) for part in parts]
-
-
-def measured(found: Sequence[Ranks], protocol: Protocol, samples: int) -> dict[str, Any]:
-    """Metrics, those of each fold, and with `samples` their intervals, as plain numbers."""
-    results = [Retrieval.of(*fold) for fold in found]
-    return {
-        "metrics": mean_of(results).as_dict(),
-        "folds": [result.as_dict() for result in results] if protocol == "1k5" else [],
-        "intervals": intervals(found, samples) if samples else None,
-    }
-
-
-def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
-    """The mean of matrices, which are made one after the other."""
-    total, count = None, 0
-    for matrix in matrices:
-        total = matrix if total is None else np.add(total, matrix, out=total)
-        count += 1
-    return np.divide(total, count, out=total)
-
-
-def mean_of_files(paths: Sequence[str | Path], matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean of matrices that are only read. Raises InputError where it is no number."""
-    kind = np.result_type(np.float32, *matrices)
-    try:
-        with np.errstate(over="raise"):
-            return mean_matrix(np.array(matrix, kind) for matrix in matrices)
-    except FloatingPointError as error:
-        names = ", ".join(map(str, paths))
-        raise InputError(f"{names}: their sum is beyond {kind}; expected smaller scores") from error
-
-
-def intervals(found: Sequence[Ranks], samples: int, seed: int = 0) -> dict[str, Any]:
-    """Intervals of every figure from `samples` bootstrap samples: `[low, high]` in its place.
-
-    Images are drawn with replacement within each fold, and their captions go with them; what is
-    searched stays whole. The interval lies between the percentiles that leave out LEVEL's rest.
+    Images are drawn with replacement within each fold, together with their captions; the searched
+    items stay all. The interval covers the choice of test images, not the variance between training
+    seeds.
     """
     rng = np.random.default_rng(seed)
-    tails = (100 - LEVEL) / 2
-    figures = [_flat(mean_of([_resampled(*fold, rng) for fold in found])) for _ in range(samples)]
-    bounds = np.percentile(figures, (tails, 100 - tails), axis=0).T.tolist()
+    drawn = [Retrieval.mean([_resample(*fold, rng) for fold in folds]) for _ in range(samples)]
+    values = [[*asdict(r.i2t).values(), *asdict(r.t2i).values(), r.rsum] for r in drawn]
+    tail = (100 - LEVEL) / 2
+    bounds = np.percentile(values, (tail, 100 - tail), axis=0).T.tolist()
     names = list(Recall.__dataclass_fields__)
-    i2t, t2i = bounds[: len(names)], bounds[len(names) : -1]
-    sides = {"i2t": dict(zip(names, i2t, strict=True)), "t2i": dict(zip(names, t2i, strict=True))}
+    sides = {
+        "i2t": dict(zip(names, bounds[: len(names)], strict=True)),
+        "t2i": dict(zip(names, bounds[len(names) : -1], strict=True)),
+    }
     return {**sides, "rsum": bounds[-1]}
 
 
-def _resampled(
+def _resample(
     of_images: np.ndarray, of_captions: np.ndarray, rng: np.random.Generator
 ) -> Retrieval:
-    """The results of as many images, drawn with replacement."""
+    """Return the metrics of as many images, drawn with replacement."""
     chosen = rng.integers(len(of_images), size=len(of_images))
     captions = of_captions.reshape(len(of_images), CAPTIONS_PER_IMAGE)[chosen]
     return Retrieval.of(of_images[chosen], captions.ravel())
 
 
-def _flat(result: Retrieval) -> list[float]:
-    """Every figure of a result, rsum last."""
-    return [*asdict(result.i2t).values(), *asdict(result.t2i).values(), result.rsum]
+def evaluate_whole(scores: np.ndarray, bootstrap: int = 0) -> ProtocolResult:
+    """Return the metrics of scores `[I, 5 I]`; with `bootstrap` samples also their intervals."""
+    whole = ranks(scores, image_of_caption(scores.shape[1]))
+    intervals = bootstrap_ci([whole], bootstrap) if bootstrap else None
+    return ProtocolResult(Retrieval.of(*whole), intervals=intervals)
 
 
-def lines(result: dict[str, Any]) -> str:
-    """The family's lines (§10) for the metrics of a result, with intervals where there are some."""
-    metrics, between = result["metrics"], result["intervals"]
-    text = [f"rsum: {metrics['rsum']:.1f}"]
-    for side, title in (("i2t", "Image to text"), ("t2i", "Text to image")):
-        figures = metrics[side]
-        mean = (figures["r1"] + figures["r5"] + figures["r10"]) / 3
-        text.append(f"Average {side} Recall: {mean:.1f}")
-        text.append(f"{title}: {' '.join(f'{value:.1f}' for value in figures.values())}")
-        if between:
-            bounds = " ".join(f"{low:.1f}-{high:.1f}" for low, high in between[side].values())
-            text.append(f"{LEVEL} % intervals: {bounds}")
-    if between:
-        low, high = between["rsum"]
-        text.append(f"{LEVEL} % interval of rsum: {low:.1f}-{high:.1f}")
-    return "\n".join(text) + "\n"
+def evaluate_folds(scores: np.ndarray, bootstrap: int = 0) -> ProtocolResult:
+    """Return the mean metrics of five folds of scores `[I, 5 I]`, and their intervals if asked."""
+    folds = ranks_by_fold(scores, image_of_caption(scores.shape[1]))
+    results = tuple(Retrieval.of(*fold) for fold in folds)
+    intervals = bootstrap_ci(folds, bootstrap) if bootstrap else None
+    return ProtocolResult(Retrieval.mean(results), results, intervals)
 
 
-def as_text(result: dict[str, Any]) -> str:
-    """The lines that an evaluation prints: every protocol's, and the extended figures."""
-    text = [_approximate(result["shortlist"])] if result["shortlist"] else []
-    every = result["protocols"]
-    for protocol, part in every.items():
-        if len(every) > 1 and protocol == "5k":
-            text.append("All images\n")
-        for number, fold in enumerate(part["folds"], 1):
-            text.append(f"Fold {number}\n{lines({'metrics': fold, 'intervals': None})}")
-        if part["folds"]:
-            text.append(f"Mean of {FOLDS} folds\n")
-        text.append(lines(part))
-    for name, ways in (result["extended"] or {}).items():
-        text.append(f"{name}: i2t {ways['i2t']:.1f}, t2i {ways['t2i']:.1f}\n")
-    return "".join(text)
-
-
-def _approximate(limits: dict[str, Any]) -> str:
-    """What is said of results by a shortlist."""
-    best = limits["ceiling"]
-    return (
-        f"Approximate: only the best {limits['count']} each way by pooled vectors were scored, "
-        f"{100 * limits['share']:.1f} % of all pairs; a right answer is among them for "
-        f"{best['i2t']:.1f} % of the images and {best['t2i']:.1f} % of the captions, which no R@k "
-        f"of the whole split with k up to {limits['count']} can exceed\n"
-    )
+def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the mean of matrices that are made one after the other (the first is changed)."""
+    iterator = iter(matrices)
+    total, count = next(iterator), 1
+    for matrix in iterator:
+        np.add(total, matrix, out=total)
+        count += 1
+    return np.divide(total, count, out=total)
 
 
 def map_scores(path: Path) -> np.ndarray:
-    """A score matrix `[I, 5 I]` by memory map. Raises InputError where it is none."""
+    """Return a score matrix `[I, 5 I]` by memory map. Raises InputError if it is none."""
     matrix = map_array(path, "a score matrix, a .npy file")
-    fits = matrix.ndim == 2 and matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
-    fits = fits and matrix.dtype in (np.float16, np.float32, np.float64)  # of this byte order
-    found = f"{matrix.dtype}, shape {matrix.shape}"
-    wanted = "floats of this machine's byte order (images, five captions an image)"
-    require(fits, f"{path}: {found}; expected {wanted}")
+    if (
+        matrix.ndim != 2
+        or not matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
+        or matrix.dtype not in (np.float16, np.float32, np.float64)  # in native byte order
+    ):
+        raise InputError(
+            f"{path}: {matrix.dtype}, shape {matrix.shape}; expected floats in native byte order, "
+            f"(images, {CAPTIONS_PER_IMAGE} captions an image)"
+        )
     for first in range(0, len(matrix), ROW_BLOCK):
-        whole = np.isfinite(matrix[first : first + ROW_BLOCK]).all()
-        require(bool(whole), f"{path}: {NO_NUMBERS}")
+        block = matrix[first : first + ROW_BLOCK]
+        require(bool(np.isfinite(block).all()), f"{path}: {NOT_FINITE}")
     return matrix

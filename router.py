@@ -1,30 +1,36 @@
-"""router.py — the gates of DIME and how they mix paths (SPEC §4, §6).
+"""router.py — gates, and how they mix paths: routers, layers, the routing space (SPEC §4, §6).
 
-Knows nothing of what a cell does inside: a cell is anything that takes query tokens and a context
-and gives refined tokens and gates.
+It knows nothing of what a cell does inside: a cell is anything that takes query tokens and
+projected contexts and returns refined tokens, and owns a router.
 
-Axes, in every room and in this order:
+Axes, in every module and in this order:
 Q queries   C contexts   L tokens of a query   M tokens of a context   D width
 O out-paths   N cells of a layer   I images   T captions   H heads   K numbers of a path vector
 A tensor that does not depend on the context has C = 1 and broadcasts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is born dead
-CLOSED = 1e-4  # an out-path whose gates sum to less carries the skip instead
-EPSILON = 1e-8  # keeps the division finite where every gate of an out-path is 0
+from common.compile import Compiled
+from common.memory import chunk_size
+
+OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is dead from the start
+CLOSED = 1e-4  # an out-path whose gates sum to less carries the rectified identity instead
+EPSILON = 1e-8  # keeps the division finite if every gate of an out-path is 0
+PATH_SIZE = 128  # width of the embedding in which path vectors are compared
 CONTIGUOUS = torch.contiguous_format
-WORTH_SKIPPING = 0.1  # share of closed pairs from which picking the open ones out pays
 
 
 @dataclass(frozen=True)
 class Modality:
-    """Images or captions, encoded: all that the routing space knows of them."""
+    """Encoded images or captions: all that the routing space knows of them."""
 
     tokens: Tensor  # [items, L, D] regions or words, unit length
     pooled: Tensor  # [items, D] whole image or whole sentence
@@ -37,16 +43,12 @@ class Modality:
         return Modality(self.tokens[items], self.pooled[items], self.mask[items])
 
     def to(self, device: torch.device) -> "Modality":
-        """The same items on another device; of pinned ones without waiting for it."""
-        return Modality(*(part.to(device, non_blocking=True) for part in vars(self).values()))
+        """Return the same items on another device."""
+        return Modality(*(tensor.to(device) for tensor in vars(self).values()))
 
-    def pinned(self) -> "Modality":
-        """The same items where a GPU can fetch them."""
-        return Modality(*(part.pin_memory() for part in vars(self).values()))
-
-    def copied(self) -> "Modality":
-        """The same items, contiguous and no views of others."""
-        return Modality(*(part.clone(memory_format=CONTIGUOUS) for part in vars(self).values()))
+    def copy(self) -> "Modality":
+        """Return the same items in new, contiguous tensors that are views of no others."""
+        return Modality(*(t.clone(memory_format=CONTIGUOUS) for t in vars(self).values()))
 
 
 class Router(nn.Module):
@@ -54,145 +56,300 @@ class Router(nn.Module):
 
     def __init__(self, dim: int, hidden: int, paths: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, paths))
-        nn.init.constant_(self.mlp[-1].bias, OPEN_BIAS)
+        first, last = nn.Linear(dim, hidden), nn.Linear(hidden, paths)
+        nn.init.constant_(last.bias, OPEN_BIAS)
+        self.mlp = nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gates `[Q, C, O]` in float32 for tokens `[Q, C, L, D]`, exactly 0 where closed."""
+        """Return gates `[Q, C, O]` in float32 for tokens `[Q, C, L, D]`; a closed gate is 0."""
         # REFERENCE: the mean runs over every position, padded words included.
+        # In float32 also under autocast: a gate decides by its comparison with CLOSED = 1e-4, which
+        # is below the resolution of bfloat16 near 1.
         with torch.autocast(x.device.type, enabled=False):
             return self.mlp(x.mean(-2, dtype=torch.float32)).tanh().relu()
 
 
 class UniformRouter(nn.Module):
-    """No router: every gate is 1 (an ablation)."""
+    """Every gate is 1: an ablation without routers."""
 
     def __init__(self, paths: int) -> None:
         super().__init__()
         self.paths = paths
 
     def forward(self, x: Tensor) -> Tensor:
-        """Gates `[Q, C, O]` for tokens `[Q, C, L, D]`."""
+        """Return gates `[Q, C, O]` for tokens `[Q, C, L, D]`."""
         return x.new_ones(*x.shape[:2], self.paths, dtype=torch.float32)
 
 
 class Cell(nn.Module):
-    """What a layer needs of a cell: its router, its view of the contexts, and its refinement.
+    """The base of a cell: its router and its projection of the contexts (cells.py has the rest).
 
-    `forward(x, *view)` refines tokens `[Q, C, L, D]`; C = 1 where they do not depend on the
-    context yet. What a cell does is in cells.py.
+    `forward(x, *projections)` refines tokens `[Q, C, L, D]`. At layer 0 the tokens do not depend on
+    the context, so C = 1.
     """
-
-    skips = True  # whether it is worth while to leave out what has closed gates
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.router = router
 
-    def view(self, context: Modality) -> tuple[Tensor, ...]:
-        """What the cell needs of contexts, made once for all queries: tensors `[1, C, ...]`."""
+    def project_context(self, context: Modality) -> tuple[Tensor, ...]:
+        """Return what the cell needs of the contexts, once for all queries: `[1, C, ...]` each."""
         return ()
 
 
-ContextProjections = Sequence[tuple[Tensor, ...]]  # of the cells of a layer
+ContextProjections = Sequence[tuple[Tensor, ...]]  # one tuple for each cell of a layer
 
 
 class Layer(nn.Module):
-    """Cells side by side, each on its own input; `hard` takes the largest gate alone."""
+    """Cells side by side, each on its own input. `hard` keeps the largest gate only (ablation)."""
 
     def __init__(self, cells: Mapping[str, Cell], hard: bool = False) -> None:
         super().__init__()
         self.cells = nn.ModuleDict(cells)
         self.hard = hard
 
-    def views(self, context: Modality) -> ContextProjections:
-        """What each cell needs of contexts."""
-        return [cell.view(context) for cell in self.cells.values()]
+    @property
+    def _cells(self) -> list[Cell]:
+        return cast(list[Cell], list(self.cells.values()))
+
+    def project_context(self, context: Modality) -> ContextProjections:
+        """Return the projections of every cell."""
+        return [cell.project_context(context) for cell in self._cells]
 
     def _gates(self, xs: Sequence[Tensor]) -> Tensor:
-        """What the routers give, `[Q, C, O, N]`."""
-        cells = self.cells.values()
-        return torch.stack([cell.router(x) for cell, x in zip(cells, xs, strict=True)], -1)
+        """Return the gates of all routers, `[Q, C, O, N]`."""
+        return torch.stack([cell.router(x) for cell, x in zip(self._cells, xs, strict=True)], -1)
 
-    def _outputs(
-        self, xs: Sequence[Tensor], views: ContextProjections, gates: Tensor
-    ) -> tuple[Tensor, ...]:
-        """N outputs `[Q, C, L, D]`, zeros where all of a cell's `gates` `[Q, C, O, N]` are 0."""
-        return tuple(map(_refine, self.cells.values(), xs, views, gates.unbind(-1)))
+    def _refine(self, xs: Sequence[Tensor], projections: ContextProjections) -> list[Tensor]:
+        """Return the N outputs of the cells, `[Q, C, L, D]` each."""
+        return [cell(x, *p) for cell, x, p in zip(self._cells, xs, projections, strict=True)]
 
 
 class RoutingLayer(Layer):
     """A dense layer (§6): every cell feeds every cell of the next layer."""
 
     def forward(
-        self, xs: Sequence[Tensor], views: ContextProjections
+        self, xs: Sequence[Tensor], projections: ContextProjections
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Out-paths, O tensors `[Q, C, L, D]`, and normalised gates `[Q, C, O, N]`."""
-        raw = self._gates(xs)
-        total = raw.sum(-1, keepdim=True)  # [Q, C, O, 1]
-        dead = (total < CLOSED).to(raw)
-        gates = raw / (total + EPSILON)
-        if self.hard:  # one, with the gradient of all (straight through)
-            gates = _largest(gates) + (gates - gates.detach())
-        # with hard routing, what is not chosen has no part in a score, but in a gradient
-        ys = self._outputs(xs, views, raw if torch.is_grad_enabled() else gates)
-        if "ric" in self.cells:  # a dead out-path carries RIC's output, which has no gate then
+        """Return O out-paths, `[Q, C, L, D]` each, and normalised gates `[Q, C, O, N]`."""
+        gates = self._gates(xs)
+        total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
+        # A dead path would carry almost nothing, and every later cell would work on noise. It
+        # carries the rectified identity instead. The flag is a constant: no gradient opens it.
+        dead = (total < CLOSED).to(gates)
+        gates = gates / (total + EPSILON)
+        if self.hard:  # one-hot in the forward pass, the gradient of all gates (straight through)
+            gates = _one_hot_of_largest(gates) + (gates - gates.detach())
+        ys = self._refine(xs, projections)
+        if "ric" in self.cells:  # its output is what a dead path carries
             weights = torch.cat([gates[..., :1] + dead, gates[..., 1:]], -1)
         else:
-            ys, weights = (*ys, xs[0].relu()), torch.cat([gates, dead], -1)
+            ys, weights = [*ys, xs[0].relu()], torch.cat([gates, dead], -1)
         return _mix(ys, weights).unbind(2), gates
 
 
 class MergeLayer(Layer):
     """The last layer (§6): one out-path, the mean of the cells weighted by their gates."""
 
-    def forward(self, xs: Sequence[Tensor], views: ContextProjections) -> tuple[Tensor, Tensor]:
-        """The refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
+    def forward(
+        self, xs: Sequence[Tensor], projections: ContextProjections
+    ) -> tuple[Tensor, Tensor]:
+        """Return the refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
         gates = self._gates(xs)
         dead = (gates < CLOSED / len(self.cells)).to(gates)  # such a cell passes its input on
         if self.hard:
-            chosen = _largest(gates, closed=True)
+            chosen = _one_hot_of_largest(gates, closed=True)
             gates, dead = gates * chosen, dead * chosen
         total = (gates + dead).sum(-1, keepdim=True)  # [Q, C, 1, 1]
         shares = gates / total
-        if self.hard:  # g / g, whose gradient would be rounding alone
+        if self.hard:  # the share of the only gate is g / g: its gradient would be rounding noise
             shares = torch.where(dead > 0, shares, chosen)
-        mixed = _mix(self._outputs(xs, views, gates), shares)
+        mixed = _mix(self._refine(xs, projections), shares)
         if torch.compiler.is_compiling() or dead.any():
             mixed = mixed + _mix(xs, dead / total)
         return mixed.squeeze(2), gates
 
 
-def _largest(gates: Tensor, closed: bool = False) -> Tensor:
-    """1 for the largest of N gates `[..., N]`, the first of equal ones, and 0 for the others.
+def _one_hot_of_largest(gates: Tensor, closed: bool = False) -> Tensor:
+    """Return 1 for the largest of N gates `[..., N]` (the first of equal ones) and 0 for others.
 
-    Where all are 0 there is none, unless `closed` gates count.
+    If all gates are 0 the result is all 0, unless `closed` gates may be chosen.
     """
     highest, first = gates.amax(-1, keepdim=True), gates.argmax(-1, keepdim=True)
     return torch.zeros_like(gates).scatter(-1, first, ((highest > 0) | closed).to(gates))
 
 
-def _refine(cell: Cell, x: Tensor, view: tuple[Tensor, ...], gates: Tensor) -> Tensor:
-    """The cell's output, for gates `[Q, C, O]`; zeros where all are 0, for nothing takes it there.
-
-    What has closed gates is not sent through the cell, which changes no score and no gradient.
-    """
-    if not cell.skips or torch.compiler.is_compiling():  # whose shapes cannot depend on gates
-        return cell(x, *view)
-    open_ = gates.any(-1)  # [Q, C]
-    if open_.float().mean() > 1 - WORTH_SKIPPING:
-        return cell(x, *view)
-    query, context = open_.nonzero(as_tuple=True)  # P open pairs, or queries where C = 1
-    if x.shape[1] == 1:
-        y = cell(x[query], *view)  # [P, C, L, D]
-        return y.new_zeros(len(x), *y.shape[1:]).index_put((query,), y)
-    y = cell(x[query, context].unsqueeze(1), *(part[0, context].unsqueeze(1) for part in view))
-    return y.new_zeros(x.shape).index_put((query, context), y.squeeze(1))  # y was [P, 1, L, D]
-
-
 def _mix(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Sums of parts `[Q, C, L, D]`, N of them, by weights `[Q, C, O, N]`: `[Q, C, O, L, D]`."""
-    # One product a pair: three times as fast as adding N parts O times.
+    """Return the sums `[Q, C, O, L, D]` of N parts `[Q, C, L, D]` by weights `[Q, C, O, N]`."""
+    # One product for each pair is three times as fast as adding N parts O times.
     stacked = torch.stack(torch.broadcast_tensors(*parts), 2)  # [Q, C, N, L, D]
     weights = weights.to(stacked.dtype).expand(*stacked.shape[:2], -1, -1)
     return (weights @ stacked.flatten(3)).unflatten(-1, stacked.shape[3:])
+
+
+class TokenNorm(nn.BatchNorm1d):
+    """Batch normalisation of the refined tokens, then their pooled vector (§6).
+
+    It is affine per channel: z' = a z + b. So mean_L z' = a mean_L(z) + b; and max_L z' is
+    a max_L(z) + b if a > 0, but a min_L(z) + b if a < 0. Four statistics of z are enough, and z
+    need not be kept: pairs can be routed in chunks, in training too.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def pool(self, statistics: Tensor, positions: int) -> Tensor:
+        """Return mean plus maximum over the normalised tokens, unit length, `[Q, C, D]`.
+
+        `statistics` are mean, variance, maximum and minimum over the tokens of each pair,
+        `[4, Q, C, D]`; `positions` is the number of tokens of all pairs.
+        """
+        mean, variance, high, low = statistics
+        if self.training:
+            # Over every pair and position, extra negatives included. The variance of all is the
+            # mean of the pairs' variances plus the variance of their means.
+            centre = mean.mean((0, 1))
+            spread = (variance + (mean - centre).square()).mean((0, 1))
+            unbiased = spread.detach() * positions / (positions - 1)
+            with torch.no_grad():  # as BatchNorm1d does
+                self.running_mean.lerp_(centre.detach(), self.momentum)
+                self.running_var.lerp_(unbiased, self.momentum)
+                self.num_batches_tracked += 1
+        else:
+            centre, spread = self.running_mean, self.running_var
+        scale = self.weight * (spread + self.eps).rsqrt()
+        shift = self.bias - centre * scale
+        extreme = torch.where(scale > 0, high, low)
+        return F.normalize((mean + extreme) * scale + 2 * shift, dim=-1)
+
+
+class RoutingSpace(nn.Module):
+    """Densely connected layers of cells, then one score for each pair (§6)."""
+
+    def __init__(
+        self,
+        dim: int,
+        cells: Sequence[str],
+        layers: int,
+        make_cell: Callable[[str, int], Cell],
+        hard: bool = False,
+    ) -> None:
+        """Build `layers` layers of `cells`; `make_cell(name, out_paths)` returns a new cell."""
+        super().__init__()
+        count = len(cells)
+        self.layers = nn.ModuleList(
+            RoutingLayer({name: make_cell(name, count) for name in cells}, hard)
+            for _ in range(layers - 1)
+        )
+        self.merge = MergeLayer({name: make_cell(name, 1) for name in cells}, hard)
+        self.norm = TokenNorm(dim)
+        self.path_mapping = nn.Linear((layers - 1) * count * count + count, PATH_SIZE)
+        self.activation_checkpointing = False
+        self.compiled: Compiled | None = None
+
+    @property
+    def all_layers(self) -> list[Layer]:
+        """The dense layers, then the merging layer."""
+        return cast(list[Layer], [*self.layers, self.merge])
+
+    def forward(
+        self, query: Modality, context: Modality, pairs: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores `[Q, C]` and path vectors `[Q, C, K]`, both float32.
+
+        About `pairs` pairs are routed at a time (default: the device's chunk size).
+        """
+        assert query.tokens.shape[-1] == context.tokens.shape[-1] == self.norm.num_features
+        pairs = pairs or chunk_size(query.tokens.device.type, query.tokens.shape[-1])
+        statistics, paths = self._route_in_chunks(query, context, pairs)
+        positions = query.tokens[..., 0].numel() * len(context)
+        refined = self.norm.pool(statistics, positions)  # [Q, C, D]
+        return (refined * context.pooled).sum(-1), paths
+
+    def route(
+        self, tokens: Tensor, projections: Sequence[ContextProjections], contexts: int
+    ) -> tuple[Tensor, Tensor]:
+        """Send query tokens `[Q, L, D]` through all layers, with C contexts.
+
+        Returns mean, variance, maximum and minimum over L of the refined tokens, `[4, Q, C, D]`,
+        and path vectors `[1, Q, C, K]`.
+        """
+        xs = (tokens.unsqueeze(1),) * len(self.merge.cells)  # N x [Q, 1, L, D]
+        gates = []
+        for layer, layer_projections in zip(self.layers, projections[:-1], strict=True):
+            xs, layer_gates = layer(xs, layer_projections)
+            gates.append(layer_gates)
+        merged, merge_gates = self.merge(xs, projections[-1])
+        gates.append(merge_gates)
+        shape = (len(tokens), contexts, -1)
+        paths = torch.cat([g.flatten(2).expand(shape) for g in gates], -1)  # [Q, C, K]
+        # REFERENCE: padded words count as tokens, here and in the batch normalisation.
+        refined = merged.float()  # [Q, C, L, D]; C = 1 if no cell has seen a context
+        mean = refined.mean(-2)
+        # Written out: `var_mean` is the slowest CPU operation of all.
+        variance = (refined - mean.unsqueeze(-2)).square().mean(-2)
+        statistics = torch.stack([mean, variance, refined.amax(-2), refined.amin(-2)])
+        return statistics.expand(-1, *shape), paths.unsqueeze(0)
+
+    def _route_in_chunks(
+        self, query: Modality, context: Modality, pairs: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return statistics `[4, Q, C, D]` and paths `[Q, C, K]`; chunks of about `pairs` pairs."""
+        # torch.compile specialises on size 1, so compiled chunks have at least 2 items.
+        least = 2 if self.is_compiled else 1
+        columns = []
+        for contexts, width in _chunks(context, pairs // least, least):
+            projections = [layer.project_context(contexts) for layer in self.all_layers]
+            rows = []
+            for queries, height in _chunks(query, pairs // len(contexts), least):
+                outputs = self._run_chunk(queries.tokens, projections, len(contexts))
+                rows.append([output[:, :height, :width] for output in outputs])
+            columns.append([torch.cat(outputs, 1) for outputs in zip(*rows, strict=True)])
+        statistics, paths = (torch.cat(outputs, 2) for outputs in zip(*columns, strict=True))
+        return statistics, paths.squeeze(0)
+
+    def _run_chunk(
+        self, tokens: Tensor, projections: Sequence[ContextProjections], contexts: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return `route(...)`, compiled and with activation checkpointing if they are on."""
+        route = self.compiled or self.route
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return route(tokens, projections, contexts)
+        # Early stop ends the recomputation by an exception, which the compiled function would take
+        # for a failure of the compiler.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(
+                route, tokens, projections, contexts, use_reentrant=False, preserve_rng_state=False
+            )
+
+    def compile_routes(self) -> None:
+        """Compile the routing at its first use; if that fails, go on with eager code."""
+        self.compiled = Compiled(self.route, self.parameters)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the routing is compiled (or will be at its first use)."""
+        return self.compiled is not None and not self.compiled.failed
+
+    def gates(self, paths: Tensor) -> list[Tensor]:
+        """Return the gates `[..., O, N]` of each layer from path vectors `[..., K]`."""
+        count = len(self.merge.cells)
+        *dense, last = paths.split([count * count] * len(self.layers) + [count], -1)
+        return [*(layer.unflatten(-1, (count, count)) for layer in dense), last.unsqueeze(-2)]
+
+    def embed_paths(self, paths: Tensor) -> Tensor:
+        """Return path embeddings `[Q, PATH_SIZE]` of path vectors `[Q, C, K]`, unit length."""
+        return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
+
+
+def _chunks(items: Modality, size: int, least: int) -> Iterator[tuple[Modality, int]]:
+    """Yield `(chunk, n)` of at most `size` items; `n` are real, the rest pad to `least` items."""
+    size = max(least, size)
+    for first in range(0, len(items), size):
+        chunk = items[first : first + size]
+        count = len(chunk)
+        if least > 1:  # compiled code is also specialised on which tensors are views of others
+            chunk = chunk[torch.arange(max(least, count)) % count].copy()
+        yield chunk, count

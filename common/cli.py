@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.config import Precision
 from common.errors import InputError, require
-from common.memory import is_oom, no_memory, tune_malloc
+from common.memory import describe_oom, is_oom, tune_malloc
 from common.signals import Stopped
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def run(program: Callable[[], None]) -> None:
     except Exception as error:
         if not is_oom(error):
             raise
-        status, message = BAD_INPUT, f"error: {no_memory(error)}"
+        status, message = BAD_INPUT, f"error: {describe_oom(error)}"
     try:
         if message:
             sys.stderr.write(f"{Path(sys.argv[0]).name}: {_one_line(message)}\n")

@@ -1,7 +1,4 @@
-"""compiling.py — a function of tensors, compiled at its first use, which goes on where that fails.
-
-Kept apart from space.py, whose routing is what is compiled: eager code needs nothing of this.
-"""
+"""compile.py — a function of tensors, compiled at its first use; if that fails, it runs eagerly."""
 
 import importlib.util
 import logging
@@ -19,77 +16,81 @@ from common.memory import is_oom
 
 log = logging.getLogger(__name__)
 
-# Warnings of the compiler's own, which looks at every tensor's gradient, and of an older one's,
-# which would have products rounded that are to be exact.
+# Warnings that the compiler causes by itself: it reads `.grad` of every tensor, and older versions
+# recommend TF32, which would round products that must be exact.
 OWN_WARNINGS = ("The .grad attribute of a Tensor", "TensorFloat32 tensor cores")
+WORTH_COMPILING = 2_000_000  # from so many pairs on, compiling saves more time than it takes
 
-Function = Callable[..., tuple[Tensor, ...]]
+Function = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Compiled:
-    """A function, compiled; called as it is from the compiler's first failure on.
+    """A compiled function; after the compiler's first failure it calls the eager one.
 
-    `weights` gives what a gradient will be asked of.
+    `parameters` returns the weights that a backward pass asks gradients of.
     """
 
-    def __init__(self, function: Function, weights: Callable[[], Iterable[Tensor]]) -> None:
-        self.function, self.weights = function, weights
+    def __init__(self, function: Function, parameters: Callable[[], Iterable[Tensor]]) -> None:
+        self.function, self.parameters = function, parameters
         self.compiled: Function | None = None
-        self.goes_back = False  # the first step of a training may come after a validation
+        self.backward_compiled = False
         self.failed = False
         for message in OWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
 
-    def __call__(self, *given: Any) -> tuple[Tensor, ...]:
-        """What the function gives."""
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Return `function(*inputs)`. Out of memory raises as in eager code."""
         if self.failed:
-            return self.function(*given)
+            return self.function(*inputs)
         try:
-            return self._run(given)
-        except Exception as error:  # no compiler, or one that cannot: many types, one remedy
+            return self._run(inputs)
+        except Exception as error:  # compilers fail with many types of exception; one remedy
             if is_oom(error):
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            log.warning("not compiled, going on without: %s", reason)
+            log.warning("not compiled, using eager code: %s", reason)
             self.failed = True
-            return self.function(*given)
+            return self.function(*inputs)
 
-    def _run(self, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        from torch.fx.experimental import _config as config  # torch's own affair, which may move
+    def _run(self, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        from torch.fx.experimental import _config as config
 
-        # One compilation serves every size, also where two of them happen to be equal at first.
-        with config.patch(use_duck_shape=False):
+        # Two sizes that happen to be equal at first may differ later: without duck shapes, one
+        # compilation serves every size.
+        with config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # added at import
             if self.compiled is None:
                 self.compiled = torch.compile(self.function, dynamic=True)
-            if torch.is_grad_enabled() and not self.goes_back:
-                self._go_back(given)
-                self.goes_back = True
-            return self.compiled(*given)
+            if torch.is_grad_enabled() and not self.backward_compiled:
+                self._run_backward(inputs)
+                self.backward_compiled = True
+            return self.compiled(*inputs)
 
-    def _go_back(self, given: tuple[Any, ...]) -> None:
-        """One backward pass for nothing: its code, too, is compiled where a failure is caught."""
+    def _run_backward(self, inputs: tuple[Any, ...]) -> None:
+        """Run a throw-away backward pass, so that its compile errors are caught here."""
         from torch.utils._pytree import tree_map_only
 
-        # on leaves, so that it ends there
-        leaves = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
-        # hooks of its own, so that a checkpoint around it counts none of its tensors
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            total = torch.stack([part.sum() for part in self.compiled(*leaves)]).sum()
-            torch.autograd.grad(total, list(self.weights()), allow_unused=True)
+        assert self.compiled is not None
+        # On leaves, so that the backward pass ends there.
+        leaves = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
+        # Under hooks of its own: a surrounding activation checkpoint must not count its tensors.
+        with torch.autograd.graph.saved_tensors_hooks(_identity, _identity):
+            total = torch.stack([output.sum() for output in self.compiled(*leaves)]).sum()
+            torch.autograd.grad(total, list(self.parameters()), allow_unused=True)
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gains_by_compiling(device: torch.device, precision: Precision) -> bool:
-    """Whether compiled routing is faster there and torch.compile finds what it needs.
+def compiling_pays(device: str, precision: Precision, pairs: int) -> bool:
+    """Return whether compiled routing saves time on a device type, for so many pairs.
 
-    That is Triton on a GPU, and on a processor a C++ compiler. There it saves an eighth of the time
-    and more in bfloat16; in float32 less than a tenth (results/speed.json), and
-    compiled code skips no closed cells.
+    It needs Triton on a GPU and a C++ compiler on a CPU. On a CPU it saves an eighth of the time or
+    more in bfloat16 but less than a tenth in float32 (docs/speed.md).
     """
-    if device.type == "cuda":
+    if pairs < WORTH_COMPILING:
+        return False
+    if device == "cuda":
         return importlib.util.find_spec("triton") is not None
-    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    return compiler and device.type == "cpu" and precision == "bf16"
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    return has_compiler and device == "cpu" and precision == "bf16"

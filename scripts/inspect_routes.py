@@ -34,7 +34,7 @@ from common.errors import check_range, require
 from common.files import check_writable, explain_os_errors, map_array, write_text
 from common.layout import CAPTIONS_PER_IMAGE, boxes_file
 from data import Split
-from scoring import encode_split
+from evaluation import encode_split
 from scripts.parts import route_figures as figures
 from scripts.parts.figures import SIDE, picture_files, shown, write_figure
 from scripts.parts.images import read_picture
@@ -107,8 +107,7 @@ def opened(options: Options) -> tuple[Pairs, Sequence[Path]]:
         sizes = f"{split.images} images and {len(split.captions)} captions"
         require(known, f"--pair {image} {caption}: {split.path} has {sizes}")
         count = max(count, image + 1, caption // CAPTIONS_PER_IMAGE + 1)
-    words = checkpoint.config.max_words
-    encoded = encode_split(model, split, bert.vocabulary, words, device=device, images=count)
+    encoded = encode_split(model, split, bert.vocabulary, device=device, images=count)
     return Pairs(model, split, bert.vocabulary, encoded), pictures
 
 

@@ -23,6 +23,10 @@ def context() -> Modality:
     return Modality(torch.randn(C, M, D), torch.randn(C, D), mask)
 
 
+def run(cell, x: Tensor, seen: Modality) -> Tensor:
+    return run(cell, x, seen)
+
+
 def expected(name: str, cell, x: Tensor, seen: Modality, norm: str = "clipped_l2norm") -> Tensor:
     config = ModelConfig(raw_feature_norm_CMRC=norm)
     pairs = [
@@ -39,7 +43,7 @@ def test_a_cell_equals_one_pair_at_a_time(name: str, layer: int) -> None:
     """At layer 0 the tokens do not depend on the context and C = 1 broadcasts."""
     cell, seen = SIZES.cell(name, 4), context()
     x = torch.randn(Q, C if layer else 1, L, D)
-    refined, gates = cell(x, *cell.view(seen)), cell.router(x)
+    refined, gates = run(cell, x, seen), cell.router(x)
     every = x.expand(Q, C, L, D)
     torch.testing.assert_close(refined.expand(Q, C, L, D), expected(name, cell, every, seen))
     assert gates.shape == (*x.shape[:2], 4)
@@ -54,14 +58,14 @@ def test_every_affinity_norm(norm: str) -> None:
         context(),
         torch.randn(Q, C, L, D),
     )
-    torch.testing.assert_close(cell(x, *cell.view(seen)), expected("cmrc", cell, x, seen, norm))
+    torch.testing.assert_close(run(cell, x, seen), expected("cmrc", cell, x, seen, norm))
 
 
 @pytest.mark.parametrize("norm", AFFINITY_NORMS)
 def test_affinities_of_nothing_have_finite_gradients(norm: str) -> None:
     cell = replace(SIZES, affinity_norm=norm).cell("cmrc", 4)
     x = torch.zeros(Q, C, L, D, requires_grad=True)
-    cell(x, *cell.view(context())).sum().backward()
+    cell(x, *cell.project_context(context())).sum().backward()
     assert x.grad.isfinite().all()
 
 
@@ -69,14 +73,14 @@ def test_context_padding_is_invisible() -> None:
     """To the one cell that reads the context's tokens."""
     cell, seen, x = SIZES.cell("cmrc", 4), context(), torch.randn(Q, C, L, D)
     noisy = replace(seen, tokens=torch.where(seen.mask[..., None], seen.tokens, 9.0))
-    torch.testing.assert_close(cell(x, *cell.view(seen)), cell(x, *cell.view(noisy)))
+    torch.testing.assert_close(run(cell, x, seen), cell(x, *cell.project_context(noisy)))
 
 
 def test_the_guide_acts_by_its_sign_alone_and_gets_no_gradient() -> None:
     cell, seen, x = SIZES.cell("glgc", 4), context(), torch.randn(Q, C, L, D)
     scaled = replace(seen, pooled=(5 * seen.pooled).requires_grad_())
-    refined = cell(x, *cell.view(scaled))
-    torch.testing.assert_close(refined, cell(x, *cell.view(seen)))
+    refined = run(cell, x, scaled)
+    torch.testing.assert_close(refined, run(cell, x, seen))
     refined.sum().backward()
     assert scaled.pooled.grad is None or not scaled.pooled.grad.any()
 
@@ -91,7 +95,7 @@ def test_query_key_and_value_start_as_equal_copies() -> None:
 
 def test_attention_sums_to_one_over_real_tokens() -> None:
     cell, seen = SIZES.cell("cmrc", 4), context()
-    tokens, mask, _ = cell.view(seen)
+    tokens, mask, _ = cell.project_context(seen)
     weights = cell.attention(torch.randn(Q, C, L, D), tokens, mask)
     torch.testing.assert_close(weights.sum(-1), torch.ones(Q, C, L))
     assert not weights.masked_select(~seen.mask[None, :, None, :]).any()

@@ -28,8 +28,8 @@ from checkpoint.checkpoint import (
 )
 from common.config import ModelConfig
 from common.errors import InputError
+from evaluation import score_split
 from model import DIME
-from scoring import score_split
 
 BERT = GOLDEN / "i2t/bert"
 PUBLISHED = GOLDEN / "i2t/checkpoint.pth.tar"
@@ -43,7 +43,7 @@ def read(path: Path) -> Any:
 
 def scores(model: DIME, bert: Bert, case: Case) -> np.ndarray:
     device = torch.device("cpu")
-    return score_split(model, case.split(), bert.vocabulary, model.config.max_words, device=device)
+    return score_split(model, case.split(), bert.vocabulary, device=device)
 
 
 # BERT folders

@@ -14,8 +14,8 @@ from checkpoint.checkpoint import json_beside, load_model, read_checkpoint, writ
 from common.config import ModelConfig
 from common.torch_files import read_torch, write_torch
 from evaluate_models import evaluate
+from evaluation import score_split
 from model import DIME
-from scoring import score_split
 from scripts import convert_checkpoint
 from vocab import Vocabulary
 
@@ -39,9 +39,9 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 def scores(path: Path, case: Case, bert: Path | None = None) -> np.ndarray:
     """Scores of the test split."""
     model = load_model(path, bert or case.bert_path)
-    words, cpu = model.config.max_words, torch.device("cpu")
+    cpu = torch.device("cpu")
     vocabulary = Vocabulary.load(case.bert_path)
-    return score_split(model, case.split(), vocabulary, words, device=cpu, workers=0)
+    return score_split(model, case.split(), vocabulary, device=cpu, workers=0)
 
 
 def content_of(path: Path) -> dict:

@@ -15,7 +15,7 @@ from test_golden import three_steps
 
 from checkpoint.checkpoint import bert_of, build_model, read_checkpoint
 from common.cli import pick_device
-from scoring import score_split
+from evaluation import score_split
 
 EXACT = 1e-5
 ROUNDED = 0.02  # of mean difference in bfloat16: cells of 16 channels round more than those of 256
@@ -33,8 +33,7 @@ def scores(case: Case, precision: str = "fp32", compiled: bool = False) -> np.nd
     model.precision = precision
     if compiled:
         model.space.compile_routes()
-    words = checkpoint.config.max_words
-    found = score_split(model, case.split(), bert.vocabulary, words, device=device)
+    found = score_split(model, case.split(), bert.vocabulary, device=device)
     assert model.space.is_compiled == compiled, "the compiler has failed"
     return found
 

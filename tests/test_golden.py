@@ -14,9 +14,9 @@ from torch import Tensor
 
 from checkpoint.official import fuse_weights, native_names, official_of_native
 from data import Batch
+from evaluation import score_split
 from model import DIME
 from router import Modality, Router
-from scoring import score_split
 from training.config import TrainConfig
 from training.step import TrainStep
 
@@ -53,10 +53,9 @@ def test_encoders(case: Case) -> None:
 
 
 def test_scores_of_the_whole_split(case: Case) -> None:
-    model, bert, checkpoint = case.load()
-    words = checkpoint.config.max_words
+    model, bert, _ = case.load()
     scores = score_split(
-        model, case.split(), bert.vocabulary, words, device=torch.device("cpu"), workers=0
+        model, case.split(), bert.vocabulary, device=torch.device("cpu"), workers=0
     )
     np.testing.assert_allclose(scores, case.expected("eval")["sims"], rtol=0, atol=SCORES)
 
@@ -88,7 +87,6 @@ def test_every_cell_and_layer(case: Case) -> None:
             def cell_hook(module, _, out, prefix=f"layer{number}.{name}"):
                 keep(f"{prefix}.{'path' if isinstance(module, Router) else 'out'}", out)
 
-            cell.skips = False  # the arrays hold what nothing takes on, too
             cell.register_forward_hook(cell_hook)
             cell.router.register_forward_hook(cell_hook)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cells import CrossModalRefinement
 from data import Split
-from scoring import encode_split
+from evaluation import encode_split
 from scripts import inspect_routes
 from scripts.inspect_routes import Options
 from scripts.parts import route_figures
@@ -49,8 +49,8 @@ def golden(name: str) -> Pairs:
     """The matching pairs of a golden case, some of whose gates and paths are closed."""
     case = Case(GOLDEN / name)
     model, bert, _ = case.load()
-    words, cpu = model.config.max_words, torch.device("cpu")
-    encoded = encode_split(model, case.split(), bert.vocabulary, words, device=cpu)
+    cpu = torch.device("cpu")
+    encoded = encode_split(model, case.split(), bert.vocabulary, device=cpu)
     return Pairs(model, case.split(), bert.vocabulary, encoded)
 
 
@@ -386,7 +386,7 @@ def test_ablated_models_are_drawn_as_far_as_they_go(
     model, vocabulary = small_model("i2t", **sizes | ABLATIONS[name]), case.vocabulary
     model.text.bert.resize_token_embeddings(len(vocabulary.entries), mean_resizing=False)
     split, cpu = Split.open(data, "test", None), torch.device("cpu")
-    encoded = encode_split(model, split, vocabulary, 10, device=cpu)
+    encoded = encode_split(model, split, vocabulary, device=cpu)
     pairs, files = Pairs(model, split, vocabulary, encoded), [tmp_path / "pictures/0.png"] * IMAGES
     options = Options(model_path="m", out=str(tmp_path), grid=True, pair=[0, 3])
     paths = pairs.paths(IMAGES)

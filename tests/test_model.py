@@ -178,24 +178,24 @@ def test_bert_is_frozen_with_its_dropout_on() -> None:
     output = model(regions, ids, mask, 3)
     (output.scores.sum() + output.paths.sum()).backward()
     assert all(p.grad is None for p in model.text.bert.parameters())
-    assert not output.meanings.requires_grad
+    assert not output.sentence_targets.requires_grad
 
 
 def test_a_training_batch_with_extra_negatives() -> None:
     regions, ids, mask = small_batch()
     output = small_model("i2t").train()(regions, ids, mask, IMAGES)
     assert output.scores.shape == (3, 5)
-    assert output.paths.shape == (3, 128) and output.meanings.shape == (3, 12)
+    assert output.paths.shape == (3, 128) and output.sentence_targets.shape == (3, 12)
     regions, ids, mask = small_batch(captions=2)
     output = small_model("t2i").train()(regions, ids, mask, 2)
     assert output.scores.shape == (3, 2)
-    assert output.paths.shape == (2, 128) and output.meanings.shape == (2, 12)
+    assert output.paths.shape == (2, 128) and output.sentence_targets.shape == (2, 12)
     model = small_model("i2t").eval()
     regions, ids, mask = small_batch()
     states = model.text.read(ids, mask)
     expected = torch.stack([oracle.unit(sum(states[t]) / 10) for t in range(IMAGES)])
-    torch.testing.assert_close(model(regions, ids, mask, IMAGES).meanings, expected)
-    for unit in (output.paths, output.meanings):
+    torch.testing.assert_close(model(regions, ids, mask, IMAGES).sentence_targets, expected)
+    for unit in (output.paths, output.sentence_targets):
         torch.testing.assert_close(unit.norm(dim=1), torch.ones(2))
 
 
@@ -266,8 +266,8 @@ def test_training_in_bfloat16_keeps_losses_gradients_and_statistics_in_float32(
     pairs = min(len(regions), len(ids))
     output = model(regions[:pairs], ids[:pairs], mask[:pairs], pairs)
     rank = triplet_loss(output.scores, pairs, 0.2)
-    path = path_loss(output.paths, output.meanings, pairs)
-    floats = [rank, path, output.scores, output.paths, output.meanings]
+    path = path_loss(output.paths, output.sentence_targets, pairs)
+    floats = [rank, path, output.scores, output.paths, output.sentence_targets]
     (rank + path).backward()
     floats += [p.grad for p in model.parameters() if p.grad is not None]
     floats += [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
@@ -322,13 +322,13 @@ def test_triplet_loss_equals_an_oracle(shape: tuple[int, int], hardest: bool) ->
 
 
 def test_path_loss_divides_by_the_option() -> None:
-    paths, meanings = torch.randn(3, 4), torch.randn(3, 5)
+    paths, sentence_targets = torch.randn(3, 4), torch.randn(3, 5)
     gaps = [
         (p @ q - a @ b) ** 2
-        for p, a in zip(paths, meanings, strict=True)
-        for q, b in zip(paths, meanings, strict=True)
+        for p, a in zip(paths, sentence_targets, strict=True)
+        for q, b in zip(paths, sentence_targets, strict=True)
     ]
-    torch.testing.assert_close(path_loss(paths, meanings, 8), sum(gaps) / 8)
+    torch.testing.assert_close(path_loss(paths, sentence_targets, 8), sum(gaps) / 8)
 
 
 @pytest.mark.parametrize(

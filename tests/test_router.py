@@ -61,7 +61,7 @@ def test_gates_stay_in_float32_under_autocast() -> None:
 
 
 def routed(layer: RoutingLayer | MergeLayer, xs: list[Tensor]) -> tuple:
-    return layer(xs, layer.views(CONTEXT))
+    return layer(xs, layer.project_context(CONTEXT))
 
 
 @pytest.mark.parametrize("total", [0.0, 0.9 * CLOSED, 1.1 * CLOSED, 1.7])

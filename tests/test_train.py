@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import space
 import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train, write_split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import space
 from common import provenance
 from common.cli import parse
 from data import Batch

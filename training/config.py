@@ -17,7 +17,7 @@ NO_EFFECT = "accepted for the published command lines; changes nothing with prec
 FREE = {
     *("num_epochs", "max_steps", "logger_name", "data_path", "bert_path", "workers", "device"),
     *("log_step", "val_step", "save_step", "skip_bad_batches", "resume", "overwrite", "compile"),
-    "memory",
+    "activation_checkpointing",
     *("drop", "measure", "finetune", "use_restval", "reset_train"),
 }
 
@@ -62,10 +62,10 @@ class TrainConfig(DataConfig, ModelConfig):
         "step: not the paper's method",
     ] = False
     compile: Annotated[bool | None, "compile the routing (default: where it pays)"] = None
-    memory: Annotated[
-        float,
-        "gigabytes that training may take; activations beyond are computed twice (0: what is free)",
-    ] = 0.0
+    activation_checkpointing: Annotated[
+        bool,
+        "recompute activations in the backward pass: less memory, about a third slower",
+    ] = False
     drop: Annotated[float, NO_EFFECT] = 0.0
     measure: Annotated[str, NO_EFFECT] = "cosine"
     finetune: Annotated[bool, NO_EFFECT] = False
@@ -86,7 +86,6 @@ class TrainConfig(DataConfig, ModelConfig):
                 "learning_rate",
                 "margin",
                 "trade_off",
-                "memory",
             ),
             0,
         )

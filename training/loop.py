@@ -23,12 +23,11 @@ from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
 from common.errors import InputError, require
 from common.layout import CAPTIONS_PER_IMAGE
-from common.memory import is_oom, no_memory
+from common.memory import describe_oom, is_oom
 from common.signals import Signals, Stopped
 from data import Batch, Split, TrainingBatches
-from evaluation import image_of_caption, retrieval
+from evaluation import BadScores, image_of_caption, retrieval, score_split
 from model import DIME
-from scoring import BadScores, score_split
 from training import log as runlog
 from training.config import TrainConfig
 from training.resume import CheckpointManager
@@ -129,7 +128,7 @@ class Trainer:
             except Exception as error:
                 if not is_oom(error):
                     raise
-                said = f"step {self.place.step}: {no_memory(error)}; {self._further()}"
+                said = f"step {self.place.step}: {describe_oom(error)}; {self._further()}"
                 raise InputError(said) from error
             log.info("done: the best model is %s", self.config.folder / BEST)
 
@@ -277,8 +276,7 @@ class Trainer:
         how = {"device": self.device, "images": images, "workers": config.workers}
         try:
             with self.signals.at_once():  # the checkpoint of this step is written
-                vocabulary, words = self.bert.vocabulary, config.max_words
-                return score_split(self.model, self.dev, vocabulary, words, **how)
+                return score_split(self.model, self.dev, self.bert.vocabulary, **how)
         except BadScores as error:
             best = config.folder / BEST
             other = f"the best one before it is {best}" if best.exists() else "there is no other"

@@ -39,9 +39,8 @@ class TrainStep:
         config = self.config
         warn_if_bf16_is_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
-        self.model.compile_where_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
-        limit = config.memory * 1e9 or None
-        self.model.space.keep_within(limit, pairs, tokens, config.precision)
+        self.model.compile_if_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
+        self.model.space.activation_checkpointing = config.activation_checkpointing
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step on a batch of the device; its losses, and the number of pairs scored.
@@ -52,7 +51,7 @@ class TrainStep:
         self.model.train()
         output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.hidden_states)
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
-        path = path_loss(output.paths, output.meanings, config.batch_size)
+        path = path_loss(output.paths, output.sentence_targets, config.batch_size)
         loss = rank + config.trade_off * path
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

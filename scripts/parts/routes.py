@@ -16,9 +16,10 @@ from torch import Tensor
 from common.cli import progress
 from common.layout import CAPTIONS_PER_IMAGE
 from data import Split
+from evaluation import Encoded
+from evaluation import evaluation_mode as evaluating
 from model import DIME
 from router import CLOSED, EPSILON, Modality
-from scoring import Encoded, evaluating
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Pairs:
         space = self.model.space
         cell = [*space.layers, space.merge][0].cells["cmrc"]
         with evaluating(self.model):
-            tokens, mask, _ = cell.view(context)
+            tokens, mask, _ = cell.project_context(context)
             weights = cell.attention(query.tokens[:, None], tokens, mask)[0, 0]
         words = int(captions.mask.sum())
         return (weights.T if i2t else weights)[1 : words - 1].cpu().numpy()
