@@ -4,7 +4,7 @@
     python -m scripts.reproduce run f30k_ensemble          # what is missing of it: hours to days
     python -m scripts.reproduce run ablation_uniform --seeds 0 1 2
     python -m scripts.reproduce run f30k_i2t --no-train    # evaluate a model that is there already
-    python -m scripts.reproduce table [--format md|latex|csv|json]
+    python -m scripts.reproduce table [--format md|csv]
     python -m scripts.reproduce run --help                 # --seeds, --data_path, --bert_path, ...
 
 scripts/experiments.toml lists the runs. `run` skips what is done, resumes what was interrupted, and
@@ -25,7 +25,7 @@ from common.cli import parse, print_line, run
 from common.errors import InputError, brief_repr, raise_first, require
 from common.files import read_json, sha256_of
 from scripts.parts.experiments import REGISTRY, Registry, Run, as_typed
-from scripts.parts.paper_table import as_csv, as_json, as_latex, as_markdown
+from scripts.parts.paper_table import as_csv, as_markdown
 from scripts.parts.run_results import RunResult, problems
 from training.config import FREE, TrainConfig
 
@@ -33,12 +33,8 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
 RUN_JSON = "run.json"
-# What a result keeps of run.json.
-TRAINING = ("command", "commit", "device", "versions", "seconds", "resumed_at", "earlier", "step")
-TRAINING += ("complete",)
 # Of the options that a resumed training may change, those that change its result.
 LENGTH = {"num_epochs", "max_steps", "val_step", "skip_bad_batches"}
-FORMATS = {"md": as_markdown, "latex": as_latex, "csv": as_csv, "json": as_json}
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class TableOptions:
-    format: Annotated[Literal["md", "latex", "csv", "json"], "format of the tables"] = "md"
-
-
-@dataclass(frozen=True)
-class ListOptions:
-    pass
+    format: Annotated[Literal["md", "csv"], "Markdown, or one line a figure"] = "md"
 
 
 def overview(registry: Registry) -> str:
@@ -82,119 +73,103 @@ def overview(registry: Registry) -> str:
 
 
 def state(registry: Registry, each: Run) -> str:
-    """Return which seeds of a run are done, and what is wrong with the others."""
+    """Return for each seed of a run whether it is done, or what is wrong with its result."""
     states = []
     for seed, path in each.results().items():
         try:
-            states.append(
-                f"seed {seed} {next(problems(registry, each, RunResult.read(path)), 'is done')}"
-            )
+            found = next(problems(registry, each, RunResult.read(path)), "is done")
         except InputError as error:
-            states.append(f"seed {seed} is damaged ({error})")
+            found = f"is damaged ({error})"
+        states.append(f"seed {seed} {found}")
     return ", ".join(states) or "not run"
 
 
 def check(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
-    """Raise InputError before the training if a result has a problem, or the split is another."""
-    for part in dict.fromkeys([*registry.members(each), each]):
-        path = part.result(seed)
+    """Raise InputError before the training if an older result or the split does not fit."""
+    from data import Split
+
+    for part in [*map(registry.run, each.of), each]:
+        path, data = part.result(seed), registry.data_of(part)
         if path.exists():
             against = problems(registry, part, RunResult.read(path))
             raise_first(f"{path}: {problem}; delete it to run it again" for problem in against)
         elif not part.of:
-            check_split(registry, part, paths)
-
-
-def check_split(registry: Registry, each: Run, paths: dict[str, str]) -> None:
-    """Raise InputError if the split to be evaluated is missing or of another number of images."""
-    from data import Split
-
-    data = registry.data_of(each)
-    folder = Path(paths.get("data_path", data.data_path)) / data.data_name
-    split = Split.open(folder, data.split, None)  # type: ignore[arg-type]  # which it checks
-    found = f"{split.path}: {split.images} images"
-    require(split.images == data.images, f"{found}; expected {data.images}")
+            folder = Path(paths.get("data_path", data.data_path)) / data.data_name
+            split = Split.open(folder, data.split, None)
+            wrong = f"{split.path}: {split.images} images; expected {data.images}"
+            require(split.images == data.images, wrong)
 
 
 def reproduce(
     registry: Registry, each: Run, seed: int, options: RunOptions, with_scores: bool = False
 ) -> RunResult:
-    """Return the result of a run; do first what is missing: members, training, evaluation.
+    """Return the result of a run; first do what is missing: its members, training, evaluation.
 
-    `with_scores` also evaluates a model again if the scores behind its result are gone.
+    `with_scores` evaluates a model again if the scores behind its result are gone.
     """
-    path, members = each.result(seed), []
+    from common import provenance
+
+    path = each.result(seed)
     if path.exists():
         result = RunResult.read(path)
-        if not with_scores or result.matrices == digests(each, seed):
+        if not with_scores or result.matrices == scores_digest(each, seed):
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return result
-        log.info("%s: evaluate again, %s is not its scores", path, each.scores(seed))
     if each.of:
-        members = [
-            reproduce(registry, member, seed, options, with_scores=True)
-            for member in registry.members(each)
-        ]
-    else:
-        if options.train:
-            run_program(registry.train(each, seed, options.paths))
+        members = registry.members(each)
+        parts = [reproduce(registry, part, seed, options, with_scores=True) for part in members]
+    elif options.train:
+        run_program(registry.train(each, seed, options.paths))
+    if not each.of:
         check_model(registry, each, seed)
     command = registry.evaluate(each, seed, options.paths)
     evaluation = evaluate(command, path)
-    result = result_of(registry, each, seed, as_typed(command), evaluation, members)
+    about = origin_of_ensemble(parts) if each.of else origin_of_model(each, seed)
+    if each.of:  # saved scores do not say what their models read
+        evaluation["fingerprints"] = [one for part in parts for one in part.fingerprints]
+    about["commands"].append(as_typed(command))
+    surroundings = provenance.surroundings()
+    result = RunResult(path, registry.digest(each), evaluation=evaluation, **about, **surroundings)
     raise_first(f"{path}: not written: {problem}" for problem in problems(registry, each, result))
-    result.write(path)
+    result.write()
     log.info("%s, seed %d: %s", each.name, seed, path)
     return result
 
 
+def origin_of_model(each: Run, seed: int) -> dict[str, Any]:
+    """Return how a model came about; without its run.json its training is None."""
+    path = each.model(seed).parent / RUN_JSON
+    session = read_json(path, "how a model was trained") if path.exists() else None
+    return {
+        "commands": [session["command"]] if session else [],
+        "trainings": [session and {k: v for k, v in session.items() if k != "options"}],
+        "matrices": scores_digest(each, seed),
+    }
+
+
+def origin_of_ensemble(parts: list[RunResult]) -> dict[str, Any]:
+    """Return how the models of an ensemble came about."""
+    return {
+        "commands": [command for part in parts for command in part.commands],
+        "trainings": [training for part in parts for training in part.trainings],
+        "matrices": {path: digest for part in parts for path, digest in part.matrices.items()},
+    }
+
+
+def scores_digest(each: Run, seed: int) -> dict[str, str]:
+    """Return the SHA-256 of a model's scores by their file; nothing if they are gone."""
+    path = each.scores(seed)
+    return {str(path): sha256_of(path)} if path.exists() else {}
+
+
 def evaluate(command: list[str], path: Path) -> dict[str, Any]:
-    """Run an evaluation and return its results."""
+    """Run an evaluation and return its results; they pass through a file beside `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     run_program([*command, "--json", str(temporary)])
     evaluation = read_json(temporary, "the results of an evaluation")
     temporary.unlink()
     return evaluation
-
-
-def result_of(
-    registry: Registry,
-    each: Run,
-    seed: int,
-    command: str,
-    evaluation: dict[str, Any],
-    members: list[RunResult],
-) -> RunResult:
-    """Return the result of a run from its evaluation; an ensemble's holds what its members' do."""
-    from common import provenance
-
-    if members:
-        commands = [text for member in members for text in member.commands]
-        trainings = [training for member in members for training in member.trainings]
-        matrices = {name: sha for member in members for name, sha in member.matrices.items()}
-        inputs = [fingerprints for member in members for fingerprints in member.fingerprints]
-        evaluation = evaluation | {"fingerprints": inputs}  # which saved scores do not tell
-    else:
-        path = each.model(seed).parent / RUN_JSON
-        session = read_json(path, "how a model was trained") if path.exists() else None
-        trainings = [session and {name: session.get(name) for name in TRAINING}]
-        commands = [session["command"]] if session else []
-        matrices = digests(each, seed)
-    return RunResult(
-        entry=registry.digest(each),
-        commands=[*commands, command],
-        **provenance.surroundings(),
-        trainings=trainings,
-        matrices=matrices,
-        evaluation=evaluation,
-    )
-
-
-def digests(each: Run, seed: int) -> dict[str, str]:
-    """Return the SHA-256 of a model's scores by their file; nothing if they are gone."""
-    path = each.scores(seed)
-    return {str(path): sha256_of(path)} if path.exists() else {}
 
 
 def check_model(registry: Registry, each: Run, seed: int) -> None:
@@ -221,8 +196,8 @@ def other_options(path: Path, options: dict[str, Any], wanted: dict[str, Any]) -
     """Yield the options of a training that the registry lists otherwise."""
     for name, value in wanted.items():
         if name in options and options[name] != value:
-            found = f"{path}: was trained with --{name} {brief_repr(options[name])}"
-            yield f"{found}; expected {brief_repr(value)}"
+            trained = f"{path}: was trained with --{name} {brief_repr(options[name])}"
+            yield f"{trained}; expected {brief_repr(value)}"
 
 
 def run_program(command: list[str]) -> None:
@@ -232,48 +207,38 @@ def run_program(command: list[str]) -> None:
     """
     log.info("%s", as_typed(command))
     program = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]])
-    received: list[int] = []
+    received = []
 
     def forward(number: int, frame: object) -> None:
         received.append(number)
         program.send_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN or number == signal.SIGINT:  # a shell ignores SIGINT after `&`
-            signal.signal(number, forward)
-    try:
-        status = program.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        sys.exit(128 + received[0])
-    if status > 128:
-        sys.exit(status)  # a signal ended the program
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, forward) for number in numbers]
+    status = program.wait()
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    if received or status > 128:
+        sys.exit(128 + received[0] if received else status)
     require(status == 0, f"{command[0]} ended with status {status}, see above")
 
 
 def main() -> None:
     action, *rest = sys.argv[1:] or ["--help"]
-    if action in ("-h", "--help"):
-        print_line(__doc__)
-        return
-    registry = Registry(REGISTRY)
     if action == "list":
-        parse(ListOptions, rest, __doc__, "reproduce.py list")
-        print_line(overview(registry))
+        print_line(overview(Registry(REGISTRY)))
     elif action == "table":
         table = parse(TableOptions, rest, __doc__, "reproduce.py table")
-        print_line(FORMATS[table.format](registry))
+        print_line({"md": as_markdown, "csv": as_csv}[table.format](Registry(REGISTRY)))
     elif action == "run":
-        options = parse(RunOptions, rest, __doc__, "reproduce.py run")
+        options, registry = parse(RunOptions, rest, __doc__, "reproduce.py run"), Registry(REGISTRY)
         runs = [(registry.run(name), seed) for name in options.names for seed in options.seeds]
         for each, seed in runs:
             check(registry, each, seed, options.paths)
         for each, seed in runs:
             reproduce(registry, each, seed, options)
+    elif action in ("-h", "--help"):
+        print_line(__doc__)
     else:
         raise InputError(f"{action}: expected list, run or table (see --help)")
 

@@ -15,6 +15,7 @@ from typing import Any
 from common.cli import parse
 from common.errors import InputError, require
 from common.files import read_text
+from common.layout import SplitName
 from training.config import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -38,7 +39,7 @@ class Data:
     data_path: str
     data_name: str
     bert_path: str
-    split: str
+    split: SplitName
     train: str = ""
 
 

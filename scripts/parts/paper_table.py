@@ -1,13 +1,11 @@
-"""paper_table.py — our recalls beside the paper's, as Markdown, LaTeX, CSV and JSON.
+"""paper_table.py — our recalls beside the paper's, as Markdown and CSV.
 
 From results/paper.json and the results of the registry's runs. A cell without a result says so.
 """
 
 import csv
 import io
-import json
 import logging
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,7 +70,8 @@ def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
     """Return the rows of a table."""
     papers = read_json(results / "paper.json", "the paper's figures").get(table, {})
     fold5 = registry.tables[table].fold5
-    every, reference = [], []  # the reference: fingerprints of the first result that has some
+    every: list[Row] = []
+    reference: list[Fingerprints] = []  # of the first result that has some
     for run in registry.rows(registry.tables[table]):
         accepted = _accepted(registry, run, results, reference)
         ours = {seed: result.recalls(fold5) for seed, result in accepted.items()}
@@ -174,70 +173,18 @@ def by_seed(every: Sequence[Row]) -> Lines:
 
 
 def as_csv(registry: Registry) -> str:
-    """Return one line a figure; its mean is `not run` if there is none."""
-    text, every = io.StringIO(), figures(registry)
-    writer = csv.DictWriter(text, every[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        each | {"mean": "not run" if each["mean"] is None else each["mean"]} for each in every
-    )
+    """Return all tables with a line for each figure; the mean is `not run` if there is none."""
+    head = ["table", "run", "model", "metric", "paper", "mean", "sd", "low", "high", "difference"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*head, "seeds"])
+    for table in registry.tables:
+        for row in rows(registry, table):
+            low, high = zip(*row.intervals, strict=True) if row.intervals else (None, None)
+            columns = (row.paper, row.mean, row.deviation, low, high, row.difference)
+            for k, name in enumerate(NAMES):
+                numbers = [round(values[k], 4) if values else "" for values in columns]
+                numbers[1] = "not run" if row.mean is None else numbers[1]
+                about = [table, row.run.name, row.run.title, name]
+                writer.writerow([*about, *numbers, len(row.ours)])
     return text.getvalue()
-
-
-def as_json(registry: Registry) -> str:
-    """Return the same figures as a list; null if there is none."""
-    return json.dumps(figures(registry), indent=1) + "\n"
-
-
-def figures(registry: Registry) -> list[dict[str, object]]:
-    """Return every figure of every table, rounded to four digits."""
-    return [
-        {"table": table, "run": row.run.name, "model": row.run.title, "metric": NAMES[k]}
-        | {
-            name: None if values is None else round(values[k], 4)
-            for name, values in {
-                "paper": row.paper,
-                "mean": row.mean,
-                "sd": row.deviation,
-                "low": row.intervals and [low for low, _ in row.intervals],
-                "high": row.intervals and [high for _, high in row.intervals],
-                "difference": row.difference,
-            }.items()
-        }
-        | {"seeds": len(row.ours)}
-        for table in registry.tables
-        for row in rows(registry, table)
-        for k in range(len(COLUMNS))
-    ]
-
-
-def as_latex(registry: Registry) -> str:
-    """Return the tables for a paper in LaTeX."""
-    parts = []
-    for title, lines, compared in _lines(registry, registry.tables, RESULTS):
-        parts.append(_latex(f"{title}. {LEGEND}", HEAD, lines))
-        if compared:
-            parts.append(_latex(f"{title}. Seed by seed.", BESIDE, compared))
-    return "\n".join(parts)
-
-
-def _latex(caption: str, head: list[str], lines: Lines) -> str:
-    body = "\n".join(" & ".join(map(_tex, line)) + r" \\" for line in lines)
-    return (
-        f"\\begin{{table}}\n\\caption{{{_tex(caption)}}}\n"
-        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n"
-        f"{' & '.join(map(_tex, head))} \\\\ \\hline\n"
-        f"{body}\n\\end{{tabular}}\n\\end{{table}}\n"
-    )
-
-
-def _tex(text: str) -> str:
-    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)  # a minus sign
-    return text.replace("--", "-\0-").translate(TEX)  # `--` would become a dash
-
-
-TEX = str.maketrans(
-    {mark: f"\\{mark}" for mark in "_%&#${}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"\0": "{}", "±": r"$\pm$", "−": "$-$", "·": r"$\cdot$", "`": ""}
-)

@@ -24,6 +24,7 @@ Fingerprints = dict[str, str | None]  # by input; None if it is not known
 class RunResult:
     """The content of a results file."""
 
+    path: Path
     entry: str  # SHA-256 of the run's entry in the registry
     commands: list[str]
     machine: str
@@ -42,11 +43,12 @@ class RunResult:
             value = content.get(name)
             if not isinstance(value, kind):
                 raise InputError(f"{path}: {name} is {brief_repr(value)}; expected {kind.__name__}")
-        return cls(**{each.name: content.get(each.name) for each in fields(cls)})
+        values = {each.name: content.get(each.name) for each in fields(cls)[1:]}
+        return cls(path, **values)
 
-    def write(self, path: Path) -> None:
-        """Write a results file."""
-        write_json(path, asdict(self))
+    def write(self) -> None:
+        """Write the results file."""
+        write_json(self.path, {k: v for k, v in asdict(self).items() if k != "path"})
 
     @property
     def fingerprints(self) -> list[Fingerprints]:
@@ -55,27 +57,22 @@ class RunResult:
 
     def recalls(self, fold5: bool) -> list[float]:
         """Six recalls in percent and rsum. Raises InputError if the evaluation has none."""
-        values = _seven(_metrics(self.evaluation, fold5)["metrics"])
+        values = self._seven("metrics", fold5)
         fits = all(0 <= value <= 100 + ROUNDING for value in values[:-1])
         fits = fits and abs(sum(values[:-1]) - values[-1]) < ROUNDING
-        require(fits, f"recalls {values}; expected percent, and their sum")
+        require(fits, f"{self.path}: recalls {values}; expected percent, and their sum")
         return values
 
-    def intervals(self, fold5: bool) -> list[Interval] | None:
-        """The 95 % intervals of the same figures; None if the evaluation made none."""
-        intervals = _metrics(self.evaluation, fold5)["intervals"]
-        return intervals and _seven(intervals)
+    def intervals(self, fold5: bool) -> list[Interval]:
+        """The 95 % intervals of the same figures. Raises InputError if there are none."""
+        return self._seven("intervals", fold5)
 
-
-def _metrics(evaluation: dict[str, Any], fold5: bool) -> dict[str, Any]:
-    try:
-        return evaluation["protocols"]["1k5" if fold5 else "5k"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the evaluation lacks {error}") from error
-
-
-def _seven(values: dict[str, Any]) -> list[Any]:
-    return [*(values[way][name] for way, name in METRICS), values["rsum"]]
+    def _seven(self, kind: str, fold5: bool) -> list[Any]:
+        try:
+            values = self.evaluation["protocols"]["1k5" if fold5 else "5k"][kind]
+            return [*(values[way][name] for way, name in METRICS), values["rsum"]]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{self.path}: the evaluation lacks {kind}: {error!r}") from error
 
 
 def problems(registry: Registry, run: Run, result: RunResult) -> Iterator[str]:
