@@ -1,4 +1,4 @@
-"""scoring.py: no score depends on how pairs are gone through, and each thing is encoded once."""
+"""evaluation.py, scores: no score depends on its chunk or tile; everything is encoded once."""
 
 import logging
 import subprocess
@@ -12,11 +12,22 @@ import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, write_split
 from test_model import LENGTHS, small_batch, small_model
 
-import scoring
+import evaluation
 from data import Split
+from evaluation import (
+    BadScores,
+    Encoded,
+    encode_split,
+    is_reranked,
+    rank_last,
+    recall_upper_bound,
+    score_all,
+    score_some,
+    score_split,
+    shortlist,
+)
 from model import DIME
 from router import Modality
-from scoring import BadScores, Encoded, Scorer, behind, encode_split, score_split, shortlist
 from vocab import Vocabulary
 
 CPU = torch.device("cpu")
@@ -30,167 +41,146 @@ def small_encoded(model: DIME) -> Encoded:
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
-@pytest.mark.parametrize("pairs", [1, 2, 4, 7, 1000])
+@pytest.mark.parametrize("pairs", [1, 4, 7])
 @pytest.mark.parametrize("tile", [1, 2, 128])
-def test_no_score_depends_on_its_slice_or_tile(
+def test_no_score_depends_on_its_chunk_or_tile(
     direction: str, pairs: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(direction)
     encoded = small_encoded(model)
     with torch.no_grad():
         whole, _ = model.score(encoded.images, encoded.captions, 10**9)
-    monkeypatch.setattr(scoring, "TILE", tile)
-    scorer = Scorer(model, encoded, CPU)
-    scorer.pairs = pairs
-    np.testing.assert_allclose(scorer.all_pairs(), whole, rtol=0, atol=1e-6)
-    assert scorer.scored == whole.numel()
+    monkeypatch.setattr(evaluation, "TILE", tile)
+    monkeypatch.setattr(evaluation, "chunk_size", lambda device, dim: pairs)
+    np.testing.assert_allclose(score_all(model, encoded, CPU), whole, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
-@pytest.mark.parametrize("routing", ["soft", "hard"])
-def test_skipping_closed_cells_changes_no_score(direction: str, routing: str) -> None:
-    """And the cells see fewer pairs, exactly those that are counted as closed."""
-    model = small_model(direction, routing=routing)
-    encoded = small_encoded(model)
-    seen: dict[str, int] = {}
-    cells = [
-        (f"{number}.{name}", cell)
-        for number, layer in enumerate([*model.space.layers, model.space.merge])
-        for name, cell in layer.cells.items()
-    ]
-    for key, cell in cells:
-        cell.register_forward_hook(
-            lambda _, __, out, key=key: seen.update(
-                {key: seen.get(key, 0) + out.shape[0] * out.shape[1]}
-            )
-        )
-    scorer = Scorer(model, encoded, CPU)
-    skipped = scorer.all_pairs()
-    counts = dict(seen)
-    model.space.skip_nothing()
-    np.testing.assert_allclose(skipped, Scorer(model, encoded, CPU).all_pairs(), rtol=0, atol=1e-6)
-    closed = scorer.closed.numpy()
-    assert closed.shape == (3, 4) and (closed[1:] > 0).any()
-    checked = 0
-    for (key, cell), count in zip(cells[4:], closed[1:].flatten(), strict=True):
-        share = count / scorer.scored
-        if not isinstance(cell, type(cells[0][1])) and share >= 0.2:
-            assert counts[key] == scorer.scored - count, key
-            checked += 1
-    assert checked > 0
-
-
-def test_memory_that_runs_out_halves_the_slices_and_nothing_is_done_again(
+def test_running_out_of_memory_halves_the_chunk(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """No tile is scored twice."""
     model = small_model("i2t")
     encoded = small_encoded(model)
-    expected = Scorer(model, encoded, CPU).all_pairs()
-    monkeypatch.setattr(scoring, "TILE", 2)
-    calls, score = [], model.score
+    expected = score_all(model, encoded, CPU)
+    calls: list[int] = []
+    score = model.score
 
-    def short_of_memory(images: Modality, captions: Modality, pairs: int):
+    def score_with_little_memory(images: Modality, captions: Modality, pairs: int) -> tuple:
         calls.append(pairs)
         if len(calls) > 2 and pairs > 3:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return score(images, captions, pairs)
 
-    monkeypatch.setattr(model, "score", short_of_memory)
-    scorer = Scorer(model, encoded, CPU)
-    scorer.pairs = 8
+    monkeypatch.setattr(evaluation, "TILE", 2)
+    monkeypatch.setattr(evaluation, "chunk_size", lambda device, dim: 8)
+    monkeypatch.setattr(model, "score", score_with_little_memory)
     with caplog.at_level(logging.WARNING):
-        found = scorer.all_pairs()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    assert calls == [8, 8, 8, 4, 2, 2, 2, 2]  # six tiles, two refusals
-    assert "going on with 2 pairs at a time" in caplog.text
+        scores = score_all(model, encoded, CPU)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    assert calls == [8, 8, 8, 4, 2, 2, 2, 2]  # six tiles, two failures
+    assert "2 pairs" in caplog.text
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_do_not_count_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model("i2t")
 
-    def broken(*given: object):
+    def fail(*inputs: object) -> None:
         raise RuntimeError("sizes do not match")
 
-    monkeypatch.setattr(model, "score", broken)
+    monkeypatch.setattr(model, "score", fail)
     with pytest.raises(RuntimeError, match="sizes"):
-        Scorer(model, small_encoded(model), CPU).all_pairs()
+        score_all(model, small_encoded(model), CPU)
 
 
-def test_scores_that_are_no_numbers_are_noticed_at_once() -> None:
+def test_scores_of_nan_are_refused_by_the_name_of_the_model() -> None:
     model = small_model("i2t")
     encoded = small_encoded(model)
     torch.nn.init.constant_(model.space.norm.weight, torch.nan)
-    with pytest.raises(BadScores, match=r"x\.pth\.tar gives scores of NaN"):
-        Scorer(model, encoded, CPU, "x.pth.tar").all_pairs()
+    with pytest.raises(BadScores, match=r"x\.pth\.tar.*NaN"):
+        score_all(model, encoded, CPU, "x.pth.tar")
+
+
+def test_stop_is_called_before_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model("i2t")
+    monkeypatch.setattr(evaluation, "TILE", 2)
+    calls: list[None] = []
+    score_all(model, small_encoded(model), CPU, stop=lambda: calls.append(None))
+    assert len(calls) == 6
+    with pytest.raises(KeyboardInterrupt):
+        score_all(model, small_encoded(model), CPU, stop=_interrupt)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
 def test_some_pairs_have_the_scores_of_all(direction: str) -> None:
     model = small_model(direction)
     encoded = small_encoded(model)
-    whole = Scorer(model, encoded, CPU).all_pairs()
+    whole = score_all(model, encoded, CPU)
     wanted = np.random.default_rng(0).random(whole.shape) < 0.4
-    scorer = Scorer(model, encoded, CPU)
-    found = scorer.some_pairs(wanted)
-    np.testing.assert_allclose(found, np.where(wanted, whole, 0), rtol=0, atol=1e-6)
-    assert scorer.scored == wanted.sum()
+    some = score_some(model, encoded, wanted, CPU)
+    np.testing.assert_allclose(some, np.where(wanted, whole, 0), rtol=0, atol=1e-6)
 
 
 def test_a_shortlist_holds_the_best_of_each_row_and_column() -> None:
-    products = np.random.default_rng(0).random((7, 35), dtype=np.float32)
-    wanted = shortlist(products, 3)
-    rows, columns = (-products).argsort(1).argsort(1) < 3, (-products).argsort(0).argsort(0) < 3
+    coarse = np.random.default_rng(0).random((7, 35), dtype=np.float32)
+    wanted = shortlist(coarse, 3)
+    rows, columns = (-coarse).argsort(1).argsort(1) < 3, (-coarse).argsort(0).argsort(0) < 3
     assert np.array_equal(wanted, rows | columns)
-    assert shortlist(products, 35).all() and shortlist(products, 99).all()
+    assert shortlist(coarse, 35).all() and shortlist(coarse, 99).all()
 
 
 @pytest.mark.parametrize("scale", [1, 50])
-def test_pairs_outside_a_shortlist_rank_behind_it_in_pooled_order(scale: float) -> None:
-    """Also where images have no unit length, and a product may be of any size."""
+def test_pairs_outside_a_shortlist_rank_last_in_coarse_order(scale: float) -> None:
+    """Also if images have no unit length, so that scores have any size."""
     rng = np.random.default_rng(0)
-    products = scale * rng.uniform(-1, 1, (6, 30)).astype(np.float32)
+    coarse = scale * rng.uniform(-1, 1, (6, 30)).astype(np.float32)
     scores = scale * rng.uniform(-1, 1, (6, 30)).astype(np.float32)
-    wanted = shortlist(products, 4)
-    found = behind(scores, products, wanted)
-    assert np.array_equal(found[wanted], scores[wanted])
-    assert found[~wanted].max() < scores[wanted].min()
-    outside = (found - products)[~wanted]
-    np.testing.assert_allclose(outside, outside[0], rtol=0, atol=1e-4 * scale)
-    if scale == 1:
-        np.testing.assert_allclose(outside, -4, rtol=0, atol=1e-6)
+    wanted = shortlist(coarse, 4)
+    reranked = rank_last(scores, coarse, wanted)
+    assert np.array_equal(reranked[wanted], scores[wanted])
+    assert reranked[~wanted].max() < scores[wanted].min()
+    gaps = (reranked - coarse)[~wanted]
+    np.testing.assert_allclose(gaps, gaps[0], rtol=0, atol=1e-4 * scale)
+    assert is_reranked(reranked) and (scale > 1 or not is_reranked(scores))
 
 
-class CountingModel:
+def test_the_upper_bound_counts_queries_with_a_known_answer() -> None:
+    """Three images with two captions each; of image 1 no own caption is known."""
+    known = np.zeros((3, 6), dtype=bool)
+    known[0, 0] = known[0, 1] = known[1, 0] = known[2, 5] = True
+    expected = {"i2t": pytest.approx(200 / 3), "t2i": 50}
+    assert recall_upper_bound(known, [0, 0, 1, 1, 2, 2]) == expected
+
+
+class CountingModel(DIME):
     """Scores are products of pooled vectors; it counts what it encodes."""
 
-    direction = "i2t"
+    def __init__(self) -> None:
+        model = small_model("i2t")
+        super().__init__(model.config, model.text.bert)
+        self.encoded = [0, 0]
 
-    def __init__(self, training: bool) -> None:
-        self.model, self.encoded, self.training = small_model("i2t"), [0, 0], training
-
-    def train(self, mode: bool = True) -> None:
-        self.training = mode
-
-    def encode_images(self, regions: torch.Tensor):
+    def encode_images(self, regions: torch.Tensor) -> Modality:
         assert not self.training
         self.encoded[0] += len(regions)
-        return self.model.encode_images(regions[..., :9])
+        return super().encode_images(regions[..., :9])
 
-    def encode_captions(self, ids: torch.Tensor, mask: torch.Tensor):
+    def encode_captions(self, ids: torch.Tensor, mask: torch.Tensor) -> Modality:
         assert not self.training
         self.encoded[1] += len(ids)
-        return self.model.encode_captions(ids.clamp(max=49), mask)
+        return super().encode_captions(ids.clamp(max=49), mask)
 
-    def score(self, images, captions, pairs):
+    def score(self, images: Modality, captions: Modality, pairs: int | None = None) -> tuple:
         assert not self.training
         return images.pooled @ captions.pooled.T, torch.ones(1)
-
-    def closed(self, paths):
-        return torch.zeros(3, 4)
 
 
 @pytest.fixture
 def split(tmp_path: Path) -> Iterator[Split]:
+    """Seven images; captions 2, 11 and 34 are equal."""
     write_split(tmp_path, "dev", 7, repeat=True, longest=3)
     captions = (tmp_path / "dev_caps.txt").read_text().splitlines()
     captions = [f"{caption} {number}" for number, caption in enumerate(captions)]
@@ -201,35 +191,33 @@ def split(tmp_path: Path) -> Iterator[Split]:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_split_is_encoded_once_in_evaluation_mode(split: Split, training: bool) -> None:
-    """The longest caption has fewer than max_words tokens, which the published code crashed on."""
-    model, vocabulary = CountingModel(training), Vocabulary.load(GOLDEN / "i2t/bert")
-    scores = score_split(model, split, vocabulary, 16, device=CPU)
+    model, vocabulary = CountingModel().train(training), Vocabulary.load(GOLDEN / "i2t/bert")
+    scores = score_split(model, split, vocabulary, device=CPU)
     assert scores.shape == (7, 35) and scores.dtype == np.float32
-    assert model.encoded == [7, 33] and model.training == training  # two captions stand there twice
+    assert model.encoded == [7, 33] and model.training == training
     assert np.array_equal(scores[:, 11], scores[:, 2])
     assert np.array_equal(scores[:, 34], scores[:, 2])
-    some = score_split(model, split, vocabulary, 16, device=CPU, images=3)
-    np.testing.assert_allclose(some, scores[:3, :15], rtol=0, atol=1e-6)
+    first = score_split(model, split, vocabulary, device=CPU, images=3)
+    np.testing.assert_allclose(first, scores[:3, :15], rtol=0, atol=1e-6)
 
 
-def test_repeated_captions_are_wanted_where_one_of_them_is(split: Split) -> None:
-    model, vocabulary = CountingModel(False), Vocabulary.load(GOLDEN / "i2t/bert")
-    encoded = encode_split(model, split, vocabulary, 16, device=CPU)
+def test_equal_captions_are_scored_if_one_of_them_is_wanted(split: Split) -> None:
+    model, vocabulary = CountingModel(), Vocabulary.load(GOLDEN / "i2t/bert")
+    encoded = encode_split(model, split, vocabulary, device=CPU)
     wanted = np.zeros((7, 35), dtype=bool)
     wanted[4, 11] = wanted[5, 2] = wanted[5, 3] = True
-    scorer = Scorer(model, encoded, CPU)
-    found = scorer.some_pairs(wanted)
-    np.testing.assert_allclose(found[wanted], encoded.products()[wanted], rtol=0, atol=1e-6)
-    assert not found[~wanted].any() and scorer.scored == 3
+    scores = score_some(model, encoded, wanted, CPU)
+    np.testing.assert_allclose(scores[wanted], encoded.coarse_scores()[wanted], rtol=0, atol=1e-6)
+    assert not scores[~wanted].any()
 
 
-BOUNDED = """
+MEASURED = """
 import sys
 import numpy as np, torch
 sys.path[:0] = ["tests"]
 from common.memory import peak_memory
+from evaluation import Encoded, score_all
 from router import Modality
-from scoring import Encoded, Scorer
 from test_model import small_model
 
 torch.set_num_threads(1)
@@ -241,16 +229,16 @@ images = Modality(unit(9, 7, 8), unit(9, 8), torch.ones(9, 7, dtype=torch.bool))
 lengths = torch.randint(2, 11, (20000, 1))
 captions = Modality(unit(20000, 10, 8), unit(20000, 8), torch.arange(10) < lengths)
 before = peak_memory(cpu)
-scores = Scorer(model, Encoded(images, captions, np.arange(20000)), cpu).all_pairs()
+scores = score_all(model, Encoded(images, captions, np.arange(20000)), cpu)
 print(scores.shape, peak_memory(cpu) - before)
 """
 
 
-def test_scoring_20000_captions_takes_little_memory() -> None:
-    """All pairs at once would take 180,000 x 40 tensors of 7 x 8 numbers, 1.6 GB."""
+def test_scoring_20000_captions_needs_little_memory() -> None:
+    """All pairs at once would need 180,000 x 40 tensors of 7 x 8 numbers, 1.6 GB."""
     done = subprocess.run(
-        [sys.executable, "-c", BOUNDED], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEASURED], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    shape, taken = done.stdout.rsplit(" ", 1)
-    assert shape == "(9, 20000)" and int(taken) < 50e6
+    shape, used = done.stdout.rsplit(" ", 1)
+    assert shape == "(9, 20000)" and int(used) < 50e6

@@ -1,0 +1,284 @@
+"""Chunks, activation checkpointing and compilation change no score and no gradient."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from conftest import same
+from test_model import ABLATIONS, small_batch, small_model
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from common import compile as compiling
+from common.compile import WORTH_COMPILING, compiling_pays
+from common.memory import chunk_size
+from model import DIME
+from router import ContextProjections, Modality
+
+ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are only rounding
+
+
+def trained(model: DIME, pairs: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores of a batch in training mode, and gradients and statistics after it."""
+    regions, ids, mask = small_batch()
+    model.train().text.bert.eval()
+    images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+    scores, paths = model.score(images, captions, pairs)
+    weights = torch.arange(scores.numel()).view_as(scores) - 4.0
+    ((scores * weights).sum() + model.space.embed_paths(paths).sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return scores.detach(), gradients | dict(model.named_buffers())
+
+
+def seeded(direction: str, **options: object) -> DIME:
+    torch.manual_seed(3)
+    return small_model(direction, **options)
+
+
+def assert_trained_alike(actual: tuple, expected: tuple) -> None:
+    torch.testing.assert_close(actual[0], expected[0], atol=1e-6, rtol=1e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, value in actual[1].items():
+        torch.testing.assert_close(value, expected[1][name], atol=ROUNDING, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@pytest.mark.parametrize("pairs", [1, 2, 7])
+def test_chunks_change_no_score_gradient_or_statistic(direction: str, pairs: int) -> None:
+    assert_trained_alike(trained(seeded(direction), pairs), trained(seeded(direction)))
+
+
+@pytest.mark.parametrize(("width", "chunks"), [(256, [96, 64]), (64, [160])])
+def test_chunks_hold_as_many_numbers_at_every_width(
+    width: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [chunk_size("cpu", d) for d in (8, 64, 192, 256, 10**5)] == [384, 384, 128, 96, 1]
+    assert [chunk_size("cuda", d) for d in (64, 256)] == [4 * 8192, 8192]
+    sizes = {"embed_size": width, "num_head_IMRC": 16, "hid_IMRC": 8, "hid_router": 8}
+    model = small_model("i2t", **sizes)
+    routed = count_routed(model, monkeypatch)
+    query, context = (
+        Modality(torch.randn(n, 4, width), torch.randn(n, width), torch.ones(n, 4).bool())
+        for n in (5, 32)
+    )
+    with torch.no_grad():
+        model.space(query, context)
+    assert routed == chunks
+
+
+def count_routed(model: DIME, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of pairs of every chunk."""
+    routed: list[int] = []
+    route = model.space.route
+
+    def counting(
+        tokens: Tensor, projections: Sequence[ContextProjections], contexts: int
+    ) -> tuple[Tensor, Tensor]:
+        routed.append(len(tokens) * contexts)
+        return route(tokens, projections, contexts)
+
+    monkeypatch.setattr(model.space, "route", counting)
+    return routed
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_activation_checkpointing_has_the_same_gradients_to_the_last_bit(
+    direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = trained(seeded(direction), 2)
+    model = seeded(direction)
+    model.space.activation_checkpointing = True
+    routed = count_routed(model, monkeypatch)
+    assert same(trained(model, 2), expected)
+    assert sum(routed) == 2 * expected[0].numel(), "every pair is routed twice"
+
+
+def test_activation_checkpointing_keeps_less() -> None:
+    """Bytes that autograd keeps for the backward pass."""
+    kept = []
+    for checkpointing in (False, True):
+        model = seeded("i2t").train()
+        model.space.activation_checkpointing = checkpointing
+        regions, ids, mask = small_batch()
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.score(images, captions, 4)
+        kept.append(sum(sizes.values()))
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.fixture
+def compiled_frames(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """Counts the compiled functions, in place of the compiler."""
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **more: compile_(function, backend=counter, **more)
+    )
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_one_compilation_serves_every_number_of_images_captions_and_words(
+    direction: str, compiled_frames: CompileCounter
+) -> None:
+    model = small_model(direction)
+    regions, ids, mask = small_batch()
+    with torch.no_grad():
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        whole, _ = model.score(images, captions, 6)
+        short = captions[captions.mask.sum(1) <= 5]
+        expected, _ = model.score(images, short, 6)
+        model.space.compile_routes()
+        torch.testing.assert_close(model.score(images, captions, 6)[0], whole, atol=1e-6, rtol=0)
+        once = compiled_frames.frame_count
+        assert once > 0
+        # fewer captions, and captions with fewer words
+        torch.testing.assert_close(model.score(images, short, 6)[0], expected, atol=1e-6, rtol=0)
+        for i, c in ((2, 4), (1, 4), (3, 1), (1, 1)):
+            scores, _ = model.score(images[:i], captions[:c], 6)
+            torch.testing.assert_close(scores, whole[:i, :c], atol=1e-6, rtol=0)
+    assert compiled_frames.frame_count == once
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_compiled_training_has_the_same_gradients(
+    ablation: str, compiled_frames: CompileCounter
+) -> None:
+    expected = trained(seeded("i2t", **ABLATIONS[ablation]), 6)
+    model = seeded("i2t", **ABLATIONS[ablation])
+    model.space.compile_routes()
+    model.space.activation_checkpointing = True
+    assert_trained_alike(trained(model, 6), expected)
+    assert compiled_frames.frame_count > 0 and model.space.is_compiled
+
+
+class NoBackward(torch.autograd.Function):
+    """A step whose backward pass cannot be compiled."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        raise RuntimeError("no code for it\nand more")
+
+
+@pytest.mark.parametrize("scored_before", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_backward_pass_that_cannot_be_compiled_runs_eagerly(
+    checkpointing: bool,
+    scored_before: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The failure shows at the first backward pass only, perhaps after a validation."""
+
+    def compile_(function: Callable, **options: object) -> Callable:
+        return lambda *inputs: tuple(map(NoBackward.apply, function(*inputs)))
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    expected = trained(seeded("i2t"), 6)
+    model = seeded("i2t")
+    model.space.activation_checkpointing = checkpointing
+    model.space.compile_routes()
+    if scored_before:
+        with torch.random.fork_rng(), torch.no_grad():
+            regions, ids, mask = small_batch()
+            model.eval().score(model.encode_images(regions), model.encode_captions(ids, mask), 6)
+        assert model.space.is_compiled
+    assert_trained_alike(trained(model, 6), expected)
+    assert not model.space.is_compiled
+    (record,) = caplog.records
+    assert "no code for it" in record.getMessage() and "and more" not in record.getMessage()
+
+
+def test_without_a_compiler_one_warning_and_the_same_scores(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*inputs: object) -> None:
+        raise RuntimeError("no working compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    model = small_model("i2t")
+    regions, ids, mask = small_batch()
+    with torch.no_grad():
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        eager, _ = model.score(images, captions)
+        model.space.compile_routes()
+        for _ in range(2):
+            assert torch.equal(model.score(images, captions)[0], eager)
+    (record,) = caplog.records
+    assert "no working compiler" in record.getMessage()
+
+
+def test_running_out_of_memory_is_no_failure_of_the_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*inputs: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    model = small_model("i2t")
+    regions, ids, mask = small_batch()
+    model.space.compile_routes()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out of memory"):
+        model.score(model.encode_images(regions), model.encode_captions(ids, mask))
+    assert model.space.is_compiled
+
+
+@pytest.mark.parametrize(
+    ("choice", "pairs", "pays", "compiled"),
+    [
+        (None, 10**9, True, True),
+        (None, 10**9, False, False),
+        (True, 1, False, True),
+        (False, 10**9, True, False),
+    ],
+)
+def test_the_choice_counts_before_what_pays(
+    choice: bool | None,
+    pairs: int,
+    pays: bool,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("model.compiling_pays", lambda *given: pays)
+    model = small_model("i2t")
+    model.compile_if_it_pays(choice, pairs)
+    assert model.space.is_compiled == compiled
+
+
+@pytest.mark.parametrize("program", [None, "there"])
+def test_a_cpu_compiles_in_bfloat16_only(
+    program: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: program)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: program)
+    many = WORTH_COMPILING
+    assert compiling_pays("cuda", "fp32", many) == bool(program)
+    assert compiling_pays("cpu", "bf16", many) == bool(program)
+    assert not compiling_pays("cpu", "fp32", many) and not compiling_pays("cpu", "bf16", many - 1)
+
+
+def test_a_compiled_batch_is_not_padded_to_twice_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled chunks have at least 2 queries, so a chunk must not hold only one of them."""
+    model = small_model("i2t")
+    regions, ids, mask = small_batch()
+    images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+    images, captions = images[torch.arange(8) % 2], captions[torch.arange(8) % 2]
+    routed = count_routed(model, monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model.space.compile_routes()
+    with torch.no_grad():
+        model.score(images, captions, 8)
+    assert sum(routed) == 64
