@@ -21,9 +21,11 @@ from training.config import TrainConfig
 from training.step import TrainStep
 
 ENCODED = SCORES = CLIPPED = 1e-5
-# Dividing by gates that are nearly closed magnifies rounding: in t2i_variant those of an out-path
-# sum to 0.0022, and torch 2.6 makes up to 3.1e-5 of it.
-MAGNIFIED = 5 if torch.__version__.startswith("2.6.") else 1
+# In layer 0 of t2i_variant an out-path has one open gate, of 0.0022. Its share g / (g + 1e-8) is 1
+# and has almost no gradient: two terms 448 times as large cancel, and their rounding is left. From
+# float64, the published arrays differ by 5.9e-6, ours by 5.5e-6 with AVX512 and by 2.5e-5 where
+# MKL and oneDNN use SSE alone (torch 2.13 and 2.14); with this one division in float64, by 4.3e-6.
+CLIPPED_OF = {"t2i_variant": 5e-5}
 LAYERS = 5e-5
 LOSS = 1e-5  # relative
 BUFFERS = 1e-6
@@ -116,14 +118,14 @@ def modules(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, dict[str, T
     return parts
 
 
-def check_gradients(model: DIME, arrays: dict[str, np.ndarray]) -> None:
+def check_gradients(model: DIME, arrays: dict[str, np.ndarray], tolerance: float) -> None:
     """Clipped gradients of the first step; the arrays hold what has a gradient and no more."""
     prefix = "step0.clipped_grad/"
     left = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
     for own, published in official_of_native(model.config.direction == "t2i").items():
         if own in dict(model.named_parameters()):
             expected = fuse_weights(own, [torch.tensor(left.pop(name)) for name in published])
-            close(model.get_parameter(own).grad, expected.numpy(), CLIPPED * MAGNIFIED)
+            close(model.get_parameter(own).grad, expected.numpy(), tolerance)
     assert not left
 
 
@@ -151,7 +153,7 @@ def three_steps(case: Case, device: torch.device, compiled: bool = False) -> Non
             expected = arrays[f"step{k}.{name}"].item()
             assert figures[tag].item() == pytest.approx(expected, rel=LOSS), name
         if k == 0:
-            check_gradients(model, arrays)
+            check_gradients(model, arrays, CLIPPED_OF.get(case.folder.name, CLIPPED))
     assert model.space.is_compiled == compiled, "the compiler has failed"
     check_final(model, arrays)
 
