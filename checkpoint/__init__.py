@@ -1,6 +1,6 @@
-"""Weights on disk: own and official checkpoints, BERT folders.
+"""Weights on disk: native and official checkpoints, BERT folders.
 
-`checkpoint.load_model(path, bert_path=None, device="cpu")` is what other programs need most.
+`checkpoint.load_model(path, bert_path=None, device="cpu")` is what most programs need.
 """
 
 from checkpoint.checkpoint import Checkpoint, build_model, load_model, read_checkpoint

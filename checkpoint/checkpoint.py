@@ -1,11 +1,7 @@
-"""checkpoint.py — own and published checkpoints (SPEC §10): read, write, compare.
-
-Nothing that a file holds is executed. Knows nothing of training or of data.
-"""
+"""checkpoint.py — native and official checkpoints (SPEC §10): read, written, built into models."""
 
 import argparse
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,139 +9,142 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from checkpoint.bert import Bert, assembled_bert, load_bert, normal_name
-from checkpoint.official import NEVER_USED, PARTS, native_names
+from checkpoint.bert import Bert, assemble_bert, load_bert
+from checkpoint.official import PARTS, native_names
 from checkpoint.weights import Weights, build_with_weights, check_named
 from common.cli import LARGEST_FLOAT, keep_float32
 from common.config import ModelConfig
-from common.errors import PLAIN, InputError, brief_repr, require, summarise
+from common.errors import PLAIN, InputError, brief_repr, require
 from common.files import read_json, require_regular_file, sha256_of
 from common.layout import SplitName
-from common.torch_files import has_checksum, read_safetensors, read_torch, write_torch
+from common.torch_files import read_safetensors, read_torch, write_torch
 from model import DIME
 
 log = logging.getLogger(__name__)
 
-FORMAT = "dime-1"  # of own checkpoints; another number would mean other names or meanings
-# The options of a published checkpoint that count; it may hold others, of any kind.
+FORMAT = "dime-1"  # of native checkpoints; another number would mean other names or meanings
+# The options of an official checkpoint that count; it may hold others, of any kind.
 KNOWN = {field.name for field in fields(ModelConfig)} | {"data_path", "data_name", "bert_path"}
 BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint read from a file, own or published, under this project's names."""
+    """A checkpoint read from a file, native or official, under native names."""
 
     path: Path
-    options: dict[str, Any]  # options of the run that wrote it
-    weights: Weights  # BERT's left out
-    bert_weights: Weights | None  # the BERT that a published checkpoint brings
-    bert_fingerprint: str | None  # of the BERT that an own checkpoint was trained with
-    # The rest: optimiser, epoch, step, best scores, random states; under "published" what a
-    # published checkpoint holds and this project has no use for.
-    state: dict[str, Any]
+    options: dict[str, Any]  # of the run that wrote it
+    weights: Weights  # without BERT's
+    bert_weights: Weights | None  # the BERT that an official checkpoint brings
+    bert_fingerprint: str | None  # of the BERT that a native checkpoint was trained with
+    state: dict[str, Any]  # the rest: optimiser, epoch, step, best scores, random states
 
     @property
     def config(self) -> ModelConfig:
-        """The model's configuration; an option that the file lacks has its default."""
-        return configured(ModelConfig, self.options, self.path)
+        """The model's configuration; an option that the file lacks has its default.
+
+        Raises InputError if an option is none that the command line accepts.
+        """
+        hints, known = get_type_hints(ModelConfig), {}
+        for field in fields(ModelConfig):
+            value = self.options.get(field.name, field.default)
+            kind, choices = type(field.default), get_args(hints[field.name])  # of a Literal
+            if kind is float and type(value) is int and abs(value) <= LARGEST_FLOAT:
+                value = float(value)
+            valid = type(value) is kind and (not choices or value in choices)
+            if not valid or (kind is float and not abs(value) <= LARGEST_FLOAT):
+                expected = (
+                    f"one of {', '.join(choices)}" if choices else f"a finite {kind.__name__}"
+                )
+                message = f"option {field.name} is {brief_repr(value)}; expected {expected}"
+                raise InputError(f"{self.path}: {message}")
+            known[field.name] = value
+        try:
+            return ModelConfig(**known)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
 
     @property
     def metrics(self) -> dict[str, float] | None:
-        """Figures on dev of these very weights; None where the file names none."""
-        found = self.state.get("metrics")
-        fits = isinstance(found, dict) and all(
-            type(name) is str and type(value) is float and math.isfinite(value)
-            for name, value in found.items()
-        )
-        return found if fits else None
+        """The metrics of exactly these weights on dev, if the file has them."""
+        metrics = self.state.get("metrics")
+        return metrics if isinstance(metrics, dict) else None
 
 
-def configured(cls: type, options: Mapping[str, Any], source: Path) -> Any:
-    """Dataclass `cls` from those `options` that it has; InputError where one has another type."""
-    known, hints = {}, get_type_hints(cls)
-    for field in fields(cls):
-        value = options.get(field.name, field.default)
-        kind, choices = type(field.default), get_args(hints[field.name])  # of a Literal
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        expected = f"one of {', '.join(choices)}" if choices else kind.__name__
-        require(
-            fits and (not choices or value in choices),
-            f"{source}: option {field.name} is {brief_repr(value)}; expected {expected}",
-        )
-        finite = kind is not float or abs(value) <= LARGEST_FLOAT
-        require(finite, f"{source}: option {field.name} is {value}; expected a finite number")
-        known[field.name] = kind(value)
-    try:
-        return cls(**known)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+def load_model(
+    path: str | Path, bert_path: str | Path | None = None, device: str | torch.device = "cpu"
+) -> DIME:
+    """Return a checkpoint's model, native or official, in evaluation mode on `device`."""
+    checkpoint = read_checkpoint(path)
+    return build_model(checkpoint, bert_of(checkpoint, bert_path), device)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read an own or a published checkpoint. Raises InputError where it is neither, or damaged."""
+    """Read a native or an official checkpoint. Raises InputError if it is neither, or damaged."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        return _from_arrays(path)
+        return _read_arrays(path)
     content = read_torch(path)
-    require(isinstance(content, dict), f"{path}: holds {type(content).__name__}; no checkpoint")
-    if isinstance(content.get("opt"), argparse.Namespace):
-        return _published(path, content)
-    require(
-        content.get("format") == FORMAT,
-        f"{path}: neither a checkpoint of this project ({FORMAT}) nor a published one",
-    )
-    if not has_checksum(path):
-        log.warning("%s: carries no checksum, so damage would go unnoticed", path)
-    return _own(path, content, path)
+    if isinstance(content, dict) and isinstance(content.get("opt"), argparse.Namespace):
+        return _official_checkpoint(path, content)
+    if not (isinstance(content, dict) and content.get("format") == FORMAT):
+        raise InputError(f"{path}: neither a native checkpoint ({FORMAT}) nor an official one")
+    return _native_checkpoint(path, content, path)
 
 
-def _own(path: Path, content: dict[str, Any], source: Path) -> Checkpoint:
-    """An own checkpoint from what a file holds; `source` is the file that says what belongs to it.
+def _native_checkpoint(path: Path, content: dict[str, Any], source: Path) -> Checkpoint:
+    """Return the checkpoint in a file's content; `source` is the file that holds the options."""
+    content = {"options": None, "weights": None, "bert": None} | content
+    options, weights, bert = (content.pop(name) for name in ("options", "weights", "bert"))
+    require(isinstance(options, dict), f"{source}: lacks options")
+    _check_options(options, source)
+    require(isinstance(bert, str), f"{source}: lacks the fingerprint of its BERT")
+    check_named(weights, path)
+    return Checkpoint(path, options, weights, None, bert, content)
 
-    Raises InputError where something is missing or of another kind.
-    """
-    absent = {"options", "weights", "bert"} - content.keys()
-    require(not absent, f"{source}: lacks {summarise(sorted(absent))}")
-    require(isinstance(content["options"], dict), f"{source}: its options are no dictionary")
-    _check_options(content["options"], source)
-    require(isinstance(content["bert"], str), f"{source}: its BERT's fingerprint is no text")
-    check_named(content["weights"], path)
-    state = {k: v for k, v in content.items() if k not in ("options", "weights", "bert")}
-    return Checkpoint(path, content["options"], content["weights"], None, content["bert"], state)
+
+def _official_checkpoint(path: Path, content: dict[str, Any]) -> Checkpoint:
+    every = vars(content["opt"])
+    options = {k: v for k, v in every.items() if k in KNOWN or isinstance(v, PLAIN)}
+    _check_options(options, path)
+    parts = content.get("model")
+    if not (isinstance(parts, list | tuple) and len(parts) == len(PARTS)):
+        raise InputError(f"{path}: 'model' is no list of three state dicts")
+    for part in parts:
+        check_named(part, path)
+    image, text, space = (dict(part) for part in parts)
+    bert = {k: text.pop(k) for k in list(text) if k.startswith("bert.")}
+    if options.get("direction", "i2t") == "i2t":  # its batch normalisation of images is idle
+        image = {k: v for k, v in image.items() if not k.startswith("bn.")}
+    weights = native_names(dict(zip(PARTS, (image, text, space), strict=True)), path)
+    state = {name: content.get(name) for name in ("epoch", "best_rsum", "best_r1")}
+    return Checkpoint(path, options, weights, bert, None, state | {"step": content.get("Eiters")})
 
 
 def json_beside(path: Path) -> Path:
-    """Where the options are that go with weights in a `.safetensors` file."""
+    """Return the path of the options that go with weights in a `.safetensors` file."""
     return path.with_suffix(".json")
 
 
-def _from_arrays(path: Path) -> Checkpoint:
-    """A checkpoint as convert_checkpoint writes it: `.safetensors`, and JSON beside it.
-
-    Raises InputError where it is none, or damaged.
-    """
+def _read_arrays(path: Path) -> Checkpoint:
+    """Read a checkpoint as convert_checkpoint writes it: `.safetensors`, and JSON beside it."""
     require_regular_file(path, "a safetensors file")
     beside = json_beside(path)
     content = read_json(beside, f"the options that go with {path.name}")
-    found = content.pop("format", None)
-    require(found == FORMAT, f"{beside}: format {brief_repr(found)}; expected {FORMAT!r}")
-    fits = content.pop("sha256", None) == sha256_of(path)
-    require(fits, f"{path}: damaged, or another file's: its SHA-256 is not the one in {beside}")
-    require("weights" not in content, f"{beside}: holds weights, which {path.name} has")
-    return _own(path, content | {"weights": read_safetensors(path)}, beside)
+    version = content.pop("format", None)
+    require(version == FORMAT, f"{beside}: format {brief_repr(version)}; expected {FORMAT!r}")
+    if content.pop("sha256", None) != sha256_of(path):
+        raise InputError(f"{path}: damaged or replaced: its SHA-256 is not the one in {beside}")
+    return _native_checkpoint(path, content | {"weights": read_safetensors(path)}, beside)
 
 
 def _check_options(options: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError where an option is more than a text or a number, or has no name."""
+    """Raise InputError if an option has no name, or is neither text nor number."""
     for name, value in options.items():
-        require(isinstance(name, str), f"{path}: {brief_repr(name)} is no name of an option")
-        kind = type(value).__name__
-        require(
-            isinstance(value, PLAIN), f"{path}: option {name} is {kind}; expected text or a number"
-        )
-        fits = not isinstance(value, str) or value.isprintable()
-        require(fits, f"{path}: option {name} is a text that cannot be printed")
+        if not (isinstance(name, str) and isinstance(value, PLAIN)):
+            kind = type(value).__name__
+            message = f"{path}: option {brief_repr(name)} is {kind}; expected text or a number"
+            raise InputError(message)
 
 
 def write_checkpoint(
@@ -156,9 +155,9 @@ def write_checkpoint(
     keep: Path | None = None,
     **state: Any,
 ) -> None:
-    """Write plain data: it loads with `weights_only=True`, and BERT's weights are not in it.
+    """Write plain data and tensors, which `torch.load(weights_only=True)` reads, too.
 
-    What had the name before is then found at `keep`, if one is given.
+    A file that had the name before moves to `keep`, if that is given.
     """
     # DEVIATION: BERT's weights are known by a fingerprint (the published code stored them).
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(BERT_KEYS)}
@@ -167,83 +166,51 @@ def write_checkpoint(
 
 
 def bert_folder(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Path:
-    """`bert_path`, or else the folder of the BERT that a checkpoint was trained with."""
+    """Return `bert_path`, or else the folder of the BERT that the checkpoint was trained with."""
     return Path(bert_path or str(checkpoint.options.get("bert_path", ".")))
 
 
 def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert:
-    """The BERT that a checkpoint goes with, from `bert_path` or the folder it was trained with.
+    """Return the checkpoint's BERT, from `bert_path` or the folder that it was trained with.
 
-    Of a published checkpoint the folder gives vocabulary and configuration, no more. Another BERT
-    than the checkpoint's is an InputError.
+    An official checkpoint brings BERT's weights; the folder gives vocabulary and configuration.
+    Raises InputError if the folder holds another BERT than a native checkpoint's.
     """
     folder = bert_folder(checkpoint, bert_path)
     if checkpoint.bert_weights is not None:
-        return assembled_bert(folder, checkpoint.bert_weights, checkpoint.path)
+        return assemble_bert(folder, checkpoint.bert_weights, checkpoint.path)
     bert = load_bert(folder)
     check_same_bert(checkpoint, bert)
     return bert
 
 
 def check_same_bert(checkpoint: Checkpoint, bert: Bert) -> None:
-    """Raise InputError where an own checkpoint was trained with another BERT."""
-    expected, found = checkpoint.bert_fingerprint, bert.fingerprint
+    """Raise InputError if a native checkpoint was trained with another BERT."""
+    trained_with = checkpoint.bert_fingerprint
     require(
-        expected == found,
+        trained_with == bert.fingerprint,
         f"{checkpoint.path}: was trained with another BERT than the one in "
-        f"{bert.vocabulary.path.parent} (fingerprint {str(expected)[:12]}, found {found[:12]})",
+        f"{bert.vocabulary.path.parent} (fingerprint {str(trained_with)[:12]}, "
+        f"not {bert.fingerprint[:12]})",
     )
 
 
 def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device = "cpu") -> DIME:
-    """The checkpoint's model in evaluation mode."""
+    """Return the checkpoint's model in evaluation mode."""
     keep_float32()
-    config = checkpoint.config
-    check_positions(bert, config, f"{checkpoint.path}: ")
-    weights, path = checkpoint.weights, checkpoint.path
+    config, weights, path = checkpoint.config, checkpoint.weights, checkpoint.path
+    check_positions(bert, config, f"{path}: ")
     model = build_with_weights(lambda: DIME(config, bert.model), weights, path, keep=BERT_KEYS)
     return model.eval().to(device)
 
 
 def check_positions(bert: Bert, config: ModelConfig, where: str = "") -> None:
-    """Raise InputError where captions would be longer than BERT can read."""
+    """Raise InputError if captions would be longer than BERT can read."""
     positions = bert.model.config.max_position_embeddings
     require(
         config.max_words <= positions,
         f"{where}--max_words {config.max_words}: this BERT reads {positions} at most",
     )
-
-
-def load_model(
-    path: str | Path, bert_path: str | Path | None = None, device: str | torch.device = "cpu"
-) -> DIME:
-    """A checkpoint's model, own or published, in evaluation mode on `device`."""
-    checkpoint = read_checkpoint(path)
-    return build_model(checkpoint, bert_of(checkpoint, bert_path), device)
-
-
-def _published(path: Path, content: dict[str, Any]) -> Checkpoint:
-    every = vars(content["opt"])
-    options = {k: v for k, v in every.items() if k in KNOWN or isinstance(v, PLAIN)}
-    _check_options(options, path)
-    parts = content.get("model")
-    fits = isinstance(parts, list | tuple) and len(parts) == 3
-    require(fits, f"{path}: 'model' is no list of three state dicts (image, text, interaction)")
-    for part in parts:
-        check_named(part, path)
-    image, text, space = (dict(part) for part in parts)
-    bert = {k: text.pop(k) for k in list(text) if k.startswith("bert.")}
-    unused = {f"txt_enc/{k}": v for k, v in bert.items() if normal_name(k) is None}
-    if options.get("direction", "i2t") == "i2t":
-        idle = [k for k in image if k.startswith("bn.")]
-        unused |= {f"img_enc/{k}": image.pop(k) for k in idle}
-    unused |= {f"itr_module/{k}": v for k, v in space.items() if NEVER_USED.search(k)}
-    weights = native_names(dict(zip(PARTS, (image, text, space), strict=True)), path)
-    state = {name: content.get(name) for name in ("epoch", "best_rsum", "best_r1")}
-    state["step"] = content.get("Eiters")
-    names = [k for k in bert if normal_name(k) is not None]
-    state["published"] = {"weights": unused, "bert_names": names}
-    return Checkpoint(path, options, weights, bert, None, state)
 
 
 def warn_of_selection(
@@ -252,23 +219,23 @@ def warn_of_selection(
     selected_on: Any = None,
     fingerprint: str | None = None,
 ) -> None:
-    """Say so where figures are of the split that selected a model, or of one named dev.
+    """Warn if metrics are computed on the split that selected the model, or on one named dev.
 
-    `path` is the model's, or its scores'; `selected_on` and `fingerprint`, where they are known,
-    those of the split that selected it and of the one that the figures are of.
+    `path` is the model's, or its scores'. `selected_on` and `fingerprint`, if known, are those of
+    the split that selected the model and of the split that is evaluated.
     """
     same = fingerprint is not None and selected_on == fingerprint
-    if same or split == "dev":  # the same pictures may be stored in another way
+    if same or split == "dev":  # the same images may be stored in another way
         certain = "the model was selected on this split, so"
-        where = certain if same else "if the model was selected on this dev split,"
-        log.warning("%s: %s its figures are too good; a test split tells", path, where)
+        reason = certain if same else "if the model was selected on this dev split,"
+        log.warning("%s: %s its metrics are too good; use a test split", path, reason)
 
 
 def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:
-    """What the checkpoints agree on for an option that was not given."""
+    """Return the checkpoints' value of an option that was not given. Raises InputError."""
     values = {str(checkpoint.options.get(option)) for checkpoint in checkpoints}
     require(
         len(values) == 1 and "None" not in values,
-        f"--{option} is needed: the checkpoints say {', '.join(sorted(values))}",
+        f"--{option} is needed: the checkpoints have {', '.join(sorted(values))}",
     )
     return values.pop()

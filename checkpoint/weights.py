@@ -1,7 +1,4 @@
-"""weights.py — named weights, and modules that are filled with them strictly.
-
-Knows nothing of files, BERT or DIME.
-"""
+"""weights.py — named weights, and modules that are filled with them strictly (SPEC §10)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,65 +7,75 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from common.errors import brief_repr, require, summarise
+from common.errors import InputError, brief_repr, summarise
+from common.memory import is_oom
 
 Weights = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_named(weights: Any, path: Path) -> None:
-    """Raise InputError unless these are weights by their names."""
-    require(isinstance(weights, dict), f"{path}: expected a dictionary of named weights")
+    """Raise InputError unless `weights` maps names to tensors."""
+    if not isinstance(weights, dict):
+        raise InputError(f"{path}: expected a dictionary of named weights")
     for name, value in weights.items():
-        fits = isinstance(name, str) and isinstance(value, Tensor)
-        require(fits, f"{path}: {brief_repr(name)} is {type(value).__name__}; expected a weight")
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            kind = type(value).__name__
+            raise InputError(f"{path}: {brief_repr(name)} is {kind}; expected a weight")
 
 
 def check_finite(weights: Weights, source: Path) -> None:
-    """Raise InputError unless all weights are numbers."""
+    """Raise InputError if a weight holds NaN or an infinite number."""
     for name, value in weights.items():
-        whole = not value.is_floating_point() or bool(value.isfinite().all())
-        require(whole, f"{source}: {name} holds NaN or infinite numbers")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(f"{source}: {name} holds NaN or infinite numbers")
 
 
 def build_with_weights(
     make: Callable[[], Module], weights: Weights, source: Path, keep: str = ""
 ) -> Module:
-    """The module that `make` makes, with these weights, held to them as `load_strictly` does.
+    """Build a module and load `weights` strictly.
 
-    A file's word for its sizes is not taken: they are compared before memory is.
+    The shapes are compared before memory is allocated: a wrong configuration may claim any size.
     """
     with torch.device("meta"):
         check_fit(make(), weights, source, keep)
     module = make()
-    module.load_state_dict(weights, strict=False)
+    load_state_dict_strict(module, weights, source, keep)
     return module
 
 
 def load_state_dict_strict(
     model: nn.Module, weights: Weights, source: Path, keep: str = ""
 ) -> None:
-    """Fill `model`; a missing, surplus or wrongly shaped key is an InputError that names it.
+    """Load weights; a missing, surplus or wrongly shaped one is an InputError that names it.
 
-    Keys of the model that start with `keep` stay as they are.
+    Weights of the model whose names start with `keep` stay as they are.
     """
     check_fit(model, weights, source, keep)
-    model.load_state_dict(weights, strict=False)
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # a sparse tensor, or one without numbers
+        if is_oom(error):
+            raise
+        raise InputError(f"{source}: {str(error).splitlines()[-1].strip()}") from error
 
 
 def check_fit(model: nn.Module, weights: Weights, source: Path, keep: str = "") -> None:
-    """Raise InputError unless `model` and `weights` have the same keys, shapes and kinds of number.
+    """Raise InputError unless model and weights agree in names, shapes and kinds of number.
 
-    Keys of the model that start with `keep` do not count.
+    Weights of the model whose names start with `keep` do not count.
     """
     # DEVIATION: a missing or surplus weight is an error (the published code skipped it in silence).
     wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
-    missing, surplus = sorted(wanted.keys() - weights), sorted(weights.keys() - wanted)
-    require(not missing, f"{source}: lacks {summarise(missing)}")
-    require(not surplus, f"{source}: holds {summarise(surplus)} too many")
+    if missing := sorted(wanted.keys() - weights):
+        raise InputError(f"{source}: lacks {summarise(missing)}")
+    if surplus := sorted(weights.keys() - wanted):
+        raise InputError(f"{source}: holds {summarise(surplus)} too many")
     for name, value in wanted.items():
-        found, expected = list(weights[name].shape), list(value.shape)
-        require(found == expected, f"{source}: {name} is {found}, expected {expected}")
+        shape, expected = list(weights[name].shape), list(value.shape)
+        if shape != expected:
+            raise InputError(f"{source}: {name} is {shape}; expected {expected}")
         floats = weights[name].is_floating_point() and value.is_floating_point()
-        fits = floats or weights[name].dtype == value.dtype
-        require(fits, f"{source}: {name} is {weights[name].dtype}; expected {value.dtype}")
+        if not floats and weights[name].dtype != value.dtype:
+            raise InputError(f"{source}: {name} is {weights[name].dtype}; expected {value.dtype}")
