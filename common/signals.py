@@ -1,22 +1,17 @@
-"""signals.py — a program that is told to end finishes what is begun.
-
-Kept apart from options.py, which only has to know that a program was stopped.
-"""
+"""signals.py — a signal asks a program to end; the program ends where its files are consistent."""
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-FINISHING = "finishing what is begun; a second signal, a second later, ends at once"
-SAME_SECONDS = 1.0  # a launcher that passes a signal on may double it
+DOUBLED_SECONDS = 1.0  # launchers pass a signal on, so that it may arrive twice within this time
 
 
-class Stopped(BaseException):  # no Exception: what goes on after a failure must not go on after it
-    """A signal ended a program that has left everything in order."""
+class Stopped(BaseException):  # not an Exception: no error handler may continue after it
+    """A signal ended the program, and its files are consistent."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -25,64 +20,50 @@ class Stopped(BaseException):  # no Exception: what goes on after a failure must
 
 @contextmanager
 def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
-    """SIGINT, SIGTERM and SIGHUP go to a handler, in the main thread; what they had before."""
+    """Handle SIGINT, SIGTERM and SIGHUP in the main thread; yields the previous handlers."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored, and means it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
         numbers.append(signal.SIGHUP)
-    usual = {number: signal.signal(number, handler) for number in numbers}
+    previous: dict[int, Any] = {n: signal.signal(n, handler) for n in numbers}
     try:
-        yield usual
+        yield previous
     finally:
-        for number, before in usual.items():
-            signal.signal(number, before)
+        for number, action in previous.items():
+            signal.signal(number, action)
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP are noted, not obeyed at once, so that work can be finished.
+    """Notes the first signal; `check` raises Stopped where the program can end.
 
-    `obey` raises Stopped for a signal that came; within `at_once` it is raised as one comes. A
-    second signal has its usual effect. Elsewhere than in the main thread nothing is noted.
+    A second signal, at least a second later, has its usual effect.
     """
 
     def __init__(self) -> None:
-        self.number: int | None = None
-        self.process = os.getpid()
-        self.waits = True
-        self.heard, self.usual = ExitStack(), {}
+        self.received: int | None = None
+        self.since = 0.0
+        self.previous: dict[int, Any] = {}
+        self.handlers = ExitStack()
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            self.usual = self.heard.enter_context(handled(self._note))
+        self.previous = self.handlers.enter_context(handled(self._note))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.heard.close()
+        self.handlers.close()
 
     def _note(self, number: int, frame: object) -> None:
-        if os.getpid() != self.process:  # a worker, which is told to end
-            os._exit(128 + number)
-        if self.number is None:
-            self.number, self.since = number, time.monotonic()
-            if not self.waits:
-                self.obey()
-            with suppress(OSError):  # nobody reads it any more: the terminal is closed, tee gone
-                os.write(2, f"\n{signal.Signals(number).name}: {FINISHING}\n".encode())
-        elif time.monotonic() - self.since > SAME_SECONDS:
-            signal.signal(number, self.usual[number])
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+            message = (
+                f"\n{signal.Signals(number).name}: ending soon; a second signal ends at once\n"
+            )
+            with suppress(OSError):  # standard error may be closed: the terminal, or tee, is gone
+                os.write(2, message.encode())
+        elif time.monotonic() - self.since > DOUBLED_SECONDS:
+            signal.signal(number, self.previous[number])
             signal.raise_signal(number)
 
-    def obey(self) -> None:
-        """Raise Stopped where a signal has come."""
-        if self.number is not None:
-            raise Stopped(self.number)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Work that may be left in the middle."""
-        self.obey()
-        self.waits = False
-        try:
-            yield
-        finally:
-            self.waits = True
-        self.obey()
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if self.received is not None:
+            raise Stopped(self.received)

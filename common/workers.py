@@ -1,9 +1,5 @@
-"""loader.py — items of a dataset, read by worker processes that leave nothing behind.
+"""workers.py — items of a dataset, read ahead by worker processes."""
 
-Kept apart from data.py because pictures are read by it, too. It knows nothing of what it reads.
-"""
-
-import logging
 import os
 import signal
 import threading
@@ -11,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
@@ -19,94 +14,83 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.errors import InputError
 
-log = logging.getLogger(__name__)
 
+def load(dataset: Dataset, keys: Sequence[Any], workers: int, pin: bool = False) -> Iterator[Any]:
+    """Yield `dataset[key]` for each key in order, read by worker processes.
 
-def load(dataset: Dataset, places: Sequence[Any], workers: int, pin: bool = False) -> Iterator[Any]:
-    """`dataset[place]` for each place in order, read ahead by worker processes.
-
-    Raises InputError, also for a worker that is gone: between two items, never within other work.
+    Raises InputError if the dataset does or if a worker dies, always between two items.
     """
     loader = DataLoader(
-        _Messages(dataset),
+        _ErrorsAsItems(dataset),
         batch_size=None,
-        sampler=places,
+        sampler=keys,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pin,
         worker_init_fn=_prepare_worker,
-        # An iterator seeds its workers; the global generator is BERT's dropout's alone.
+        # Torch draws the workers' seeds; the global generator is left to BERT's dropout.
         generator=torch.Generator(),
     )
-    return _delivered(loader)
-
-
-def _delivered(loader: DataLoader) -> Iterator[Any]:
-    # Torch would raise from a signal's handler in the middle of whatever runs when a worker ends,
-    # an optimiser's step say; without it the loader finds out when the next item is asked for.
-    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        items = iter(loader)
-    except OSError as error:
-        reason = f"{loader.num_workers}: cannot be started: {error.strerror or error}"
-        raise InputError(f"--workers {reason}; --workers 0 needs none") from error
-    if handler is not None and threading.current_thread() is threading.main_thread():
+        for item in _iterate(loader):
+            if isinstance(item, InputError):
+                raise item
+            yield item
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught "):  # an error of the dataset itself
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        message = f"--workers {workers}: a process died or could not be started: {reason}"
+        raise InputError(f"{message} (--workers 0 needs none)") from error
+
+
+def _iterate(loader: DataLoader) -> Iterator[Any]:
+    """Return the loader's iterator without torch's SIGCHLD handler.
+
+    That handler raises as soon as a worker dies, in the middle of an optimiser step for example.
+    Without it the iterator raises when the next item is asked for.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            if not loader.num_workers or str(error).startswith("Caught "):  # a bug, here or there
-                raise
-            message = f"a process of --workers {loader.num_workers} is gone: killed, or no memory"
-            raise InputError(f"{message} (see the system's log; --workers 0 needs none)") from error
-        if isinstance(item, InputError):
-            raise item
-        yield item
+    return items
 
 
-def end_with_parent() -> None:
-    """In a process that another one started: end when that one has, within a second."""
-
-    def watch(parent: int) -> None:
-        # A parent that was killed tells nobody, and a full pipe to it is waited for without end.
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent_process().pid,), daemon=True).start()
+def _identity(item: Any) -> Any:
+    return item
 
 
 def _prepare_worker(worker: int) -> None:
     end_with_parent()
-    # Ctrl-C and a closed terminal tell every process; the program ends its workers itself.
+    # A terminal sends these to every process of the program, which ends its workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # An item that cannot be sent would be dropped with a traceback, and waited for without end.
-    Queue._on_queue_feeder_error = staticmethod(_end_worker)
 
 
-def _end_worker(error: Exception, item: object) -> None:
-    log.error("what was read cannot be handed over: %s", str(error) or type(error).__name__)
-    os._exit(1)  # which the program notices
+def end_with_parent() -> None:
+    """End this process within a second of its parent's end.
 
+    A worker of a killed program would otherwise wait forever to write into a full pipe.
+    """
 
-def _as_it_is(item: Any) -> Any:
-    return item
+    def watch(parent: int | None) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    parent = parent_process()
+    threading.Thread(target=watch, args=(parent and parent.pid,), daemon=True).start()
 
 
 @dataclass(frozen=True)
-class _Messages(Dataset):
-    """A dataset that hands an InputError over as an item: it leaves a worker as it is."""
+class _ErrorsAsItems(Dataset):
+    """Returns an InputError as an item, since an exception would lose its type in a worker."""
 
     dataset: Dataset
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         try:
-            return self.dataset[place]
+            return self.dataset[key]
         except InputError as error:
             return error
-        except MemoryError:
-            return InputError("out of memory while features were read; fewer --workers take less")

@@ -144,7 +144,7 @@ def _fill(
     with progress(f"{extraction.split} regions", total, "picture") as bar:
         bar.update(saved)
         for (first, stop), items in zip(places, blocks, strict=True):
-            signals.obey()
+            signals.check()
             _put(extraction, source, dict(enumerate(items, first)), options.skip_broken)
             extraction.advance(stop)
             bar.update(stop - first)

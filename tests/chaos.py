@@ -33,8 +33,8 @@ import train
 from checkpoint.checkpoint import read_checkpoint
 from common import cli as options
 from tests import conftest
-from training import resume as snapshots
-from training.runfolder import BEST, LOCK, NEWEST, PREVIOUS
+from training import resume
+from training.resume import BEST, LOCK, NEWEST
 
 log = logging.getLogger("chaos")
 
@@ -79,14 +79,14 @@ def program(argv: list[str], said: Path, states: Path | None = None) -> None:
     sys.argv = ["train.py", *argv]
     torch.set_num_threads(1)
     if states is not None:
-        write = snapshots.write_checkpoint
+        write = resume.write_checkpoint
 
         def recorded(path: Path, *content: Any, **state: Any) -> None:
             write(path, *content, **state)
             with states.open("a") as file:
                 file.write(digest(path) + "\n")
 
-        snapshots.write_checkpoint = recorded
+        resume.write_checkpoint = recorded
     options.run(train.main)
 
 
@@ -217,10 +217,8 @@ def cut_off(process: BaseProcess, run: Path, way: str, most: float, chance: rand
 
 def stands_at(run: Path) -> tuple[Path | None, int]:
     """The newest checkpoint of a run, and its step."""
-    for path in (run / NEWEST, run / PREVIOUS):
-        if path.exists():
-            return path, read_checkpoint(path).state["step"]
-    return None, 0
+    path = run / NEWEST
+    return (path, read_checkpoint(path).state["step"]) if path.exists() else (None, 0)
 
 
 def judged(run: Path, uncut: Uncut, status: str, said: str) -> tuple[str, int]:

@@ -54,7 +54,7 @@ from tests.conftest import tsv_row
 from training import log as runlog
 from training.config import TrainConfig
 from training.loop import Trainer
-from training.runfolder import NEWEST, newest_whole
+from training.resume import NEWEST, _newest_whole
 from vocab import Vocabulary
 
 log = logging.getLogger("fuzz")
@@ -239,10 +239,9 @@ def own_checkpoint(folder: Path) -> Path:
     """A checkpoint of a training on tiny data, as it is written in the middle of an epoch."""
     trainer = tiny_trainer(folder)
     for position in range(2):
-        trainer.learner.step(trainer.batches[0, position])
-    trainer.place = replace(trainer.place, position=2, step=2)
+        trainer.train_step.step(trainer.batches[0, position])
+    trainer.state = replace(trainer.state, position=2, step=2)
     trainer.config.folder.mkdir(parents=True, exist_ok=True)
-    trainer.log = runlog.RunLog(trainer.config.folder, {}, trainer.device)
     trainer._save(NEWEST)
     return trainer.config.folder / NEWEST
 
@@ -262,9 +261,9 @@ def tiny_trainer(folder: Path) -> Trainer:
 def resumed(trainer: Trainer, path: Path) -> None:
     try:
         trainer.restore(read_checkpoint(path))
-        trainer.learner.step(trainer.batches[0, 0])
+        trainer.train_step.step(trainer.batches[0, 0])
     finally:  # what a refused checkpoint left half done goes with its program
-        trainer.learner.optimizer.state.clear()
+        trainer.train_step.optimizer.state.clear()
 
 
 def captions_of(path: Path, vocabulary: Vocabulary) -> None:
@@ -307,13 +306,13 @@ def pictures_of(kind: str) -> bytes:
 
 
 def cut_metrics(path: Path) -> None:
-    runlog.cut(path, lambda line: runlog.reached(line, 3, False))
+    runlog._keep_lines(path, lambda line: runlog._is_event_until(line, 3, False))
     for line in path.read_bytes().split(b"\n")[:-1]:
         assert json.loads(line)["step"] <= 3
 
 
 def cut_log(path: Path) -> None:
-    runlog.cut(path, lambda line: runlog.said(line, 3))
+    runlog._keep_lines(path, lambda line: runlog._is_log_until(line, 3))
 
 
 def command_line(folder: Path, changes: list, values: list) -> None:
@@ -351,7 +350,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
 
     def newest() -> Reader:
         path = own_checkpoint(tiny)
-        return by_bytes(NEWEST, [path.read_bytes()], lambda path: newest_whole(path.parent))
+        return by_bytes(NEWEST, [path.read_bytes()], lambda path: _newest_whole(path.parent))
 
     def converted() -> Path:
         """The golden checkpoint as convert_checkpoint writes it: x.safetensors and x.json."""
@@ -447,7 +446,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
             [pictures_of(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")],
             read_picture,
         ),
-        "run_json": lambda: by_bytes("run.json", [run], runlog.earlier_sessions),
+        "run_json": lambda: by_bytes("run.json", [run], runlog._earlier_sessions),
         "metrics": lambda: by_bytes("metrics.jsonl", [lines], cut_metrics),
         "train_log": lambda: by_bytes("train.log", [said], cut_log),
         "command_line": lambda: command_line,

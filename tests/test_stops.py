@@ -35,7 +35,7 @@ from training import loop as trainer
 from training import resume as snapshots
 from training import runfolder
 from training.loop import Trainer
-from training.runfolder import BEST, NEWEST, PREVIOUS, TrainState
+from training.resume import BEST, NEWEST, PREVIOUS, TrainState
 from training.step import TrainStep
 
 STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rsum", "best_r1")

@@ -1,7 +1,4 @@
-"""runlog.py — the logs of a training run, kept apart so that trainer.py is the training alone.
-
-`metrics.jsonl` and TensorBoard's events get the same figures, `run.json` says how they came about.
-"""
+"""log.py — the logs of a training run: metrics.jsonl, TensorBoard events, run.json, train.log."""
 
 import json
 import logging
@@ -10,10 +7,9 @@ import platform
 import re
 import shlex
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,239 +21,188 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common import provenance
 from common.errors import InputError, brief_repr, require
-from common.files import (
-    explain_os_errors,
-    read_json,
-    read_text,
-    require_regular_file,
-    write_bytes,
-    write_json,
-)
+from common.files import explain_os_errors, read_json, read_text, write_bytes, write_json
 from common.memory import peak_memory
 from evaluation import Retrieval
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
 LOG_LINE = re.compile(rb"\S+ \S+ \[(\d{1,18})\] ")  # date, time and step
-LARGEST_NUMBER = 1e300  # of a log; a first gradient may be 1e24 long
-RAN_ON = ("commit", "device", "versions")  # of run.json, by session
+RAN_ON = ("commit", "device", "versions")  # keys of run.json that may differ between sessions
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
 
 
 class RunLog:
-    """The logs in a run's folder, which is there; closed when its `with` block is left.
+    """Writes the logs of a run into its folder, inside `with log.open(...):`."""
 
-    A run that is resumed goes on behind `step`: later lines are dropped, and with them step's own
-    validation unless `validated`.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        options: Mapping[str, Any],
-        device: torch.device,
-        step: int = 0,
-        validated: bool = True,
-    ) -> None:
-        self.folder, self.device, self.step = folder, device, step
-        self.began = time.monotonic()
-        self.run = {
+    def __init__(self, folder: Path, options: Mapping[str, Any], device: torch.device) -> None:
+        self.folder, self.device, self.step = folder, device, 0
+        self.began, self.seconds_before = time.monotonic(), 0.0
+        self.board: SummaryWriter | None = None
+        self.run: dict[str, Any] = {
             "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
             "options": dict(options),
             "versions": {"python": platform.python_version()}
             | {package: version(package) for package in PACKAGES},
             "commit": provenance.commit(),
             "device": provenance.machine(device, f"{torch.get_num_threads()} threads"),
-            "resumed_at": [],
-            "earlier": [],  # what each session before ran on
+            "resumed_at": [],  # steps
+            "earlier": [],  # commit, device and versions of each session before this one
         }
-        self.seconds_before = 0.0
+
+    @contextmanager
+    def open(self, step: int = 0, validated: bool = True) -> Iterator[None]:
+        """Open the logs behind `step`: later lines are deleted.
+
+        Unless `validated`, that step's own validation is deleted too, since it is done again.
+        """
+        self.step = step
         if step:
-            before, self.seconds_before = earlier_sessions(folder / RUN)
-            self.run |= before
+            earlier, self.seconds_before = _earlier_sessions(self.folder / RUN)
+            self.run |= earlier
             self.run["resumed_at"].append(step)
-        cut(folder / METRICS, lambda line: reached(line, step, validated))
-        cut(folder / LOG, lambda line: said(line, step))
-
-    def __enter__(self) -> "RunLog":
-        with ExitStack() as opened:  # what was, is closed again where the rest cannot be
-            opened.callback(setattr, threading, "excepthook", threading.excepthook)
-            threading.excepthook = _hand_over
-            opened.enter_context(
-                explain_os_errors(self.folder, "a folder to write to")
-            )  # in closing, too
-            self.board = SummaryWriter(self.folder, purge_step=self.step + 1 if self.step else None)
-            opened.callback(self.board.close)
-            handler = _LogFile(self)
-            opened.callback(handler.close)
+        _keep_lines(self.folder / METRICS, lambda line: _is_event_until(line, step, validated))
+        _keep_lines(self.folder / LOG, lambda line: _is_log_until(line, step))
+        with explain_os_errors(self.folder, "a folder to write to"):
+            self.board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+            path = self.folder / LOG
+            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter("%(asctime)s [%(step)d] %(message)s"))
+        file.addFilter(self._add_step)
+        logging.getLogger().addHandler(file)
+        try:
             self.write_run()
-            logging.getLogger().addHandler(handler)
-            opened.callback(logging.getLogger().removeHandler, handler)
-            self.opened = opened.pop_all()
-        return self
+            yield
+        finally:
+            logging.getLogger().removeHandler(file)
+            file.close()
+            with explain_os_errors(self.folder, "a folder to write to"):
+                self.board.close()
 
-    def __exit__(self, *error: object) -> None:
-        self.opened.close()
+    def _add_step(self, record: logging.LogRecord) -> bool:
+        record.step = self.step
+        return True
 
-    def record(self, **figures: float) -> None:
-        """One event at the present step: a line of metrics.jsonl, and a scalar for each figure."""
-        event = {"step": self.step, **figures}
+    def record(self, **values: float) -> None:
+        """Log an event at the present step: a line of metrics.jsonl, a scalar for each value."""
+        event = {"step": self.step, **values}
         with explain_os_errors(self.folder / METRICS, "a log to write"):
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
-            for tag, value in event.items():
-                self.board.add_scalar(tag, value, self.step)
-            self.board.flush()
+            if self.board is not None:
+                for tag, value in event.items():
+                    self.board.add_scalar(tag, value, self.step)
+                self.board.flush()
 
     def write_run(self, complete: bool = False) -> None:
-        """Write run.json as of now: the seconds of all sessions, all else of this one.
-
-        `complete` if the run has come to its end.
-        """
+        """Write run.json; `seconds` is the sum over all sessions of the run."""
         self.run |= {"step": self.step, "complete": complete}
         self.run["seconds"] = round(self.seconds_before + time.monotonic() - self.began, 1)
         self.run["peak_memory_bytes"] = peak_memory(self.device)
         write_json(self.folder / RUN, self.run)
 
 
-def _hand_over(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread gives what the disk said to the next call; it needs no traceback."""
-    if not issubclass(failure.exc_type, OSError):
-        threading.__excepthook__(failure)
-
-
-class _LogFile(logging.FileHandler):
-    """train.log: each line tells the step it was written at; what cannot be written is an error."""
-
-    def __init__(self, run: RunLog) -> None:
-        super().__init__(run.folder / LOG, encoding="utf-8", errors="backslashreplace")
-        self.run = run
-        self.setFormatter(logging.Formatter("%(asctime)s [%(step)d] %(message)s"))
-
-    def format(self, record: logging.LogRecord) -> str:
-        record.step = self.run.step
-        return super().format(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        with explain_os_errors(self.run.folder / LOG, "a log to write"):
-            raise
-
-
 class Meter:
-    """Means over an epoch's steps since its last report: losses, seconds a step and its loading.
-
-    Steps after an epoch's last report are in none, and neither are batches that were skipped.
-    """
+    """Means over the steps since the last report: losses, seconds a step, seconds of loading."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.sums: dict[str, Tensor | float] = {"batch_time": 0.0, "data_time": 0.0}
         self.since = time.monotonic()
+        self.loading = 0.0
 
     def loaded(self) -> None:
+        """Note that the batch is loaded."""
         self.loading = time.monotonic() - self.since
 
-    def stepped(self, figures: dict[str, Tensor]) -> None:
-        now = time.monotonic()
-        times = {"batch_time": now - self.since, "data_time": self.loading}
-        for name, value in (times | figures).items():
+    def stepped(self, figures: Mapping[str, Tensor]) -> None:
+        """Add the losses of a step that just ended."""
+        times = {"batch_time": time.monotonic() - self.since, "data_time": self.loading}
+        for name, value in (times | dict(figures)).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
-        self.since = now
+        self.restart_clock()
 
-    def resumed(self) -> None:
-        """Leave out what was done between two steps: validation, saving."""
+    def restart_clock(self) -> None:
+        """Leave out the time since the last step: it was spent on validation or saving."""
         self.since = time.monotonic()
 
-    def mean(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         return {name: float(total) / self.steps for name, total in self.sums.items()}
 
 
 def tags(result: Retrieval) -> dict[str, float]:
-    """Figures under the published trainer's names: image-to-text plain, text-to-image with an i."""
+    """Return the metrics under the published trainer's names; text-to-image ones end in "i"."""
     both = asdict(result.i2t) | {f"{name}i": v for name, v in asdict(result.t2i).items()}
     return both | {"rsum": result.rsum, "r1r5": result.selection}
 
 
-def clear(folder: Path) -> None:
-    """Delete the logs of an earlier run."""
-    for path in _logs(folder):
-        remove(path)
-
-
-def _logs(folder: Path) -> list[Path]:
-    """The logs of a run that are there."""
+def logs_of(folder: Path) -> list[Path]:
+    """Return the log files of a run that exist."""
     named = [folder / name for name in (METRICS, RUN, LOG)]
     return [path for path in [*named, *folder.glob(EVENTS)] if os.path.lexists(path)]
 
 
 def remove(path: Path) -> None:
-    """Delete a file of an earlier run, where there is one."""
+    """Delete a file of an earlier run, if it exists."""
     with explain_os_errors(path, "a file of an earlier run"):
         path.unlink(missing_ok=True)
 
 
-def held_by_run(folder: Path) -> bool:
-    """Whether a run has written its logs into the folder."""
-    return bool(_logs(folder))
-
-
-def earlier_sessions(path: Path) -> tuple[dict[str, list[Any]], float]:
-    """The steps that a run was resumed at, what each session ran on, and their seconds."""
+def _earlier_sessions(path: Path) -> tuple[dict[str, list[Any]], float]:
+    """Return `resumed_at` and `earlier` of a run's sessions so far, and their seconds."""
     if not os.path.lexists(path):
         return {"resumed_at": [], "earlier": []}, 0.0
-    run = read_json(path, "what an earlier session of the run wrote")
+    run = read_json(path, "the record of an earlier session")
     try:
         steps = [int(step) for step in run["resumed_at"]]
         earlier = [dict(session) for session in run.get("earlier", [])]
         earlier.append({name: run.get(name) for name in RAN_ON})
         return {"resumed_at": steps, "earlier": earlier}, float(run["seconds"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
-        raise InputError(f"{path}: not what a run wrote; delete it to go on without it") from error
+        raise InputError(f"{path}: damaged; delete it to resume without it") from error
 
 
-def completed(folder: Path, step: int) -> None:
-    """Have run.json say that the run is at its end, which a kill may have kept it from."""
+def mark_complete(folder: Path, step: int) -> None:
+    """Set `complete` in run.json, which a killed run may have failed to do."""
     path = folder / RUN
     if os.path.lexists(path):
-        run = read_json(path, "what an earlier session of the run wrote")
+        run = read_json(path, "the record of an earlier session")
         write_json(path, run | {"step": step, "complete": True})
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged, in order. Raises InputError where a line is no event."""
+    """Return the events of metrics.jsonl, in order. Raises InputError if a line is not an event."""
     path = folder / METRICS
-    found = []
-    for number, line in enumerate(read_text(path, "the log of a run").splitlines(), 1):
+    lines = read_text(path, "the log of a run").splitlines()
+    require(len(lines) > 0, f"{path}: is empty; expected the log of a run")
+    parsed = []
+    for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
             event = None
-        fits = isinstance(event, dict) and all(
-            type(value) in (int, float) and abs(value) <= LARGEST_NUMBER for value in event.values()
-        )
-        require(
-            fits and "step" in event,
-            f"{path}: line {number}: {brief_repr(line)}; expected an event",
-        )
-        found.append(event)
-    require(len(found) > 0, f"{path}: is empty; expected the log of a run")
-    return found
+        if not isinstance(event, dict) or "step" not in event or not _are_finite(event.values()):
+            raise InputError(f"{path}: line {number}: {brief_repr(line)}; expected an event")
+        parsed.append(event)
+    return parsed
 
 
-def cut(path: Path, kept: Callable[[bytes], bool]) -> None:
-    """Keep a log's whole lines that are to be kept."""
+def _are_finite(values: Any) -> bool:
+    return all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values)
+
+
+def _keep_lines(path: Path, keep: Callable[[bytes], bool]) -> None:
+    """Delete the other lines of a log, and a last line without a line feed."""
     if not os.path.lexists(path):
         return
-    require_regular_file(path, "the log of an earlier session")
     with explain_os_errors(path, "the log of an earlier session"):
-        lines = path.read_bytes().split(b"\n")[:-1]  # behind the last line feed is nothing whole
-    data = b"".join(line + b"\n" for line in lines if kept(line))
-    write_bytes(path, data)
+        lines = path.read_bytes().split(b"\n")[:-1]
+    write_bytes(path, b"".join(line + b"\n" for line in lines if keep(line)))
 
 
-def reached(line: bytes, step: int, validated: bool) -> bool:
-    """Whether a line of metrics.jsonl is of the steps up to `step`."""
+def _is_event_until(line: bytes, step: int, validated: bool) -> bool:
+    """Return whether a line of metrics.jsonl is an event of the steps up to `step`."""
     try:
         event = json.loads(line)
         at, validation = event["step"], "rsum" in event
@@ -266,7 +211,7 @@ def reached(line: bytes, step: int, validated: bool) -> bool:
     return type(at) is int and (at < step or (at == step and (validated or not validation)))
 
 
-def said(line: bytes, step: int) -> bool:
-    """Whether a line of train.log is of the steps up to `step`."""
+def _is_log_until(line: bytes, step: int) -> bool:
+    """Return whether a line of train.log was written at a step up to `step`."""
     match = LOG_LINE.match(line)
     return match is not None and int(match[1]) <= step

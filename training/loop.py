@@ -1,48 +1,37 @@
-"""trainer.py — the training loop (SPEC §8): epochs, validation, checkpoints.
-
-Kept apart from train.py, which is its command line, so that either can be read at one go. A step is
-in learner.py, the options in trainconfig.py, what a checkpoint holds in snapshots.py, the logs in
-runlog.py.
-"""
+"""loop.py — the training loop (SPEC §8): epochs, validation, checkpoints, logs."""
 
 import logging
-import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
-from common.errors import InputError, require
+from common.errors import InputError
 from common.layout import CAPTIONS_PER_IMAGE
 from common.memory import describe_oom, is_oom
 from common.signals import Signals, Stopped
 from data import Batch, Split, TrainingBatches
-from evaluation import BadScores, image_of_caption, retrieval, score_split
+from evaluation import image_of_caption, retrieval, score_split
 from model import DIME
-from training import log as runlog
 from training.config import TrainConfig
-from training.resume import CheckpointManager
-from training.runfolder import BEST, NEWEST, PREVIOUS, TrainState
+from training.log import Meter, RunLog, mark_complete, tags
+from training.resume import BEST, NEWEST, CheckpointManager, TrainState
 from training.step import BadBatch, TrainStep
 
 log = logging.getLogger(__name__)
 
-LR_DECAY = 0.1
-MENDED = "once that is mended, "
-LONGEST_TIME = 1e9  # seconds that are told
+LR_DECAY = 0.1  # every `lr_update` epochs
+LESS_MEMORY = "--activation_checkpointing or a smaller --batch_size needs less"
 
 
 class Trainer:
-    """A model on its way: steps, validation, checkpoints."""
+    """A training run, from its first step or from a checkpoint to its end."""
 
     def __init__(
         self,
@@ -55,34 +44,18 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.bert = config, model, bert
         self.batches, self.dev, self.device = batches, dev, device
-        self.learner = TrainStep(config, model, device)
-        self.snapshots = CheckpointManager(config, self.learner, bert, batches, dev)
-        self.place = TrainState()
-        self.metrics: dict[str, float] | None = None  # on dev, of the model as it is, if validated
-        self.restored: Path | None = None  # the checkpoint that is gone on from
+        self.train_step = TrainStep(config, model, device)
+        self.checkpoints = CheckpointManager(config, self.train_step, bert, batches, dev)
+        self.log = RunLog(config.folder, asdict(config), device)
+        self.signals = Signals()
+        self.state = TrainState()
+        self.metrics: dict[str, float] | None = None  # on dev, if the present weights are validated
+        self.resumed: Path | None = None  # the checkpoint that the run resumes from
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where a checkpoint was written. Raises InputError where the run is another."""
-        self.place, self.metrics = self.snapshots.restore(checkpoint), checkpoint.metrics
-        self.restored = checkpoint.path
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has made all its steps."""
-        enough = 0 < self.config.max_steps <= self.place.step
-        return enough or self.place.epoch >= self.config.num_epochs
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to do, the last validation included."""
-        return self.finished and not self._unvalidated
-
-    @property
-    def _unvalidated(self) -> bool:
-        """Whether a validation is due that has not been done."""
-        place = self.place
-        due = self.finished or place.position == 0 or place.step % self.config.val_step == 0
-        return due and place.validated < place.step
+        """Resume from a checkpoint. Raises InputError if it is of another run."""
+        self.state, self.metrics = self.checkpoints.restore(checkpoint), checkpoint.metrics
+        self.resumed = checkpoint.path
 
     @property
     def last_step(self) -> int:
@@ -90,203 +63,201 @@ class Trainer:
         total = self.config.num_epochs * len(self.batches)
         return min(total, self.config.max_steps or total)
 
-    def train(self) -> None:
-        """Train to the end. Raises Stopped where a signal ended it earlier, in good order."""
-        if self.complete:
-            newest = self.snapshots.is_newest(self.restored)
-            found = f"{self.restored}: its run is complete at step {self.place.step}"
-            require(newest, f"{found}; expected more of --max_steps or --num_epochs")
-            log.info("%s: complete at step %d", self.config.folder, self.place.step)
-            runlog.completed(self.config.folder, self.place.step)
-            return
-        if self.restored is not None:
-            self.snapshots.discard_later_steps(self.restored, self.place, self.metrics)
-        place, terminal = self.place, sys.stderr.isatty()
-        validated = place.validated == place.step
-        options = asdict(self.config)
-        self.log = runlog.RunLog(self.config.folder, options, self.device, place.step, validated)
-        steps = {"total": self.last_step, "initial": place.step, "unit": "step"}
-        redirected = logging_redirect_tqdm() if terminal else nullcontext()
-        with self.log, tqdm(**steps, disable=not terminal) as self.bar, redirected:
-            self._train()
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.step >= self.last_step
 
-    def _train(self) -> None:
-        with Signals() as self.signals:
+    @property
+    def validation_due(self) -> bool:
+        """Whether the present weights have to be validated and are not yet."""
+        state = self.state
+        due = self.finished or state.position == 0 or state.step % self.config.val_step == 0
+        return due and state.validated < state.step
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps and the last validation are done."""
+        return self.finished and not self.validation_due
+
+    def train(self) -> None:
+        """Train to the end. Raises Stopped after a signal, with a checkpoint of the last step."""
+        config, state = self.config, self.state
+        if self.resumed is not None:
+            if self.complete:
+                self._already_complete(self.resumed)
+                return
+            self.checkpoints.discard_later_steps(self.resumed, state, self.metrics)
+        opened = self.log.open(state.step, not self.validation_due)
+        with opened, logging_redirect_tqdm(), self.signals:
             self._announce()
-            i2t = self.config.direction == "i2t"
-            refined = self.batches.split.regions_per_image if i2t else self.config.max_words
-            # steps of the whole run, so that a resumed one computes as one never stopped
-            self.learner.prepare(refined, self.last_step)
+            # Of the whole run, so that a resumed run makes the same choice.
+            self.train_step.prepare(self.last_step)
             try:
-                if self._unvalidated:  # cut off in the middle of it
+                if self.validation_due:  # the run was cut off in the middle of it
                     self._validate()
                 while not self.finished:
                     self._epoch()
             except Stopped as stop:
-                log.info("stopped by %s at step %d; %s", stop, self.place.step, self._further())
+                log.info("stopped by %s at step %d; %s", stop, self.state.step, self._advice())
                 raise
             except Exception as error:
                 if not is_oom(error):
                     raise
-                said = f"step {self.place.step}: {describe_oom(error)}; {self._further()}"
-                raise InputError(said) from error
-            log.info("done: the best model is %s", self.config.folder / BEST)
+                reason = f"step {self.state.step + 1}: {describe_oom(error)}; {LESS_MEMORY}"
+                raise InputError(f"{reason}; {self._advice()}") from error
+            log.info("done: the best model is %s", config.folder / BEST)
+
+    def _already_complete(self, resumed: Path) -> None:
+        step = self.state.step
+        if not self.checkpoints.is_newest(resumed):
+            reason = f"{resumed}: its run is complete at step {step}"
+            raise InputError(f"{reason}; expected a larger --max_steps or --num_epochs")
+        log.info("%s: complete at step %d", self.config.folder, step)
+        mark_complete(self.config.folder, step)
 
     def _announce(self) -> None:
-        c, data = self.config, self.batches.split
-        weights = sum(p.numel() for p in self.learner.parameters)
-        log.info("%s on %s, %s: %s", c.direction, self.device, c.precision, c.folder)
+        config, data = self.config, self.batches.split
+        weights = sum(p.numel() for p in self.train_step.parameters) / 1e6
+        run = (config.direction, self.device, config.precision, config.folder)
+        log.info("%s on %s in %s: %s", *run)
         log.info("%s: %d images, %d captions", data.path, data.images, len(data.captions))
-        log.info("%.1f million weights to train, BERT's frozen beside", weights / 1e6)
-        if self.batches.skip_single and len(data.captions) % c.batch_size == 1:
-            log.info("the last batch of an epoch holds one item and is skipped: it needs two")
-        log.info("step %d of %d, %d an epoch", self.place.step, self.last_step, len(self.batches))
+        log.info("%.1f million weights to train, and a frozen BERT", weights)
+        if self.batches.skip_single and len(data.captions) % config.batch_size == 1:
+            log.info("the last batch of an epoch is skipped: batch normalisation needs two items")
+        log.info("step %d of %d, %d an epoch", self.state.step, self.last_step, len(self.batches))
 
     def _epoch(self) -> None:
-        """From the run's place to the end of its epoch, or of the run."""
-        config, epoch = self.config, self.place.epoch
-        lr = config.learning_rate * LR_DECAY ** (epoch // config.lr_update)
-        for group in self.learner.optimizer.param_groups:
-            group["lr"] = lr
-        window = runlog.Meter()
-        for batch in self._batches():
-            window.loaded()
-            figures = self._step_or_skip(batch)
-            window.resumed() if figures is None else window.stepped(figures)
+        """Train from the present position to the end of the epoch, or of the run."""
+        config, epoch = self.config, self.state.epoch
+        rate = config.learning_rate * LR_DECAY ** (epoch // config.lr_update)
+        for group in self.train_step.optimizer.param_groups:
+            group["lr"] = rate
+        meter = Meter()
+        bar = tqdm(
+            self._batches(),
+            desc=f"epoch {epoch}",
+            unit="step",
+            total=len(self.batches),
+            initial=self.state.position,
+            leave=False,
+            disable=None,  # without a terminal
+        )
+        for batch in bar:
+            meter.loaded()
+            try:
+                meter.stepped(self.train_step.step(batch.to(self.device)))
+            except BadBatch as error:
+                self._skip(error)
+                meter.restart_clock()
             self._advance()
-            self.bar.update()
-            if window.steps and self.place.step % config.log_step == 0:
-                self._report(epoch, lr, window)
-                window = runlog.Meter()
+            if meter.steps and self.state.step % config.log_step == 0:
+                self._report(epoch, rate, meter, bar)
+                meter = Meter()
             if self._save_and_validate():
-                window.resumed()
-            if self.place.epoch > epoch or self.finished:
+                meter.restart_clock()
+            if self.finished:
                 return
 
     def _batches(self) -> Iterator[Batch]:
-        """The rest of the epoch. What ends a run between two steps loses none of them."""
+        """Yield the remaining batches of the epoch. If reading fails, save a checkpoint first."""
         pin = self.device.type == "cuda"
         try:
-            yield from self.batches.epoch(self.place.epoch, self.place.position, pin)
+            yield from self.batches.epoch(self.state.epoch, self.state.position, pin)
         except InputError as error:
-            if self.place.step:
+            if self.state.step:
                 self._save(NEWEST)
-            self.signals.obey()  # one that ends a worker, too
-            raise InputError(f"{error}; {self._further(MENDED)}") from error
+            self.signals.check()  # a signal to the process group ends the workers, too
+            raise InputError(f"{error}; {self._advice()}") from error
 
-    def _save_and_validate(self) -> bool:
-        """Save and validate where the step asks for it, end where a signal does.
-
-        Returns whether there was anything to do.
-        """
-        due = self._unvalidated
-        told = self.signals.number is not None
-        save = due or told or self.place.step % self.config.save_step == 0
-        if save:
-            self._save(NEWEST)
-        self.signals.obey()
-        if due:
-            self._validate()
-        if not self.finished:
-            self.signals.obey()
-        return save
+    def _skip(self, error: BadBatch) -> None:
+        """Count a bad batch. Raises InputError if there are too many."""
+        message, limit = f"step {self.state.step + 1}: {error}", self.config.skip_bad_batches
+        if self.state.skipped == limit:
+            advice = "--skip_bad_batches skips such batches"
+            raise InputError(f"{message}; {self._advice()}; {advice}") from error
+        self.state = replace(self.state, skipped=self.state.skipped + 1)
+        log.warning("%s; skipped, %d of %d", message, self.state.skipped, limit)
 
     def _advance(self) -> None:
-        epoch, position = divmod(self.place.position + 1, len(self.batches))
-        self.place = replace(
-            self.place, epoch=self.place.epoch + epoch, position=position, step=self.place.step + 1
+        """Count a batch."""
+        state = self.state
+        epoch, position = divmod(state.position + 1, len(self.batches))
+        self.state = replace(
+            state, epoch=state.epoch + epoch, position=position, step=state.step + 1
         )
-        self.log.step, self.metrics = self.place.step, None
+        self.log.step, self.metrics = self.state.step, None
 
-    def _step_or_skip(self, batch: Batch) -> dict[str, Tensor] | None:
-        """A step's figures, or None where the batch was bad and may be skipped."""
-        allowed = self.place.skipped < self.config.skip_bad_batches
-        # batch normalisation's running statistics have seen the batch by the time its loss is known
-        before = [buffer.clone() for buffer in self.model.buffers()] if allowed else []
-        try:
-            return self._step(batch)
-        except BadBatch as error:
-            found = f"step {self.place.step + 1}: {error}"
-            if not allowed:
-                advice = "--skip_bad_batches skips such a batch"
-                raise InputError(f"{found}; {self._kept()}; {advice}") from error
-            for buffer, value in zip(self.model.buffers(), before, strict=True):
-                buffer.copy_(value)
-            self.place = replace(self.place, skipped=self.place.skipped + 1)
-            limit = self.config.skip_bad_batches
-            log.warning("%s; skipped, %d of %d", found, self.place.skipped, limit)
-            return None
+    def _report(self, epoch: int, rate: float, meter: Meter, bar: tqdm) -> None:
+        means = meter.means()
+        speed = means.pop("pairs") / means["batch_time"]
+        self.log.record(epoch=epoch, lr=rate, **means, pairs_per_s=speed)
+        losses = f"loss {means['Le']:.3f} (rank {means['Rank']:.3f}, path {means['Path']:.3f})"
+        bar.set_postfix_str(losses)
+        if bar.disable:
+            step, last = self.state.step, self.last_step
+            left = timedelta(seconds=round((last - step) * means["batch_time"]))
+            log.info(
+                "epoch %d step %d/%d %s, %.0f pairs/s, %s left",
+                *(epoch, step, last, losses, speed, left),
+            )
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
-        """A step's figures. Raises Stopped where a signal ended the compiler in it, too."""
-        compiled = self.model.space.is_compiled
-        try:
-            return self.learner.step(batch.to(self.device))
-        finally:
-            if compiled and not self.model.space.is_compiled:
-                self.signals.obey()  # what was computed without it has other bits
+    def _save_and_validate(self) -> bool:
+        """Save and validate if the step asks for it. Raises Stopped if a signal came.
 
-    def _kept(self) -> str:
-        newest = self.config.folder / NEWEST
-        return f"the last checkpoint is {newest}" if newest.exists() else "no checkpoint yet"
-
-    def _further(self, when: str = "") -> str:
-        instead = " in place of --overwrite" if self.config.overwrite else ""
-        return f"{self._kept()}; {when}the same command with --resume auto{instead} goes on"
-
-    def _report(self, epoch: int, lr: float, window: runlog.Meter) -> None:
-        figures = window.mean()
-        step, speed = self.place.step, figures.pop("pairs") / figures["batch_time"]
-        self.log.record(epoch=epoch, lr=lr, **figures, pairs_per_s=speed)
-        loss = f"loss {figures['Le']:.3f}"
-        self.bar.set_postfix_str(f"{loss}, {speed:.0f} pairs/s")
-        if self.bar.disable:
-            seconds = (self.last_step - step) * figures["batch_time"]
-            left = timedelta(seconds=round(min(seconds, LONGEST_TIME)))
-            progress = f"epoch {epoch} step {step}/{self.last_step}"
-            parts = f"rank {figures['Rank']:.3f}, path {figures['Path']:.3f}"
-            log.info("%s %s (%s), %.0f pairs/s, %s left", progress, loss, parts, speed, left)
+        Returns whether that took time.
+        """
+        due, received = self.validation_due, self.signals.received is not None
+        save = due or received or self.state.step % self.config.save_step == 0
+        if save:  # before the validation, which can take long
+            self._save(NEWEST)
+        self.signals.check()
+        if due:
+            self._validate()
+        return save
 
     def _validate(self) -> None:
-        """Score dev, keep the best model, write the checkpoint."""
-        place, scores = self.place, self._dev_scores()
+        """Score dev, keep the best model, save a checkpoint."""
+        config, state = self.config, self.state
+        images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
+        log.info("step %d: validating on %d dev images", state.step, images)
+        try:
+            scores = score_split(
+                self.model,
+                self.dev,
+                self.bert.vocabulary,
+                device=self.device,
+                images=images,
+                workers=config.workers,
+                stop=self.signals.check,
+            )
+        except InputError as error:
+            self.signals.check()  # a signal to the process group ends the workers, too
+            raise InputError(f"step {state.step}: {error}; {self._advice()}") from error
         result = retrieval(scores, image_of_caption(scores.shape[1]))
-        better = result.selection > place.best_rsum
-        self.place = replace(
-            place,
-            validated=place.step,
-            best_rsum=max(place.best_rsum, result.selection),
-            best_r1=max(place.best_r1, result.i2t.r1),
+        self.state = replace(
+            state,
+            validated=state.step,
+            best_rsum=max(state.best_rsum, result.selection),
+            best_r1=max(state.best_r1, result.i2t.r1),
         )
-        self.metrics = runlog.tags(result)
-        self.log.record(epoch=place.last_epoch, **self.metrics)
+        self.metrics = tags(result)
+        self.log.record(epoch=state.last_epoch, **self.metrics)
         log.info(
             "step %d: rsum %.1f, R@1+R@5 %.1f (best %.1f)",
-            *(place.step, result.rsum, result.selection, self.place.best_rsum),
+            *(state.step, result.rsum, result.selection, self.state.best_rsum),
         )
-        if better:  # first: were it last, a run cut off in between would not have it
+        # The best model first: a run that is killed in between validates this step again.
+        if result.selection > state.best_rsum:
             self._save(BEST)
         self._save(NEWEST)
 
-    def _dev_scores(self) -> np.ndarray:
-        """Scores `[I, T]` of the dev images that are validated on."""
-        config, step = self.config, self.place.step
-        images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
-        log.info("step %d: validating on %d dev images", step, images)
-        how = {"device": self.device, "images": images, "workers": config.workers}
-        try:
-            with self.signals.at_once():  # the checkpoint of this step is written
-                return score_split(self.model, self.dev, self.bert.vocabulary, **how)
-        except BadScores as error:
-            best = config.folder / BEST
-            other = f"the best one before it is {best}" if best.exists() else "there is no other"
-            message = f"step {step}: {error}, so its checkpoint is no good; {other}"
-            raise InputError(message) from error
-        except InputError as error:
-            self.signals.obey()  # one that ends a worker, too
-            raise InputError(f"{error}; {self._further(MENDED)}") from error
-
     def _save(self, name: str) -> None:
-        keep = self.config.folder / PREVIOUS if name == NEWEST else None
-        self.snapshots.write(self.config.folder / name, self.place, self.metrics, keep)
+        self.checkpoints.write(name, self.state, self.metrics)
         self.log.write_run(self.complete)
+
+    def _advice(self) -> str:
+        newest = self.config.folder / NEWEST
+        if not newest.exists():
+            return "no checkpoint yet"
+        return f"the last checkpoint is {newest}; run the same command with --resume auto"

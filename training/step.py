@@ -1,6 +1,6 @@
-"""learner.py — a model and its optimiser: one training step (SPEC §8).
+"""step.py — one training step: losses, gradient, clipping, Adam (SPEC §7, §8).
 
-Knows no files: neither a data set nor checkpoints are needed to take a step, or to time one.
+Reads and writes no files, so that a benchmark can time it.
 """
 
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from data import Batch
 from model import DIME, path_loss, triplet_loss
 from training.config import TrainConfig
 
-STEP_IN_SCORES = 3  # a training step's work on a pair, in scorings of one
+STEP_IN_SCORES = 3  # a training step costs about three scorings: forward, and backward twice that
 
 
 class BadBatch(InputError):
-    """A batch whose loss, or the length of its gradient, is no number."""
+    """The loss or the gradient of a batch is NaN or infinite."""
 
 
 class TrainStep:
-    """A model that is trained, and Adam, which trains it."""
+    """A model and its optimiser."""
 
     def __init__(self, config: TrainConfig, model: DIME, device: torch.device) -> None:
         keep_float32()
@@ -31,11 +31,8 @@ class TrainStep:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
         model.precision = config.precision
 
-    def prepare(self, tokens: int, steps: int) -> None:
-        """Fit what comes to the machine: compiled where that pays, within the memory there is.
-
-        A run of `steps` refines `tokens` of each pair.
-        """
+    def prepare(self, steps: int) -> None:
+        """Set up compilation and memory for a run of `steps` steps."""
         config = self.config
         warn_if_bf16_is_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
@@ -43,11 +40,14 @@ class TrainStep:
         self.model.space.activation_checkpointing = config.activation_checkpointing
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimiser step on a batch of the device; its losses, and the number of pairs scored.
+        """Train on a batch; returns losses, gradient norm and the number of pairs.
 
-        Raises BadBatch, and leaves the weights as they are, where loss or gradient is no number.
+        Raises BadBatch if loss or gradient are not finite; model and optimiser are then unchanged.
         """
         config = self.config
+        # The forward pass moves the running statistics of batch normalisation.
+        buffers = list(self.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
         self.model.train()
         output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.hidden_states)
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
@@ -55,24 +55,26 @@ class TrainStep:
         loss = rank + config.trade_off * path
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = gradient_length(self.parameters)
+        norm = gradient_norm(self.parameters)
         nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip or torch.inf, norm)
         if not (loss + norm).isfinite():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
             captions = ", ".join(map(str, batch.captions.tolist()))
-            found = f"the loss is {loss.item()}, its gradient's length {norm.item()}"
-            raise BadBatch(f"{found}, its captions {captions}")
+            losses = f"loss {loss.item()}, gradient norm {norm.item()}"
+            raise BadBatch(f"{losses} for the captions {captions}")
         self.optimizer.step()
         pairs = torch.tensor(output.scores.numel())
-        losses = {"Rank": rank, "Path": path, "Le": loss, "grad_norm": norm}
-        return {name: value.detach() for name, value in losses.items()} | {"pairs": pairs}
+        figures = {"Rank": rank, "Path": path, "Le": loss, "grad_norm": norm}
+        return {name: value.detach() for name, value in figures.items()} | {"pairs": pairs}
 
 
-def gradient_length(parameters: Iterable[Tensor]) -> Tensor:
-    """The joint length of all gradients, a float32 scalar.
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the joint L2 norm of all gradients, a float32 scalar.
 
-    Squares are summed in float64: a region of zeros has a gradient of up to 1e24 in the first step
-    (§3 divides its length, 0, by 1e-12), whose square float32 cannot hold.
+    Squares are summed in float64. A region of zeros has a gradient of up to 1e24 in the first step,
+    because §2 divides its norm, 0, by 1e-12; float32 cannot hold the square of that.
     """
     gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
-    lengths = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-    return torch.stack(lengths).norm().float()
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    return torch.stack(norms).norm().float()

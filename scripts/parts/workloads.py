@@ -27,7 +27,6 @@ WORDS = 32  # of a caption, padding included
 HIDDEN, ENTRIES = 384, 30522  # BERT's width and vocabulary
 QUERIES, CONTEXTS = 16, 96  # scored at a time, in slices like those of a large set
 PLAIN = 24  # images and captions of the plain formulation
-LIMIT_GB = 2.5
 Kind = Literal["score", "train", "train_under_2.5GB", "plain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Work = Callable[[], Any]  # what is timed
@@ -55,12 +54,12 @@ def learner_of(case: Case) -> TrainStep:
         extra_stc=int(i2t),
         extra_img=int(not i2t),
         batch_size=BATCH,
-        memory=LIMIT_GB if "train_under_2.5GB" in case.kinds else 0.0,
+        activation_checkpointing="train_under_2.5GB" in case.kinds,
     )
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 6, "intermediate_size": 1536}
     bert = BertModel(BertConfig(**sizes, num_attention_heads=12), add_pooling_layer=False)
     learner = TrainStep(config, DIME(config, bert).to(case.device), case.device)
-    learner.prepare(tokens=REGIONS if i2t else WORDS, steps=1)
+    learner.prepare(steps=1)
     return learner
 
 

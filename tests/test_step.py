@@ -1,4 +1,4 @@
-"""learner.py: what a step is given and gives, beside the golden steps of test_golden.py."""
+"""step.py: one training step, beside the golden steps of test_golden.py."""
 
 import copy
 
@@ -8,16 +8,16 @@ from test_model import SMALL, small_batch, small_model
 
 from data import Batch
 from training.config import TrainConfig
-from training.step import TrainStep, gradient_length
+from training.step import TrainStep, gradient_norm
 
 CPU = torch.device("cpu")
 
 
-def test_the_path_regulariser_is_divided_by_the_option() -> None:
+def test_path_regulariser_is_divided_by_the_batch_size_option() -> None:
     """Also for a smaller last batch (SPEC §7)."""
     model = small_model("i2t")
     regions, ids, mask = small_batch(captions=3)
-    states = torch.randn(3, 10, 12)  # BERT's, so that no dropout sets the two apart
+    states = torch.randn(3, 10, 12)  # instead of BERT, whose dropout differs between the two
     batch = Batch(regions, ids, mask, torch.arange(3), 3, states)
     whole, part = (
         TrainStep(TrainConfig(**SMALL, batch_size=size), copy.deepcopy(model), CPU).step(batch)
@@ -29,9 +29,9 @@ def test_the_path_regulariser_is_divided_by_the_option() -> None:
         assert figures["Le"].item() == pytest.approx((figures["Rank"] + figures["Path"] / 2).item())
 
 
-def test_squares_of_gradients_may_leave_float32() -> None:
+def test_gradient_norm_of_squares_beyond_float32() -> None:
     weights = [torch.zeros(3, requires_grad=True) for _ in range(3)]
     for weight, value in zip(weights, (3e20, 4e20), strict=False):  # the last one has no gradient
         weight.grad = torch.tensor([value, 0, 0])
-    length = gradient_length(weights)
-    assert length.dtype == torch.float32 and length.item() == pytest.approx(5e20)
+    norm = gradient_norm(weights)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(5e20)
