@@ -17,13 +17,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from common.cli import parse, print_line, run
 from common.errors import InputError, brief_repr, raise_first, require
 from common.files import read_json, sha256_of
+from common.results import EvaluationResult
 from scripts.parts.experiments import REGISTRY, Registry, Run, as_typed
 from scripts.parts.paper_table import as_csv, as_markdown
 from scripts.parts.run_results import RunResult, problems
@@ -126,10 +127,16 @@ def reproduce(
     evaluation = evaluate(command, path)
     about = origin_of_ensemble(parts) if each.of else origin_of_model(each, seed)
     if each.of:  # saved scores do not say what their models read
-        evaluation["fingerprints"] = [one for part in parts for one in part.fingerprints]
-    about["commands"].append(as_typed(command))
-    surroundings = provenance.surroundings()
-    result = RunResult(path, registry.digest(each), evaluation=evaluation, **about, **surroundings)
+        inputs = [one for part in parts for one in part.fingerprints]
+        evaluation = replace(evaluation, fingerprints=inputs)
+    result = RunResult(
+        path,
+        registry.digest(each),
+        [*about.pop("commands"), as_typed(command)],
+        surroundings=provenance.surroundings(),
+        evaluation=evaluation,
+        **about,
+    )
     raise_first(f"{path}: not written: {problem}" for problem in problems(registry, each, result))
     result.write()
     log.info("%s, seed %d: %s", each.name, seed, path)
@@ -162,14 +169,14 @@ def scores_digest(each: Run, seed: int) -> dict[str, str]:
     return {str(path): sha256_of(path)} if path.exists() else {}
 
 
-def evaluate(command: list[str], path: Path) -> dict[str, Any]:
-    """Run an evaluation and return its results; they pass through a file beside `path`."""
+def evaluate(command: list[str], path: Path) -> EvaluationResult:
+    """Run an evaluation and return its result, which passes through a file beside `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     run_program([*command, "--json", str(temporary)])
-    evaluation = read_json(temporary, "the results of an evaluation")
+    content = read_json(temporary, "the result of an evaluation")
     temporary.unlink()
-    return evaluation
+    return EvaluationResult.from_json(content, temporary)
 
 
 def check_model(registry: Registry, each: Run, seed: int) -> None:

@@ -11,18 +11,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, run_here, tiny_train
-from test_train import last_line
 
 import evaluate_models
 import train
 from common.cli import parse
 from common.errors import InputError
+from common.results import EvaluationResult
 from scripts import reproduce
 from scripts.parts.experiments import REGISTRY, Registry, as_typed
 from scripts.parts.paper_table import as_csv, as_markdown, rows
@@ -63,10 +63,14 @@ title = "Both"
 of = ["one", "other"]
 """
 PAPER = [10.0, 20.0, 30.0, 1.0, 2.0, 3.0]
-NARROW = {w: {"r1": [1, 1], "r5": [2, 2], "r10": [3, 3]} for w in ("i2t", "t2i")} | {
-    "rsum": [12, 12]
-}
-GOOD = {"i2t": {"r1": 1, "r5": 2, "r10": 3}, "t2i": {"r1": 1, "r5": 2, "r10": 3}, "rsum": 12}
+
+
+def protocol(r1: float = 1) -> dict[str, Any]:
+    """The JSON of a ProtocolResult."""
+    sides = {way: {"r1": r1, "r5": 20, "r10": 30, "medr": 1, "meanr": 2} for way in ("i2t", "t2i")}
+    spread = {way: {k: [v, v + 5.5] for k, v in side.items()} for way, side in sides.items()}
+    intervals = spread | {"rsum": [9, 21.25]}
+    return {"metrics": sides | {"rsum": 2 * r1 + 100}, "folds": [], "intervals": intervals}
 
 
 @pytest.fixture
@@ -99,7 +103,8 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     def run(*argv: str, status: int = 0) -> str:
         capsys.readouterr()
         assert run_here(monkeypatch, reproduce.main, argv) == status
-        return last_line(capsys) if status else capsys.readouterr().out
+        output = capsys.readouterr()
+        return output.err.splitlines()[-1] if status else output.out
 
     return run
 
@@ -107,8 +112,8 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
 def save(registry: Registry, name: str, seed: int = 0, **changes: Any) -> Path:
     """Write a result of a run, with some changes."""
     run = registry.run(name)
-    evaluation = {"images": 10, "fingerprints": None, "protocols": {}}
-    evaluation["protocols"] = {"5k": {"metrics": GOOD, "intervals": NARROW}}
+    evaluation: dict[str, Any] = dict.fromkeys(field.name for field in fields(EvaluationResult))
+    evaluation |= {"images": 10, "captions": 50, "whole": protocol()}
     content = {
         "entry": registry.digest(run),
         "commands": [as_typed(command) for command in registry.commands(run, seed, {})],
@@ -144,7 +149,7 @@ def test_an_ensemble_is_trained_evaluated_skipped_and_shown_beside_the_paper(
     models = [str(small.run(name).model(1)) for name in ("one", "other")]
     again = tiny / "again.json"
     evaluate_models.main(["--model_path", *models, "--workers", "0", "--json", str(again)])
-    evaluation = json.loads(again.read_text())
+    evaluation = EvaluationResult.from_json(json.loads(again.read_text()), again)
     assert both.recalls(False) == replace(both, evaluation=evaluation).recalls(False)
     programs = [command.split()[1] for command in both.commands]
     assert programs == ["train.py", "evaluate_models.py"] * 2 + ["evaluate_models.py"]
@@ -312,16 +317,9 @@ def test_results_of_other_data_are_not_compared_or_averaged(
         "",
         "{}",
         {"evaluation": 3},
-        {"evaluation": {"protocols": {}}},
-        *(
-            {"evaluation": {"protocols": {"5k": {"metrics": GOOD | wrong, "intervals": NARROW}}}}
-            for wrong in (
-                {"rsum": 13},
-                {"rsum": float("nan")},
-                {"i2t": {"r1": 1, "r5": 2, "r10": 101}, "rsum": 110},
-                {"i2t": {"r1": -1, "r5": 2, "r10": 3}, "rsum": 10},
-            )
-        ),
+        {"evaluation": {"whole": None}},
+        {"evaluation": {"whole": protocol() | {"intervals": None}}},
+        {"evaluation": {"whole": protocol(101)}},
     ],
 )
 def test_damaged_results_are_refused(
@@ -425,17 +423,11 @@ def test_a_failed_program_ends_the_run(small: Registry, tmp_path: Path) -> None:
 
 
 def test_one_seed_shows_its_interval_and_runs_are_compared_seed_by_seed(small: Registry) -> None:
-    sides = {way: {f"r{k}": [k, k + 5.5] for k in (1, 5, 10)} for way in ("i2t", "t2i")}
-    part = {"metrics": GOOD, "intervals": sides | {"rsum": [9, 21.25]}}
-    fold5 = {
-        "metrics": GOOD | {"i2t": {"r1": 4, "r5": 5, "r10": 6}, "rsum": 21},
-        "intervals": NARROW,
-    }
-    save(small, "other", evaluation={"protocols": {"5k": part, "1k5": fold5}})
-    cells = "1.0 [1.0, 6.5] | 2.0 [5.0, 10.5] | 3.0 [10.0, 15.5]"
-    assert f"| Other | 1 | {cells} | {cells} | 12.0 [9.0, 21.2] |" in as_markdown(small)
-    assert "first,other,Other,rsum,,12,,9,21.25,,1\n" in as_csv(small)
-    assert RunResult.read(small.run("other").result(0)).recalls(True)[-1] == 21
+    save(small, "other", evaluation={"whole": protocol(), "fold5": protocol(4)})
+    cells = "1.0 [1.0, 6.5] | 20.0 [20.0, 25.5] | 30.0 [30.0, 35.5]"
+    assert f"| Other | 1 | {cells} | {cells} | 102.0 [9.0, 21.2] |" in as_markdown(small)
+    assert "first,other,Other,rsum,,102.0,,9,21.25,,1\n" in as_csv(small)
+    assert RunResult.read(small.run("other").result(0)).recalls(True)[-1] == 108
     save(small, "one", 0)
     save(small, "one", 2)
     save(small, "other", 1)

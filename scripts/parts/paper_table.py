@@ -17,7 +17,6 @@ from scripts.parts.experiments import RESULTS, Registry, Run
 from scripts.parts.run_results import (
     METRICS,
     Fingerprints,
-    Interval,
     RunResult,
     different_inputs,
     problems,
@@ -44,7 +43,7 @@ class Row:
     run: Run
     paper: list[float] | None
     ours: dict[int, list[float]]  # by seed
-    intervals: list[Interval] | None = None  # of a single seed
+    intervals: list[tuple[float, float]] | None = None  # of a single seed
 
     @property
     def mean(self) -> list[float] | None:
