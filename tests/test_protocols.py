@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, run_here, run_program, tiny_train, write_split
+from conftest import GOLDEN, run_here, run_program, tiny_train
 from test_train import last_line
 
 import evaluate_models
@@ -16,7 +15,6 @@ from common.errors import InputError
 from common.files import write_array
 from evaluate_models import evaluate
 from evaluation import image_of_caption, ranks, retrieval
-from scripts.parts import mscoco
 
 
 def saved(folder: Path, name: str, images: int = 10, seed: int = 0) -> Path:
@@ -290,146 +288,3 @@ def test_doubles_stay_doubles(tmp_path: Path) -> None:
     paths = [array(tmp_path, values, name) for name in "ab"]
     one, two = (evaluate(scores=paths[:count])["metrics"] for count in (1, 2))
     assert one == two and one["rsum"] > 0
-
-
-@pytest.fixture(scope="module")
-def package():
-    """MSCOCO's answers, cut down to the first 80 images of the test split."""
-    found = mscoco.eccv_metrics()
-    found.coco_ids = found.coco_ids[:400]
-    captions = {int(c) for c in found.coco_ids}
-    images = {found.coco_gts["t2i"][c][0] for c in captions}
-    for name in ("coco_gts", "cxc_gts", "eccv_gts"):
-        gts = getattr(found, name)
-        cut = {}
-        for way, queries, items in (("i2t", images, captions), ("t2i", captions, images)):
-            kept = {q: [i for i in right if i in items] for q, right in gts[way].items()}
-            cut[way] = {q: right for q, right in kept.items() if q in queries and right}
-        setattr(found, name, cut)
-    return found
-
-
-def folder_of(package, path: Path, order: np.ndarray, mapped: bool) -> Path:
-    """A data folder with the ids of the images in some order."""
-    images = [package.coco_gts["t2i"][int(c)][0] for c in package.coco_ids[::5]]
-    ids = [images[k] for k in order]
-    if mapped:
-        files = {str(n): f"val2014/COCO_val2014_{i:012d}.jpg" for n, i in enumerate(ids)}
-        (path / "id_mapping.json").write_text(json.dumps(files))
-        ids = list(range(len(ids)))
-    (path / "testall_ids.txt").write_text("".join(f"{i}\n" for i in ids))
-    return path
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_figures_of_eccv_caption(package, mapped: bool, tmp_path: Path) -> None:
-    """Against plain loops over the package's answers."""
-    order = np.random.default_rng(1).permutation(80)
-    scores = np.random.default_rng(0).random((80, 400), dtype=np.float32)
-    scores[np.arange(400) // 5, np.arange(400)] += 0.5  # somewhat right
-    captions = mscoco.caption_ids(
-        package, folder_of(package, tmp_path, order, mapped), "testall", 80
-    )
-    assert np.array_equal(captions, package.coco_ids.reshape(80, 5)[order])
-    found = mscoco.extended(package, scores, captions)
-    names = {"eccv_r1", "eccv_map_at_r", "eccv_rprecision", "cxc_r1", "cxc_r5", "cxc_r10"}
-    assert found.keys() == names
-    flat, image_ids = captions.ravel(), [package.coco_gts["t2i"][int(c[0])][0] for c in captions]
-    for way, matrix, queries, items in (
-        ("i2t", scores, image_ids, flat.tolist()),
-        ("t2i", scores.T, flat.tolist(), image_ids),
-    ):
-        expected: dict[str, list[float]] = {name: [] for name in names}
-        for row, query in zip(matrix, queries, strict=True):
-            ranked = [items[k] for k in np.argsort(-row)]
-            right = package.cxc_gts[way].get(query)
-            for k in (1, 5, 10) if right else ():
-                expected[f"cxc_r{k}"].append(float(bool(set(ranked[:k]) & set(right))))
-            right = package.eccv_gts[way].get(query)
-            if right:
-                marks = [item in right for item in ranked[: len(set(right))]]
-                precisions = [sum(marks[: r + 1]) / (r + 1) for r in range(len(marks))]
-                expected["eccv_r1"].append(marks[0])
-                expected["eccv_rprecision"].append(precisions[-1])
-                expected["eccv_map_at_r"].append(np.dot(marks, precisions) / len(marks))
-        for name, values in expected.items():
-            assert len(values) > 10
-            assert found[name][way] == pytest.approx(100 * np.mean(values)), (name, way)
-
-
-def test_ids_of_other_images_are_told(package, tmp_path: Path) -> None:
-    folder = folder_of(package, tmp_path, np.arange(79), False)
-    told = r"79 ids, 0 of them not .* \(\); expected those of its 80 test images, each once"
-    with pytest.raises(InputError, match=rf"testall_ids.txt: {told}"):
-        mscoco.caption_ids(package, folder, "testall", 79)
-    with pytest.raises(InputError, match=r"test_ids.txt: not found"):
-        mscoco.caption_ids(package, folder, "test", 79)
-
-
-def test_ids_of_captions_are_five_of_an_image_each(package, tmp_path: Path) -> None:
-    """Ids that are there five times in a row; others would be figures of other queries."""
-    path = folder_of(package, tmp_path, np.arange(80), False) / "testall_ids.txt"
-    ids = path.read_text().split()
-    path.write_text("".join(f"{key}\n" for key in ids for _ in range(5)))
-    found = mscoco.caption_ids(package, tmp_path, "testall", 80)
-    assert np.array_equal(found, package.coco_ids.reshape(80, 5))
-    zeros = [f"0{ids[1]}"]  # the same number, written otherwise
-    for wrong in (ids * 5, ids[:1] * 80, ids[:-1] + zeros, [*ids[:-1], "9" * 5000]):
-        path.write_text("".join(f"{key}\n" for key in wrong))
-        with pytest.raises(InputError, match=r"testall_ids\.txt: "):
-            mscoco.caption_ids(package, tmp_path, "testall", 80)
-
-
-def test_longest_list_of_right_answers() -> None:
-    """So many best answers are looked at as any query has right ones."""
-    gts = mscoco.eccv_metrics().eccv_gts
-    assert max(len(right) for way in gts.values() for right in way.values()) <= mscoco.LIST
-
-
-def test_extended_figures_where_they_can_be_had(
-    package,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(evaluate_models, "eccv_metrics", lambda: package)
-    path = saved(tmp_path, "a.npy", 80)
-    assert evaluate(scores=[path], extended=True)["extended"] is None
-    assert "no ECCV Caption and CxC figures: --data_path" in caplog.text
-    (tmp_path / "coco").mkdir()
-    folder_of(package, tmp_path / "coco", np.arange(80), False)
-    (tmp_path / "coco/testall_caps.txt").write_text("a man\n" * 400)
-    where = ["--data_path", str(tmp_path), "--data_name", "coco", "--split", "testall"]
-    evaluate_models.main(["--scores", str(path), "--extended", *where])
-    assert "\neccv_map_at_r: i2t " in capsys.readouterr().out
-
-
-def test_extended_figures_of_a_model(
-    package, tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same as those of its scores, by the ids of its split."""
-    monkeypatch.setattr(evaluate_models, "eccv_metrics", lambda: package)
-    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
-    write_split(tiny / "data/tiny", "testall", 80)
-    order = np.random.default_rng(0).permutation(80)
-    folder_of(package, tiny / "data/tiny", order, False)
-    model, scores = tiny / "runs/i2t/model_best.pth.tar", tiny / "scores.npy"
-    found = evaluate(model, extended=True, save_scores=scores)["extended"]
-    captions = package.coco_ids.reshape(80, 5)[order]
-    assert found == mscoco.extended(package, np.load(scores), captions)
-    assert found["cxc_r10"]["i2t"] > 0
-
-
-def test_a_missing_package_is_named_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "eccv_caption"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "eccv_caption.py").write_text("import what_it_needs")
-    with pytest.raises(InputError, match=r"pip install eccv_caption \(No module named 'what_it"):
-        evaluate(scores=["nowhere.npy"], extended=True)
-    monkeypatch.setitem(sys.modules, "eccv_caption", None)
-    with pytest.raises(InputError, match="pip install eccv_caption"):
-        evaluate(scores=["nowhere.npy"], extended=True)
