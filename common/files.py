@@ -5,7 +5,6 @@ of the content. Files of torch and safetensors are in torch_files.py.
 """
 
 import hashlib
-import io
 import json
 import os
 import stat
@@ -194,13 +193,6 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file."""
     write_blocks(path, array.shape, array.dtype, [array])
-
-
-def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a .npz file of arrays by name."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_bytes(path, buffer.getbuffer())
 
 
 def write_blocks(

@@ -37,7 +37,7 @@ from data import Split
 from evaluation import encode_split
 from scripts.parts import route_figures as figures
 from scripts.parts.figures import SIDE, picture_files, shown, write_figure
-from scripts.parts.images import read_picture
+from scripts.parts.images import read_image
 from scripts.parts.opened import ModelOnSplit
 from scripts.parts.regions import REGIONS, grid_boxes
 from scripts.parts.routes import DIGITS, Clusters, Pairs, clustered, entropies, most_different
@@ -167,7 +167,7 @@ def seen_pair(pairs: Pairs, files: Sequence[Path], options: Options) -> figures.
     if absent:
         log.info("no words_%d_%d.png, which needs %s", image, caption, ", ".join(absent))
         return None
-    picture = read_picture(files[image])
+    picture = read_image(files[image])
     size = np.array(picture.size)
     if options.grid:
         fits = split.regions_per_image == REGIONS

@@ -46,9 +46,9 @@ from data import Split, TrainingBatches
 from evaluation import map_scores
 from model import DIME
 from scripts import convert_checkpoint, prepare_captions
-from scripts.parts.extraction import Extraction
-from scripts.parts.images import read_picture
-from scripts.parts.tsv_regions import Tsv
+from scripts.extract_regions import Extraction
+from scripts.parts.images import read_image
+from scripts.parts.regions import Tsv
 from tests import conftest
 from tests.conftest import tsv_row
 from training import log as runlog
@@ -278,7 +278,7 @@ def features_of(path: Path) -> None:
 
 def rows_of_tsv(path: Path) -> None:
     source = Tsv([path], False)
-    for key in source.reader.places:
+    for key in source.reader.rows:
         source.reader(key)
 
 
@@ -444,7 +444,7 @@ def readers(folder: Path) -> dict[str, Callable[[], Reader]]:
         "picture": lambda: by_bytes(
             "picture",
             [pictures_of(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")],
-            read_picture,
+            read_image,
         ),
         "run_json": lambda: by_bytes("run.json", [run], runlog._earlier_sessions),
         "metrics": lambda: by_bytes("metrics.jsonl", [lines], cut_metrics),

