@@ -152,17 +152,13 @@ def write_checkpoint(
     model: DIME,
     options: dict[str, Any],
     bert: Bert,
-    keep: Path | None = None,
     **state: Any,
 ) -> None:
-    """Write plain data and tensors, which `torch.load(weights_only=True)` reads, too.
-
-    A file that had the name before moves to `keep`, if that is given.
-    """
+    """Write plain data and tensors, which `torch.load(weights_only=True)` reads, too."""
     # DEVIATION: BERT's weights are known by a fingerprint (the published code stored them).
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(BERT_KEYS)}
     content = {"format": FORMAT, "options": options, "weights": weights, "bert": bert.fingerprint}
-    write_torch(path, content | state, keep)
+    write_torch(path, content | state)
 
 
 def bert_folder(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Path:

@@ -104,11 +104,10 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path, keep: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that replaces `path` only once it is complete and on the disk.
 
-    If writing fails or the program is killed, the old file stays. If `keep` is given, the old file
-    is renamed to it.
+    If writing fails or the program is killed, the old file stays.
     """
     partial = partial_path(path)
     with explain_os_errors(path, "a file to write"):
@@ -118,8 +117,6 @@ def atomic_write(path: Path, keep: Path | None = None) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if keep is not None and os.path.lexists(path):
-                path.replace(keep)
             partial.replace(path)
             _sync_folder(path.parent)
         finally:

@@ -17,7 +17,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import atomic_write, require_regular_file, write_bytes
+from common.files import require_regular_file, write_bytes
 from common.memory import is_oom
 
 ZIP_START = b"PK\x03\x04"  # torch's format since 1.6; before, a file was a sequence of pickles
@@ -71,15 +71,11 @@ def _explain_damage(path: Path) -> Iterator[None]:
         raise Damaged(f"{path}: damaged, truncated or no checkpoint: {reason}") from error
 
 
-def write_torch(path: Path, content: Any, keep: Path | None = None) -> None:
-    """Write plain data and tensors, whole or not at all; `read_torch` reads them.
-
-    A file that had the name before moves to `keep`, if that is given. Raises InputError.
-    """
+def write_torch(path: Path, content: Any) -> None:
+    """Write plain data and tensors, whole or not at all; `read_torch` reads them."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with buffer.getbuffer() as data, atomic_write(path, keep) as file:
-        file.write(data)
+    write_bytes(path, buffer.getbuffer())
 
 
 def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> str:
