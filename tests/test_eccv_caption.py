@@ -44,7 +44,7 @@ def folder_of(package: Any, path: Path, order: np.ndarray, mapped: bool) -> Path
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_figures_equal_plain_loops(package: Any, mapped: bool, tmp_path: Path) -> None:
-        order = np.random.default_rng(1).permutation(80)
+    order = np.random.default_rng(1).permutation(80)
     scores = np.random.default_rng(0).random((80, 400), dtype=np.float32)
     scores[np.arange(400) // 5, np.arange(400)] += 0.5  # somewhat right
     captions = eccv_caption.caption_ids(
