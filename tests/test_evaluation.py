@@ -1,5 +1,6 @@
-"""evaluation.py: metrics against the golden ones and hand-sized matrices, folds."""
+"""evaluation.py, metrics: golden arrays, matrices worked out by hand, folds and intervals."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,12 @@ import torch
 from conftest import GOLDEN
 
 from common.errors import InputError
+from common.results import EvaluationResult, ProtocolResult, Retrieval
 from evaluation import (
-    Retrieval,
-    ceiling,
-    folds,
+    bootstrap_ci,
+    evaluate_folds,
+    evaluate_whole,
     image_of_caption,
-    intervals,
-    mean_of,
-    measured,
-    ranked,
     ranks,
     retrieval,
 )
@@ -72,7 +70,7 @@ def test_float64_scores_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
+def test_nan_and_infinite_scores_are_refused(bad: float) -> None:
     scores = torch.rand(3, 15)
     scores[2, 4] = bad
     with pytest.raises(InputError, match="NaN"):
@@ -89,23 +87,15 @@ def test_ranks_do_not_depend_on_their_blocks(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def test_folds_are_the_diagonal_blocks() -> None:
-    scores = np.random.default_rng(0).random((10, 50), dtype=np.float32)
-    for number, (fold, owner) in enumerate(folds(scores, image_of_caption(50))):
-        block = scores[2 * number : 2 * number + 2, 10 * number : 10 * number + 10]
-        assert np.array_equal(fold, block)
-        assert owner.tolist() == [0] * 5 + [1] * 5
-
-
 @pytest.mark.parametrize("images", [0, 4, 11])
-def test_images_that_five_does_not_divide(images: int) -> None:
+def test_a_number_of_images_that_five_does_not_divide_is_refused(images: int) -> None:
     with pytest.raises(InputError, match=f"{images} images"):
-        list(folds(np.zeros((images, 5 * images)), image_of_caption(5 * images)))
+        evaluate_folds(np.zeros((images, 5 * images)))
 
 
 def test_the_mean_is_of_every_figure() -> None:
     results = [retrieval(torch.rand(6, 30), image_of_caption(30)) for _ in range(3)]
-    mean = mean_of(results)
+    mean = Retrieval.mean(results)
     for side in ("i2t", "t2i"):
         for name in ("r1", "r5", "r10", "medr", "meanr"):
             values = [getattr(getattr(result, side), name) for result in results]
@@ -123,49 +113,52 @@ def test_a_memory_map_is_ranked_like_an_array(tmp_path: Path) -> None:
         assert np.array_equal(found, expected)
 
 
-def test_the_ceiling_is_what_known_pairs_allow() -> None:
-    """Three images, six captions, two each; image 1 is known with none of its own."""
-    known = np.zeros((3, 6), dtype=bool)
-    known[0, 0] = known[0, 1] = known[1, 0] = known[2, 5] = True
-    assert ceiling(known, [0, 0, 1, 1, 2, 2]) == {"i2t": pytest.approx(200 / 3), "t2i": 50}
-
-
-def test_five_folds_and_the_whole_come_from_one_matrix() -> None:
+def test_folds_are_the_diagonal_blocks_of_one_matrix() -> None:
     scores = np.random.default_rng(0).random((20, 100), dtype=np.float32)
-    whole, five = (measured(ranked(scores, name), name, 0) for name in ("5k", "1k5"))
-    assert (
-        whole["metrics"] == retrieval(scores, image_of_caption(100)).as_dict()
-        and not whole["folds"]
-    )
+    whole, five = evaluate_whole(scores), evaluate_folds(scores)
+    assert whole == ProtocolResult(retrieval(scores, image_of_caption(100)))
     blocks = [scores[4 * k : 4 * k + 4, 20 * k : 20 * k + 20] for k in range(5)]
     apart = [retrieval(block, image_of_caption(20)) for block in blocks]
-    assert five["folds"] == [result.as_dict() for result in apart]
-    assert five["metrics"] == mean_of(apart).as_dict()
-    assert whole["intervals"] is five["intervals"] is None
+    assert five == ProtocolResult(Retrieval.mean(apart), tuple(apart))
+
+
+def test_a_result_survives_json() -> None:
+    scores = np.random.default_rng(0).random((10, 50), dtype=np.float32)
+    known = {"models": ["a"], "scores": None, "data_name": "x", "split": "test", "seconds": 1.5}
+    known |= {"fingerprints": [{"data": "d", "bert": "b", "training": None}], "shortlist": None}
+    parts = {"whole": evaluate_whole(scores, 100), "fold5": evaluate_folds(scores)}
+    result = EvaluationResult(**known, images=10, captions=50, **parts, fold5_asked=True)
+    content = json.loads(json.dumps(result.to_json()))
+    assert EvaluationResult.from_json(content, "r.json") == result
+    assert result.metrics == parts["fold5"].metrics
+    content["whole"]["metrics"]["i2t"]["r1"] = 101
+    for damaged in (content, content | {"whole": None}, {}, {"models": []}):
+        with pytest.raises(InputError, match=r"r\.json"):
+            EvaluationResult.from_json(damaged, "r.json")
 
 
 def test_intervals_of_a_matrix_worked_out_by_hand() -> None:
-    """Of two images one is found at once and one is not: R@1 is 0, 50 or 100 %."""
+    """One of two images is found at rank 1, the other is not: R@1 is 0, 50 or 100 %."""
     found = [(np.array([0, 1]), np.array([0] * 5 + [10] * 5))]
-    between = intervals(found, 2000)
+    between = bootstrap_ci(found, 2000)
     assert between["i2t"]["r1"] == between["t2i"]["r1"] == [0, 100]
     assert between["i2t"]["r5"] == [100, 100] and between["t2i"]["r10"] == [0, 100]
     assert between["t2i"]["medr"] == [1, 11] and between["i2t"]["meanr"] == [1, 2]
     # the captions go with their image, so all figures rise and fall together
     assert between["rsum"] == [200, 600]
-    assert intervals(found, 50) == intervals(found, 50)
+    assert bootstrap_ci(found, 50) == bootstrap_ci(found, 50)
 
 
-def test_intervals_are_as_wide_as_a_binomial_says() -> None:
+def test_intervals_are_as_wide_as_those_of_a_binomial() -> None:
     """Of 1,000 images half are found at once, and their captions with them."""
     found = [(np.repeat([0, 20], 500), np.repeat([0, 20], 2500))]
-    between, half = intervals(found, 2000), 196 * np.sqrt(0.25 / 1000)  # 3.1 %
+    between, half = bootstrap_ci(found, 2000), 196 * np.sqrt(0.25 / 1000)  # 3.1 %
     for side in ("i2t", "t2i"):
         assert between[side]["r1"] == pytest.approx([50 - half, 50 + half], abs=0.3)
     assert between["rsum"] == pytest.approx([300 - 6 * half, 300 + 6 * half], abs=1.8)
 
 
-def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
     """Captions of an image are alike: one that is hard has hard captions."""
     rng, owner = np.random.default_rng(0), image_of_caption(500)
 
@@ -173,14 +166,14 @@ def test_the_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         scores = rng.standard_normal((100, 500), dtype=np.float32)
         easy = 1.5 + rng.standard_normal(100, dtype=np.float32)
         scores[owner, np.arange(500)] += easy[owner]
-        return ranked(scores, "5k")
+        return [ranks(scores, owner)]
 
     trials = [drawn() for _ in range(1000)]
-    truth = mean_of([Retrieval.of(*whole) for (whole,) in trials]).as_dict()
+    truth = Retrieval.mean([Retrieval.of(*whole) for (whole,) in trials]).to_json()
     figures = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "meanr")]
     hits = {figure: [] for figure in [*figures, "rsum"]}
     for found in trials[:500]:
-        between = intervals(found, 200)
+        between = bootstrap_ci(found, 200)
         for name, marks in hits.items():
             low, high = between[name] if name == "rsum" else between[name[0]][name[1]]
             right = truth[name] if name == "rsum" else truth[name[0]][name[1]]
@@ -194,7 +187,7 @@ def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
     owner = image_of_caption(50)
     owner[:10] = owner[:10][::-1]  # 1 1 1 1 1 0 0 0 0 0
     scores = (owner == np.arange(10)[:, None]).astype(np.float32)
-    found = measured(ranked(scores, "1k5"), "1k5", 0)["metrics"]
+    found = evaluate_folds(scores).metrics.to_json()
     # there its own captions rank 5 to 9, a caption's image 1; in the four others all rank 0
     assert found["i2t"] == {"r1": 80, "r5": 80, "r10": 100, "medr": 2, "meanr": 2}
     assert found["t2i"] == {"r1": 80, "r5": 100, "r10": 100, "medr": 1.2, "meanr": 1.2}
@@ -204,7 +197,7 @@ def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
 def test_each_fold_is_resampled_for_itself() -> None:
     """One fold finds all at once and four find nothing, however their images are drawn."""
     ends = [(np.full(20, rank), np.full(100, rank)) for rank in (0, 20, 20, 20, 20)]
-    between = intervals(ends, 200)
+    between = bootstrap_ci(ends, 200)
     assert between["i2t"]["r1"] == between["t2i"]["r10"] == [20, 20]
     assert between["rsum"] == [120, 120]
 
@@ -214,5 +207,5 @@ def test_folds_have_the_spread_of_as_many_images() -> None:
     rng = np.random.default_rng(0)
     whole = (rng.integers(0, 12, 500), rng.integers(0, 12, 2500))
     five = [(whole[0][k * 100 :][:100], whole[1][k * 500 :][:500]) for k in range(5)]
-    one, many = intervals([whole], 400)["rsum"], intervals(five, 400)["rsum"]
+    one, many = bootstrap_ci([whole], 400)["rsum"], bootstrap_ci(five, 400)["rsum"]
     assert many == pytest.approx(one, abs=4)
