@@ -3,7 +3,6 @@
 Tolerances are those of golden/README.md.
 """
 
-from collections.abc import Iterator
 from dataclasses import fields
 
 import numpy as np
@@ -27,6 +26,10 @@ ENCODED = SCORES = CLIPPED = 1e-5
 # MKL and oneDNN use SSE alone (torch 2.13 and 2.14); with this one division in float64, by 4.3e-6.
 CLIPPED_OF = {"t2i_variant": 5e-5}
 LAYERS = 5e-5
+# In i2t_variant the gates of an out-path in layer 0 sum to 0.06, and the next routers magnify what
+# that division makes of rounding. From float64, the published layer1.paths differ by 7.7e-5, ours
+# by 7.7e-5 with AVX512 (1.6e-6 from the published), by 1.8e-5 with SSE (6.0e-5 from the published).
+LAYERS_OF = {"i2t_variant": 1e-4}
 LOSS = 1e-5  # relative
 BUFFERS = 1e-6
 
@@ -62,16 +65,6 @@ def test_scores_of_the_whole_split(case: Case) -> None:
     np.testing.assert_allclose(scores, case.expected("eval")["sims"], rtol=0, atol=SCORES)
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """As many as the bounds were found with; rounding differs, and a gate near 0 magnifies it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("two_threads")
 def test_every_cell_and_layer(case: Case) -> None:
     model, bert, _ = case.load()
     images, captions = encoded(case, model, bert.vocabulary)
@@ -101,11 +94,11 @@ def test_every_cell_and_layer(case: Case) -> None:
         layer.register_forward_hook(layer_hook)
     with torch.no_grad():
         found["scores"] = model.score(images[:6], captions[:9], pairs=54)[0]
-    expected = case.expected("layers")
+    expected, tolerance = case.expected("layers"), LAYERS_OF.get(case.folder.name, LAYERS)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=LAYERS, err_msg=name)
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=tolerance, err_msg=name)
 
 
 def modules(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, dict[str, Tensor]]:
