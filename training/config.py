@@ -42,9 +42,10 @@ FREE = {
 class TrainConfig(DataConfig, ModelConfig):
     """Every option of training. Defaults are the published ones except `img_dim`."""
 
+    # train.py replaces None by the data's width before it builds the model, which needs an int.
+
     # DEVIATION: the width of the features is that of the data unless it is given (the published
     # default was 2048).
-    # train.py replaces None by the data's width before it builds the model, which needs an int.
     img_dim: Annotated[int | None, "width of the region features (default: the data's)"] = None  # type: ignore[assignment]
     bert_path: Annotated[str, "folder with vocab.txt, configuration and weights of BERT"] = "./"
     logger_name: Annotated[str, "checkpoints and logs go to its subfolder i2t or t2i"] = "runs/runX"
