@@ -22,63 +22,65 @@ from training.log import events
 SCENES = {"train": 12, "dev": 3, "test": 8}
 
 
-def drawn(monkeypatch: pytest.MonkeyPatch, out: Path, *more: object) -> dict:
-    """The JSON of a few scenes."""
+def draw(monkeypatch: pytest.MonkeyPatch, out: Path, *more: object) -> dict:
+    """Draw a few scenes and return their JSON."""
     counts = [x for name, count in SCENES.items() for x in (f"--{name}", count)]
     assert run_here(monkeypatch, draw_scenes.main, ["--out", out, *counts, *more]) == 0
     return json.loads((out / "dataset_scenes.json").read_text())
 
 
 def test_scenes_follow_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = drawn(monkeypatch, tmp_path / "a")
-    assert drawn(monkeypatch, tmp_path / "b") == first
-    other = drawn(monkeypatch, tmp_path / "c", "--seed", 1)
+    first = draw(monkeypatch, tmp_path / "a")
+    assert draw(monkeypatch, tmp_path / "b") == first
+    other = draw(monkeypatch, tmp_path / "c", "--seed", 1)
     for entry in first["images"]:
-        pictures = [tmp_path / name / "images" / entry["filename"] for name in "abc"]
-        a, b, c = (path.read_bytes() for path in pictures)
+        paths = [tmp_path / name / "images" / entry["filename"] for name in "abc"]
+        a, b, c = (path.read_bytes() for path in paths)
         assert a == b != c
-        with Image.open(pictures[0]) as picture:
-            assert picture.size == (260, 260) and picture.mode == "RGB"
+        with Image.open(paths[0]) as image:
+            assert image.size == (260, 260) and image.mode == "RGB"
     assert other != first
     splits = [entry["split"] for entry in first["images"]]
     assert splits == ["train"] * 12 + ["val"] * 3 + ["test"] * 8
 
 
-def test_five_captions_each_and_none_of_two_pictures() -> None:
-    found = list(draw_scenes.scenes(200, np.random.default_rng(0)))
-    for scene, captions in found:
+def test_five_captions_each_shared_by_no_two_images() -> None:
+    scenes = list(draw_scenes.scenes(200, np.random.default_rng(0)))
+    for scene, captions in scenes:
         assert len(set(captions)) == 5
         for caption in captions:
-            assert all(thing.colour in caption for thing in scene.things)
+            assert all(shape.colour in caption for shape in scene.shapes)
             assert len(caption.split()) <= 28  # with marks and [CLS], [SEP] 32 WordPieces
-    assert len({caption for _, captions in found for caption in captions}) == 1000
+    assert len({caption for _, captions in scenes for caption in captions}) == 1000
 
 
-def test_a_caption_says_where_things_are() -> None:
-    a = draw_scenes.Thing("star", "red", "big", 0, 0)
-    b = draw_scenes.Thing("cross", "blue", "small", 0, 2)
+def test_caption_states_the_relation_of_shapes() -> None:
+    a = draw_scenes.Shape("star", "red", "big", 0, 0)
+    b = draw_scenes.Shape("cross", "blue", "small", 0, 2)
     rng = np.random.default_rng(0)
     scene = draw_scenes.Scene("white", (a, b))
     for _ in range(50):
         text = draw_scenes.caption(scene, rng)
         first = "red" if text.index("red") < text.index("blue") else "blue"
         if text.endswith(" it") or " it " in text.replace(",", " "):
-            first = "blue" if first == "red" else "red"  # what `it` is comes first
+            first = "blue" if first == "red" else "red"  # `it` is named first
         assert ("left of" if first == "red" else "right of") in text
-    assert draw_scenes.where(b, a, rng) in draw_scenes.SYNONYMS["right"]
+    assert draw_scenes.relation(b, a, rng) in draw_scenes.SYNONYMS["right"]
 
 
-def test_the_right_colours_are_drawn() -> None:
-    thing = draw_scenes.Thing("circle", "red", "big", 1, 2)
-    picture = draw_scenes.draw(draw_scenes.Scene("grey", (thing,)), np.random.default_rng(0))
-    assert picture.getpixel((217, 130)) == draw_scenes.COLOURS["red"]
-    assert picture.getpixel((43, 130)) == draw_scenes.GROUNDS["grey"]
+def test_colours_of_a_scene() -> None:
+    shape = draw_scenes.Shape("circle", "red", "big", 1, 2)
+    image = draw_scenes.draw(draw_scenes.Scene("grey", (shape,)), np.random.default_rng(0))
+    assert image.getpixel((217, 130)) == draw_scenes.COLOURS["red"]
+    assert image.getpixel((43, 130)) == draw_scenes.GROUNDS["grey"]
 
 
-def test_scenes_that_run_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+def test_scenes_without_new_captions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
     monkeypatch.setattr(draw_scenes, "TRIES", 3)
-    thing = draw_scenes.Thing("star", "red", "big", 0, 0)
-    scene = draw_scenes.Scene("white", (thing, draw_scenes.Thing("ring", "blue", "big", 0, 1)))
+    shape = draw_scenes.Shape("star", "red", "big", 0, 0)
+    scene = draw_scenes.Scene("white", (shape, draw_scenes.Shape("ring", "blue", "big", 0, 1)))
     monkeypatch.setattr(draw_scenes, "new_scene", lambda rng: scene)
     argv = ["--out", tmp_path / "s", "--train", 300]
     assert run_here(monkeypatch, draw_scenes.main, argv) == 2
