@@ -238,12 +238,14 @@ def test_a_drawing_costs_no_picture(
 
 
 def test_a_table_costs_no_results(tmp_path: Path, monkeypatch, capsys) -> None:
-    (tmp_path / "ensemble.json").write_text("{}")
+    for name in demo_table.MODELS:
+        (tmp_path / f"{name}.json").write_text("{}")
     argv = [tmp_path, "--json", tmp_path / "ensemble.json"]
     assert run_here(monkeypatch, demo_table.main, argv) == 2
-    assert "ensemble.json: is an input or another output" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"ensemble\.json: holds no recalls"):
-        demo_table.recalls(tmp_path / "ensemble.json")
+    assert "ensemble.json" in capsys.readouterr().err
+    assert (tmp_path / "ensemble.json").read_text() == "{}"
+    assert run_here(monkeypatch, demo_table.main, argv[:1]) == 2
+    assert "i2t.json" in capsys.readouterr().err
 
 
 def test_chance() -> None:
