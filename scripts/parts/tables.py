@@ -34,34 +34,24 @@ def demo_rows(report: dict[str, Any]) -> str:
 
 
 def speed_tables(report: dict[str, Any]) -> str:
-    """Return the tables of the benchmark: rates, what was not run, where the time goes."""
+    """Return the table of the benchmark, and the rows that were not run."""
     missing = [f"Not run: {'; '.join(report['not_run'])}.\n"] if report["not_run"] else []
-    tables = [speed_rows(report["rows"]), *missing, operator_rows(report["profiles"])]
+    tables = [speed_rows(report["rows"]), *missing]
     return f"{origin(report)}, {report['minutes']} minutes:\n\n" + "\n".join(tables)
 
 
 def speed_rows(rows: list[dict[str, Any]]) -> str:
     """Return the table of the benchmark's rates."""
-    head = ["", "precision", "", "BERT", "what", "pairs/s", "seconds", "share", "GB", "GFLOP/s"]
+    head = ["", "precision", "", "what", "pairs/s", "seconds", "share", "GB", "GFLOP/s"]
     return markdown(
         head,
         [
             [
                 *(r["direction"], r["precision"], "compiled" if r["compiled"] else "eager"),
-                *("with" if r["bert"] else "", r["what"], f"{r['pairs_per_s']:.0f}"),
+                *(r["what"], f"{r['pairs_per_s']:.0f}"),
                 *(f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %", f"{r['peak_gb']:.2f}"),
                 f"{r['product_gflops']:.0f}",
             ]
             for r in rows
         ],
     )
-
-
-def operator_rows(profiles: list[dict[str, Any]]) -> str:
-    """Return the table of the time that each kind of operator takes."""
-    if not profiles:
-        return "Where the time goes: not run.\n"
-    head = ["time in", *(f"{p['what']}, {p['direction']}, {p['precision']}" for p in profiles)]
-    kinds = profiles[0]["shares"]
-    shares = {kind: [f"{100 * p['shares'][kind]:.0f} %" for p in profiles] for kind in kinds}
-    return markdown(head, [[kind, *cells] for kind, cells in shares.items()])
