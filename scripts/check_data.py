@@ -304,9 +304,6 @@ def warnings_about(splits: list[SplitContent], folder: Path) -> Iterator[str]:
             yield f"{folder}: no {name}, which train.py needs"
     if not names & SAME_IMAGES:
         yield f"{folder}: no test, the default split of evaluate_models.py"
-    regions = {split.features.shape[1] for split in splits if split.features is not None}
-    if len(regions) > 1:
-        yield f"{folder}: splits have {' or '.join(map(str, sorted(regions)))} regions an image"
     sizes = {split.name: split.images for split in splits}
     if not any(is_known(sizes, published) for published in KNOWN_SIZES.values()):
         yield f"{folder}: the numbers of images are neither Flickr30K's nor MSCOCO's"

@@ -51,7 +51,7 @@ from common.signals import Signals
 from scripts.parts.images import REGIONS
 
 if TYPE_CHECKING:
-    from scripts.parts.regions import Source
+    from scripts.parts.regions import Blocks, Source
 
 log = logging.getLogger(__name__)
 
@@ -301,10 +301,12 @@ def extract(
     options: Options,
     signals: Signals,
 ) -> None:
-    """Extract the missing rows. Raises InputError, and Stopped between two batches.
+    """Extract the missing rows, with the reader's argument for each id in `arguments`.
 
-    `arguments` are what the source's reader takes for each id.
+    Raises InputError, and Stopped between two batches.
     """
+    from scripts.parts.regions import Blocks
+
     split, ids = extraction.split, extraction.ids
     # The last bits of features depend on how many images are encoded at a time.
     about = {"dtype": options.dtype, "batch_size": options.batch_size}
@@ -312,8 +314,9 @@ def extract(
     if extraction.complete:
         print_line(f"{split}: complete\n")
         return
+    images = Blocks(source.reader, [arguments[key] for key in ids])
     try:
-        _extract_rows(extraction, source, [arguments[key] for key in ids], options, signals)
+        _extract_rows(extraction, source, images, options, signals)
     finally:
         extraction.save()
     extraction.finish()
@@ -323,19 +326,14 @@ def extract(
 
 
 def _extract_rows(
-    extraction: Extraction,
-    source: "Source",
-    arguments: Sequence[Any],
-    options: Options,
-    signals: Signals,
+    extraction: Extraction, source: "Source", images: "Blocks", options: Options, signals: Signals
 ) -> None:
     """Extract the missing rows batch by batch, and save every SAVED_ROWS."""
     from common.workers import load
-    from scripts.parts.regions import Blocks
 
     size, total, saved = options.batch_size, len(extraction.ids), extraction.rows
     blocks = [(row, min(row + size, total)) for row in range(saved, total, size)]
-    batches = load(Blocks(source.reader, arguments), blocks, options.workers)
+    batches = load(images, blocks, options.workers)
     with progress(f"{extraction.split} regions", total, "image") as bar:
         bar.update(saved)
         for (first, stop), items in zip(blocks, batches, strict=True):

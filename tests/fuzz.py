@@ -324,7 +324,7 @@ def annotations(folder: Path) -> Reader:
 
 def read_tsv(path: Path) -> None:
     source = Tsv([path], False)
-    for key in source.reader.rows:
+    for key in source.rows:
         source.reader(key)
 
 

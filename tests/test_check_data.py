@@ -109,24 +109,16 @@ PROBLEMS = {
     "no captions": (lambda f: (f / "dev_caps.txt").unlink(), ["dev_caps.txt: not found"]),
     "truncated": (cut, ["train_ims.npy: not a complete"]),
     "too long": (lengthen, ["train_ims.npy: 5 bytes more"]),
-    "doubles": (change("test", lambda a: a.astype(float)), ["test_ims.npy: float64"]),
-    "flat": (change("test", lambda a: a[:, 0]), [f"test_ims.npy: shape (10, {IMG_DIM})"]),
     "rows": (change("train", lambda a: a[:9]), ["train_ims.npy: 9 rows for 55 captions"]),
     "count": (captions("test", "a\n" * 49), ["test_caps.txt: 49 captions"]),
     "width": (change("dev", lambda a: a[..., :5]), ["13 in train, 5 in dev"]),
-    "empty": (captions("dev", ""), ["dev_caps.txt: is empty"]),
     "latin": (lambda f: (f / "dev_caps.txt").write_bytes(b"a\n\xe9\n"), ["dev_caps.txt: line 2"]),
     "no words": (
         captions("train", "a\n" * 6 + "\n" + "b\n" * 10 + " \n" + "c\n" * 37),
         ["train_caps.txt: line 7, 18 is empty"],
     ),
     "nan": (change("train", put((4, 2, 1), np.nan)), ["train_ims.npy: row 4 holds NaN"]),
-    "infinite": (
-        change("dev", put((slice(5, 10), 0, 0), np.inf)),
-        ["dev_ims.npy: row 5, 6, 7 and 2 more"],
-    ),
     "unequal": (change("dev", put((18, 0, 0), 7)), ["five rows of image 3 differ"]),
-    "few ids": (ids("test", "a", "b"), ["test_ids.txt: 2 ids for 10 images"]),
     "same id": (ids("test", *"abcdefghb", "j"), ["test_ids.txt: b is there twice"]),
     "mixed ids": (ids("dev", *FIVE[:13], "x", *FIVE[14:]), ["line 14 is 'x'; expected '2.jpg'"]),
     "shared images": (ids("test", "train4.jpg", *"abcdefghi"), ["train4.jpg is in train_ids.txt"]),
@@ -175,12 +167,12 @@ def test_full_reads_rows_between_the_samples(folder: Path, monkeypatch: pytest.M
 
 def test_warnings_are_not_problems(folder: Path) -> None:
     captions("test", "a\n" * 49 + "\n")(folder)
-    change("test", lambda a: a[:, :3] * 0)(folder)
+    change("test", lambda a: a * 0)(folder)
     (folder / "train_ids.txt").unlink()
     report = check(folder)
     warnings = "\n".join(report.warnings)
     assert not report.problems and "test_caps.txt: 1 captions are empty" in warnings
-    assert "10 of the 10 rows" in warnings and f"3 or {REGIONS} regions" in warnings
+    assert "10 of the 10 rows" in warnings
     for name in ("ims.npy", "caps.txt", "ids.txt"):
         (folder / f"dev_{name}").unlink()
     assert any("no dev" in warning for warning in check(folder).warnings)

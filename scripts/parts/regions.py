@@ -1,8 +1,9 @@
 """regions.py — sources of 36 region features and boxes an image: grid, detector, TSV files.
 
-A source has a `reader`, which worker processes call for one image, and `encode`, which turns what
-was read into features `[images, 36, width]` and boxes `[images, 36, 4]`, both float32. Boxes are
-x1 y1 x2 y2 in pixels of the upright image. Knows nothing of splits and captions.
+A source has a `width` of its features and says in `about` what they depend on. Its `find` returns
+an argument for each id, its `reader` reads the image of an argument in a worker process, and its
+`encode` turns some of these into features `[images, 36, width]` and boxes `[images, 36, 4]`, both
+float32. Boxes are x1 y1 x2 y2 in pixels of the upright image.
 """
 
 import base64
@@ -14,8 +15,9 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,23 +51,6 @@ TSV_FIELDS = 6  # image_id image_w image_h num_boxes boxes features
 LONGEST_ROW = 2**24  # bytes; 36 regions of 2048 numbers are 400 KB
 
 
-class Source(Protocol):
-    """What makes the features."""
-
-    width: int  # of a region's features
-    about: dict[str, str]  # what the features depend on
-
-    @property
-    def reader(self) -> Callable[[Any], Any]:
-        """Return what an item of `find` holds; raises InputError if it is broken."""
-
-    def find(self, names: Mapping[str, str]) -> Mapping[str, Any]:
-        """Return the reader's argument for each id; `names` are the files of the images."""
-
-    def encode(self, items: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Return features and boxes of what the reader returned."""
-
-
 @dataclass(frozen=True)
 class Blocks(Dataset):
     """`self[first, stop]` is what `reader` returns for these arguments, or raises as InputError."""
@@ -94,18 +79,13 @@ class DecodedImage:
     size: tuple[int, int]  # width and height of the upright image
 
 
-@dataclass(frozen=True)
-class ImageReader:
-    """Reads an image from its file."""
-
-    side: int | None  # pixels to resize to
-
-    def __call__(self, path: Path) -> DecodedImage:
-        image = read_image(path)
-        size = image.size
-        if self.side is not None:
-            image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        return DecodedImage(np.asarray(image), size)
+def decode(path: Path, side: int | None) -> DecodedImage:
+    """Read an image; resize it to `side` pixels each way, if that is given."""
+    image = read_image(path)
+    size = image.size
+    if side is not None:
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return DecodedImage(np.asarray(image), size)
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
@@ -123,13 +103,15 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 
 class FromImages:
-    """A source that reads images from a folder; `side` is the one of ImageReader."""
+    """A source that reads images from a folder, resized to `side` pixels if that is given."""
 
     def __init__(self, folder: Path, side: int | None, device: torch.device) -> None:
         keep_float32()
-        self.folder, self.reader, self.device = folder, ImageReader(side), device
+        self.folder, self.device = folder, device
+        self.reader = partial(decode, side=side)
 
     def find(self, names: Mapping[str, str]) -> dict[str, Path]:
+        """Return the path of each image. Raises InputError."""
         return find_images(self.folder, names)
 
 
@@ -243,27 +225,6 @@ class TsvRow:
         return f"{self.path}: line {self.line}"
 
 
-@dataclass(frozen=True)
-class TsvReader:
-    """Reads the row of an image_id."""
-
-    rows: dict[str, TsvRow]
-
-    def __call__(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return features `[36, width]` and boxes `[36, 4]`."""
-        row = self.rows.get(key)
-        if row is None:
-            raise InputError(f"{key}: no complete row in the TSV files")
-        with explain_os_errors(row.path, "a TSV file"), row.path.open("rb") as file:
-            file.seek(row.offset)
-            fields = file.read(row.length).split(b"\t")
-        try:
-            boxes, features = (_numbers(field) for field in fields[4:])
-            return features.reshape(REGIONS, row.width), boxes.reshape(REGIONS, 4)
-        except (ValueError, binascii.Error) as error:
-            raise InputError(f"{row}, image_id {key}: is damaged: {error}") from error
-
-
 def _numbers(field: bytes) -> np.ndarray:
     """Return float32 numbers from base64. Raises ValueError if it is damaged."""
     numbers = np.frombuffer(base64.b64decode(field.strip(), validate=True), dtype="<f4")
@@ -302,7 +263,7 @@ class Tsv:
                 warnings.append(f"{row} (image_id {key} again)")
         if warnings:
             log.warning("%d rows are skipped: %s", len(warnings), summarise(warnings))
-        self.by_name, self.reader = by_name, TsvReader(by_id)
+        self.by_name, self.rows = by_name, by_id
         self.about = {"model": "tsv", "weights": digest.hexdigest(), "by_name": str(by_name)}
 
     def find(self, names: Mapping[str, str]) -> dict[str, str]:
@@ -315,10 +276,27 @@ class Tsv:
         require(count == 1, f"{problem}; expected --tsv_key id")
         return stems
 
+    def reader(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return features `[36, width]` and boxes `[36, 4]` of an image_id."""
+        row = self.rows.get(key)
+        if row is None:
+            raise InputError(f"{key}: no complete row in the TSV files")
+        with explain_os_errors(row.path, "a TSV file"), row.path.open("rb") as file:
+            file.seek(row.offset)
+            fields = file.read(row.length).split(b"\t")
+        try:
+            boxes, features = (_numbers(field) for field in fields[4:])
+            return features.reshape(REGIONS, self.width), boxes.reshape(REGIONS, 4)
+        except (ValueError, binascii.Error) as error:
+            raise InputError(f"{row}, image_id {key}: is damaged: {error}") from error
+
     def encode(self, items: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
         """Return features and boxes as the file has them."""
         features, boxes = zip(*items, strict=True)
         return np.stack(features), np.stack(boxes)
+
+
+Source = Grid | Detector | Tsv
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
