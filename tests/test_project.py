@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,6 @@ TRACKED = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).spli
 TRACKED = [name for name in TRACKED if (ROOT / name).exists()]
 PAGES = [name for name in TRACKED if name.endswith(".md")]
 CODE = [ROOT / name for name in TRACKED if name.endswith(".py") and not name.startswith("tests/")]
-TESTS = [ROOT / name for name in TRACKED if re.fullmatch(r"tests/\w+\.py", name)]
 
 # A file may import those that stand before it; within one place, each other.
 ORDER = [
@@ -48,7 +48,7 @@ def test_imports_go_one_way() -> None:
 
 
 def imports(path: Path) -> set[str]:
-    """The top-level names that a file imports, anywhere in it."""
+    """Return the top-level names that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -66,6 +66,18 @@ def test_a_script_is_one_program_and_imports_no_other() -> None:
         assert not re.search(r"from scripts import|import scripts\b|from scripts\.(?!parts)", text)
     for path in (ROOT / "scripts/parts").glob("*.py"):
         assert "if __name__ ==" not in path.read_text(), path
+
+
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+HEAVY = r"\| +(torch|torchvision|transformers|tensorboard|matplotlib|sklearn)$"
+
+
+@pytest.mark.parametrize("program", [*sorted(PROGRAMS), *SCRIPTS])
+def test_help_is_quick_since_it_imports_nothing_heavy(program: str) -> None:
+    command = [program] if program in PROGRAMS else ["-m", f"scripts.{program}"]
+    command = [sys.executable, "-X", "importtime", *command, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not re.search(HEAVY, done.stderr, re.MULTILINE), done.stderr
 
 
 def test_files_and_functions_are_short() -> None:
@@ -105,7 +117,7 @@ def test_the_page_of_deviations_lists_every_one() -> None:
 
 
 def tagged(tag: str) -> list[str]:
-    """The comments with a tag, each to its end, on one line."""
+    """Return the comments with a tag, each on one line."""
     block = rf"# {tag}: ((?:.*\n(?: *# )?)*?.*?\.)\n(?! *# )"
     comments = [text for path in CODE for text in re.findall(block, path.read_text())]
     return [" ".join(re.sub(r"\n *# ", " ", text).split()).rstrip(".") for text in comments]
