@@ -174,7 +174,7 @@ def test_logs_that_are_none(
 
 @pytest.fixture
 def retrieved(tmp_path: Path) -> list[object]:
-    """Options of show_retrievals for three pictures, the last two of them mixed up."""
+    """Options of show_retrievals for three images, the last two of them mixed up."""
     (tmp_path / "images").mkdir()
     for k in range(3):
         Image.new("RGB", (30, 20), (80 * k, 0, 0)).save(tmp_path / f"images/{k}.png")
@@ -191,50 +191,52 @@ def retrieved(tmp_path: Path) -> list[object]:
     return [*where, "--out", tmp_path / "p.png", "--queries", 3]
 
 
-def test_retrievals(retrieved: list[object], tmp_path: Path, monkeypatch) -> None:
-    marks = []
-    monkeypatch.setattr(show_retrievals, "frame", lambda axes, right: marks.append(right))
+def test_retrievals_are_marked_right_or_wrong(
+    retrieved: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run_here(monkeypatch, show_retrievals.main, retrieved) == 0
-    assert marks == [True, False, False] + 2 * [False, False, True]
-    found = show_retrievals.opened(parse(show_retrievals.Options, list(map(str, retrieved)), ""))
-    below = show_retrievals.figure(found, 3).subfigs[1].axes[1::2]  # captions of each picture
-    texts = [[(text.get_text()[:16], text.get_color()) for text in axes.texts] for axes in below]
-    right, wrong = (show_retrievals.RIGHT, show_retrievals.WRONG)
-    assert texts[0] == [(f"right: caption {k}", right) for k in range(5)]
-    for number, first in ((1, 10), (2, 5)):  # those of the other one
-        assert texts[number] == [(f"wrong: caption {first + k}"[:16], wrong) for k in range(5)]
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size[0] > 1000
+    options = parse(show_retrievals.Options, list(map(str, retrieved)), "")
+    above, below = show_retrievals.draw(show_retrievals.read_scored(options), 3).subfigs
+    marks = [axes.get_xlabel() for axes in above.axes if axes.get_xlabel()]
+    assert marks == ["right", "wrong", "wrong"] + 2 * ["wrong", "wrong", "right"]
+    widths = [axes.spines["left"].get_linewidth() for axes in above.axes if axes.get_xlabel()]
+    assert widths == [4 if mark == "right" else 1.5 for mark in marks]
+    captions = below.axes[1::2]  # of each image
+    texts = [[(text.get_text()[:16], text.get_color()) for text in axes.texts] for axes in captions]
+    right, wrong = (show_retrievals.RIGHT, show_retrievals.WRONG)
+    assert texts[0] == [(f"right: caption {k}", right) for k in range(5)]
+    for number, first in ((1, 10), (2, 5)):  # the captions of the other one
+        assert texts[number] == [(f"wrong: caption {first + k}"[:16], wrong) for k in range(5)]
 
 
-def test_retrievals_of_files_that_do_not_fit(
+def test_retrievals_refuse_files_that_do_not_fit(
     retrieved: list[object], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     def refused() -> str:
         assert run_here(monkeypatch, show_retrievals.main, retrieved) == 2
         return capsys.readouterr().err
 
-    (tmp_path / "images/1.png").write_text("no picture")
+    (tmp_path / "images/1.png").write_text("no image")
     assert "1.png" in refused()
     np.save(tmp_path / "s.npy", np.zeros((2, 10), np.float32))
-    assert "(2, 10)" in refused()
-    (tmp_path / "s.npy").write_text("none")
-    assert "s.npy" in refused()
+    assert "s.npy: shape (2, 10); expected (3, 15)" in refused()
     (tmp_path / "id_mapping.json").write_text("{}")
     assert "id_mapping.json" in refused()
     (tmp_path / "test_ids.txt").write_text("7\n")
     assert "test_ids.txt" in refused()
 
 
-def test_a_drawing_costs_no_picture(
+def test_a_drawing_is_not_written_over_an_image(
     retrieved: list[object], tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    picture = tmp_path / "images/1.png"
-    before = picture.read_bytes()
-    argv = [picture if word == tmp_path / "p.png" else word for word in retrieved]
-    assert picture in argv and run_here(monkeypatch, show_retrievals.main, argv) == 2
-    assert "1.png: is an input or another output" in capsys.readouterr().err
-    assert picture.read_bytes() == before
+    image = tmp_path / "images/1.png"
+    before = image.read_bytes()
+    argv = [image if word == tmp_path / "p.png" else word for word in retrieved]
+    assert image in argv and run_here(monkeypatch, show_retrievals.main, argv) == 2
+    assert "1.png" in capsys.readouterr().err
+    assert image.read_bytes() == before
 
 
 def test_a_table_costs_no_results(tmp_path: Path, monkeypatch, capsys) -> None:
