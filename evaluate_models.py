@@ -165,7 +165,9 @@ def _evaluate(config: EvaluateConfig) -> tuple[EvaluationResult, np.ndarray]:
     """Return the result and the score matrix; nothing is written yet."""
     from evaluation import evaluate_folds, evaluate_whole
 
-    _check_different(config)
+    paths = config.scores or config.model_path or []
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise InputError(f"{', '.join(paths)}: one file twice; expected different ones")
     about, scores = _scores_of_files(config) if config.scores else _scores_of_models(config)
     images, captions = scores.shape
     folds = config.fold5 or images == MSCOCO_IMAGES
@@ -202,46 +204,28 @@ def _write(
         raise InputError("; ".join(problems))
 
 
-def _check_different(config: EvaluateConfig) -> None:
-    """Raise InputError if an ensemble holds one file twice, under whatever names."""
-    option = "--scores" if config.scores else "--model_path"
-    seen: dict[str, str] = {}
-    for path in config.scores or config.model_path or ():
-        place = os.path.realpath(path)
-        if place in seen:
-            raise InputError(f"{option} {path}: is the same file as {seen[place]}")
-        seen[place] = path
-
-
 def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:
     """Raise InputError before the long work if an output cannot be written or is an input."""
-    outputs = {"save_scores": config.save_scores, "json": config.json}
-    for name, path in outputs.items():
-        if not path:
-            continue
-        others = [other for key, other in outputs.items() if key != name and other]
-        try:
-            check_writable(Path(path), [*inputs, *others])
-        except InputError as error:
-            raise InputError(f"--{name} {error}") from error
+    outputs = [Path(path) for path in (config.save_scores, config.json) if path]
+    for number, path in enumerate(outputs):
+        check_writable(path, [*inputs, *outputs[:number]])
 
 
 def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the mean of saved score matrices, and what the options say of them."""
+    """Return the mean of saved score matrices, and what the options say about them."""
     import numpy as np
 
+    import evaluation as ev
     from checkpoint.checkpoint import warn_of_selection
     from common.layout import count_images
-    from evaluation import check_folds, is_reranked, map_scores, mean_matrix
 
-    paths = config.scores or []
-    folder = Path(config.data_path) / str(config.data_name) if config.data_path else None
-    data = files_of(folder, config.split) if folder and config.split else []
-    _check_outputs(config, [*paths, *data])
-    matrices = [map_scores(Path(path)) for path in paths]
+    paths, split = config.scores or [], config.split
+    folder = Path(config.data_path) / str(config.data_name) if config.data_path and split else None
+    _check_outputs(config, [*paths, *(files_of(folder, split) if folder and split else [])])
+    matrices = [ev.map_scores(Path(path)) for path in paths]
     images = len(matrices[0])
-    if folder and config.split:
-        captions = split_files(folder, config.split)[1]
+    if folder and split:
+        captions = split_files(folder, split)[1]
         expected = count_images(captions, read_captions(captions))
         if images != expected:
             raise InputError(f"{paths[0]}: scores of {images} images; {captions} has {expected}")
@@ -250,20 +234,14 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
             raise InputError(
                 f"{path}: shape {matrix.shape}; expected {matrices[0].shape}, that of {paths[0]}"
             )
-        warn_of_selection(path, config.split)
-        if is_reranked(matrix):
+        warn_of_selection(path, split)
+        if ev.is_reranked(matrix):
             log.warning("%s: looks like scores of a shortlist; the result is approximate", path)
     if config.fold5:
-        check_folds(images, paths[0])
-    about = {"scores": paths, "data_name": config.data_name, "split": config.split}
-    if len(matrices) == 1:
-        return about, matrices[0]
+        ev.check_folds(images, paths[0])
+    about = {"scores": paths, "data_name": config.data_name, "split": split}
     dtype = np.result_type(np.float32, *matrices)
-    try:
-        with np.errstate(over="raise"):
-            return about, mean_matrix(np.array(matrix, dtype) for matrix in matrices)
-    except FloatingPointError as error:
-        raise InputError(f"{', '.join(paths)}: their sum overflows {dtype}") from error
+    return about, ev.mean_matrix(np.array(matrix, dtype) for matrix in matrices)
 
 
 def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray]:
@@ -272,8 +250,6 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
     from checkpoint.checkpoint import bert_folder, common_option, json_beside, read_checkpoint
 
     paths, device = config.model_path or [], pick_device(config.device)
-    files: list[str | Path] = [*paths, *(json_beside(Path(path)) for path in paths)]
-    _check_outputs(config, files)
     checkpoints = [read_checkpoint(path) for path in paths]
     data_name = config.data_name or common_option(checkpoints, "data_name")
     folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
@@ -281,10 +257,14 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
     if split is None:
         has_testall = os.path.isfile(split_files(folder, "testall")[0])
         split = "testall" if config.fold5 and has_testall else "test"
-    berts = [bert_folder(checkpoint, config.bert_path) for checkpoint in checkpoints]
-    _check_outputs(
-        config, [*files, *files_of(folder, split), *(f for b in berts for f in bert_files(b))]
-    )
+    inputs: list[str | Path] = [
+        *paths,
+        *(json_beside(Path(path)) for path in paths),
+        *files_of(folder, split),
+    ]
+    for checkpoint in checkpoints:
+        inputs += bert_files(bert_folder(checkpoint, config.bert_path))
+    _check_outputs(config, inputs)
     # Every model is opened before the first one is run: a fault of the second is not found late.
     models = [_open_model(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
     since = time.monotonic()

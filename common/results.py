@@ -31,8 +31,7 @@ class Recall:
     def from_json(cls, content: Mapping[str, Any]) -> "Recall":
         """Return the metrics of a JSON object. Raises KeyError, TypeError or ValueError."""
         recall = cls(**{name: float(value) for name, value in content.items()})
-        percents, positions = (recall.r1, recall.r5, recall.r10), (recall.medr, recall.meanr)
-        if not (all(0 <= p <= 100 for p in percents) and all(1 <= p < 1e9 for p in positions)):
+        if not (0 <= recall.r1 <= recall.r5 <= recall.r10 <= 100 and 1 <= recall.meanr < 1e9):
             raise ValueError(f"{recall}: expected recalls in percent and ranks from 1")
         return recall
 

@@ -24,7 +24,7 @@ def context() -> Modality:
 
 
 def run(cell, x: Tensor, seen: Modality) -> Tensor:
-    return run(cell, x, seen)
+    return cell(x, *cell.project_context(seen))
 
 
 def expected(name: str, cell, x: Tensor, seen: Modality, norm: str = "clipped_l2norm") -> Tensor:
