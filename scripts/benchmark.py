@@ -18,7 +18,6 @@ import multiprocessing
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from common.cli import has_fast_bf16, parse, pick_device, print_line, run
 from common.config import Direction, Precision
-from common.files import check_writable, write_blocks, write_json
+from common.files import check_writable, write_json
 from common.memory import peak_memory, tune_malloc
 from scripts.parts.tables import speed_rows, speed_tables
 
@@ -49,7 +48,6 @@ FLOPS = {"i2t": 111e6, "t2i": 102e6}
 TRAINING = 3
 RUNS = 5  # a row is their median
 PRODUCT = (36 * 1024, 256, 256)
-RANKED = (5000, 25000)  # images and captions of MSCOCO
 BATCH, WORDS, REGIONS, WIDTH = 32, 32, 36, 2048
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 HIDDEN, ENTRIES = 384, 30522  # BERT's width and vocabulary
@@ -216,26 +214,6 @@ WORK: dict[Kind, Callable[["TrainStep"], tuple[int, Work]]] = {
 }
 
 
-def measure_ranking() -> dict[str, float]:
-    """Return time and peak memory of ranks and recalls of MSCOCO's size, from a memory map."""
-    import numpy as np
-    import torch
-
-    from evaluation import image_of_caption, retrieval
-
-    tune_malloc()
-    images, captions = RANKED
-    rng, cpu = np.random.default_rng(0), torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "scores.npy"
-        rows = (rng.random((1, captions), dtype=np.float32) for _ in range(images))
-        write_blocks(path, RANKED, np.dtype(np.float32), rows)
-        scores = np.load(path, mmap_mode="r")
-        seconds = seconds_of(lambda: retrieval(scores, image_of_caption(captions)), cpu)
-    peak = peak_memory(cpu) / 1e9
-    return {"images": images, "captions": captions, "seconds": seconds, "peak_gb": peak}
-
-
 def in_new_process(function: Callable[..., Any], *inputs: Any) -> Any:
     """Return `function(*inputs)` of a new process, whose peak memory is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -248,7 +226,6 @@ def main() -> None:
     if options.json is not None:
         check_writable(Path(options.json))
     since = time.monotonic()
-    ranks = in_new_process(measure_ranking)
     rows, not_run = [], []
     for case in cases(options.only, device):
         name = f"{case.direction} {case.precision} {case.kind}"
@@ -266,7 +243,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
     minutes = round((time.monotonic() - since) / 60, 1)
     report = provenance.of(command, device) | {"minutes": minutes}
-    report |= {"ranks": ranks, "not_run": not_run, "rows": rows}
+    report |= {"not_run": not_run, "rows": rows}
     if options.json is not None:
         write_json(Path(options.json), report)
     print_line(speed_tables(report))

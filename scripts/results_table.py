@@ -131,12 +131,7 @@ def speed(results: Path) -> str:
     report = _report(results / "speed.json")
     if not report:
         return NOT_RUN
-    ranks = report["ranks"]
-    return (
-        f"{speed_tables(report)}\n"
-        f"Ranks and recalls of a memory-mapped matrix of {ranks['images']:,} x "
-        f"{ranks['captions']:,} scores: {ranks['seconds']:.1f} s, {ranks['peak_gb']:.2f} GB.\n"
-    )
+    return speed_tables(report)
 
 
 def demo(results: Path) -> str:

@@ -47,7 +47,7 @@ def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> No
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little work, in this process."""
-    sizes = {"RANKED": (30, 150), "RUNS": 1, "PRODUCT": (64, 8, 8)}
+    sizes = {"RUNS": 1, "PRODUCT": (64, 8, 8)}
     for name, value in (sizes | {"BATCH": 2, "QUERIES": 2, "CONTEXTS": 3}).items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "tune_malloc", lambda: None)
@@ -60,7 +60,6 @@ def test_rows_of_a_small_run(
     path = tmp_path / "speed.json"
     assert run_here(monkeypatch, benchmark.main, ["--only", "eager", "fp32", "--json", path]) == 0
     report = json.loads(path.read_text())
-    assert report["ranks"]["images"] == 30 and report["ranks"]["seconds"] > 0
     assert report["machine"] and "--only eager fp32" in report["command"]
     assert report["not_run"] == []
     rows = report["rows"]
