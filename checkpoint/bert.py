@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from checkpoint.weights import Weights, build_with_weights, check_finite, check_named
+from checkpoint.weights import Weights, check_finite, check_named, load_state_dict_strict
 from common.errors import InputError, brief_repr, require, summarise
 from common.files import explain_os_errors, read_json, write_json, write_lines
 from common.torch_files import read_safetensors, read_torch, write_safetensors
@@ -89,7 +89,8 @@ def assemble_bert(folder: Path, weights: Any, source: Path) -> Bert:
     if layers != config.num_hidden_layers:
         claimed = config.num_hidden_layers
         raise InputError(f"{source}: holds {layers} layers; its configuration says {claimed}")
-    model = build_with_weights(lambda: BertModel(config, add_pooling_layer=False), weights, source)
+    model = BertModel(config, add_pooling_layer=False)
+    load_state_dict_strict(model, weights, source)
     check_finite(model.state_dict(), source)
     return Bert(model, vocabulary, _fingerprint(model.state_dict(), vocabulary))
 

@@ -11,7 +11,7 @@ import torch
 
 from checkpoint.bert import Bert, assemble_bert, load_bert
 from checkpoint.official import PARTS, native_names
-from checkpoint.weights import Weights, build_with_weights, check_named
+from checkpoint.weights import Weights, check_named, load_state_dict_strict
 from common.cli import LARGEST_FLOAT, keep_float32
 from common.config import ModelConfig
 from common.errors import PLAIN, InputError, brief_repr, require
@@ -47,17 +47,14 @@ class Checkpoint:
         """
         hints, known = get_type_hints(ModelConfig), {}
         for field in fields(ModelConfig):
-            value = self.options.get(field.name, field.default)
-            kind, choices = type(field.default), get_args(hints[field.name])  # of a Literal
+            value, kind = self.options.get(field.name, field.default), type(field.default)
+            choices = get_args(hints[field.name])  # of a Literal
             if kind is float and type(value) is int and abs(value) <= LARGEST_FLOAT:
                 value = float(value)
             valid = type(value) is kind and (not choices or value in choices)
             if not valid or (kind is float and not abs(value) <= LARGEST_FLOAT):
-                expected = (
-                    f"one of {', '.join(choices)}" if choices else f"a finite {kind.__name__}"
-                )
-                message = f"option {field.name} is {brief_repr(value)}; expected {expected}"
-                raise InputError(f"{self.path}: {message}")
+                message = f"option {field.name} is {brief_repr(value)}; expected "
+                raise InputError(f"{self.path}: {message}{' or '.join(choices) or kind.__name__}")
             known[field.name] = value
         try:
             return ModelConfig(**known)
@@ -196,7 +193,8 @@ def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device =
     keep_float32()
     config, weights, path = checkpoint.config, checkpoint.weights, checkpoint.path
     check_positions(bert, config, f"{path}: ")
-    model = build_with_weights(lambda: DIME(config, bert.model), weights, path, keep=BERT_KEYS)
+    model = DIME(config, bert.model)
+    load_state_dict_strict(model, weights, path, keep=BERT_KEYS)
     return model.eval().to(device)
 
 

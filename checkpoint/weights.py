@@ -1,17 +1,14 @@
 """weights.py — named weights, and modules that are filled with them strictly (SPEC §10)."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.errors import InputError, brief_repr, summarise
 from common.memory import is_oom
 
 Weights = dict[str, Tensor]
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def check_named(weights: Any, path: Path) -> None:
@@ -31,40 +28,12 @@ def check_finite(weights: Weights, source: Path) -> None:
             raise InputError(f"{source}: {name} holds NaN or infinite numbers")
 
 
-def build_with_weights(
-    make: Callable[[], Module], weights: Weights, source: Path, keep: str = ""
-) -> Module:
-    """Build a module and load `weights` strictly.
-
-    The shapes are compared before memory is allocated: a wrong configuration may claim any size.
-    """
-    with torch.device("meta"):
-        check_fit(make(), weights, source, keep)
-    module = make()
-    load_state_dict_strict(module, weights, source, keep)
-    return module
-
-
 def load_state_dict_strict(
     model: nn.Module, weights: Weights, source: Path, keep: str = ""
 ) -> None:
-    """Load weights; a missing, surplus or wrongly shaped one is an InputError that names it.
+    """Load weights; a missing, surplus or misshapen one is an InputError that names it.
 
     Weights of the model whose names start with `keep` stay as they are.
-    """
-    check_fit(model, weights, source, keep)
-    try:
-        model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # a sparse tensor, or one without numbers
-        if is_oom(error):
-            raise
-        raise InputError(f"{source}: {str(error).splitlines()[-1].strip()}") from error
-
-
-def check_fit(model: nn.Module, weights: Weights, source: Path, keep: str = "") -> None:
-    """Raise InputError unless model and weights agree in names, shapes and kinds of number.
-
-    Weights of the model whose names start with `keep` do not count.
     """
     # DEVIATION: a missing or surplus weight is an error (the published code skipped it in silence).
     wanted = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
@@ -76,6 +45,12 @@ def check_fit(model: nn.Module, weights: Weights, source: Path, keep: str = "") 
         shape, expected = list(weights[name].shape), list(value.shape)
         if shape != expected:
             raise InputError(f"{source}: {name} is {shape}; expected {expected}")
-        floats = weights[name].is_floating_point() and value.is_floating_point()
-        if not floats and weights[name].dtype != value.dtype:
+        both_float = weights[name].is_floating_point() and value.is_floating_point()
+        if not both_float and weights[name].dtype != value.dtype:
             raise InputError(f"{source}: {name} is {weights[name].dtype}; expected {value.dtype}")
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # a sparse tensor, or one without numbers
+        if is_oom(error):
+            raise
+        raise InputError(f"{source}: {str(error).splitlines()[-1].strip()}") from error

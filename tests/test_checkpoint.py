@@ -158,7 +158,6 @@ BAD_BERTS = {
     "flipped bit": (flip, WEIGHTS),
     "fewer words": (replace_file("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n"), "4 entries"),
     "other size": (configure(vocab_size=54), "vocab_size 54"),
-    "huge": (configure(intermediate_size=2**23), "8388608"),
     "other layers": (configure(num_hidden_layers=3), "holds 2 layers"),
     "no heads": (configure(num_attention_heads=None), "num_attention_heads"),
     "negative": (configure(hidden_size=-24), "hidden_size"),
