@@ -43,7 +43,7 @@ class Checkpoint:
     def config(self) -> ModelConfig:
         """The model's configuration; an option that the file lacks has its default.
 
-        Raises InputError if an option is none that the command line accepts.
+        Raises InputError if the command line would refuse an option.
         """
         hints, known = get_type_hints(ModelConfig), {}
         for field in fields(ModelConfig):

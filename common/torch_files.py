@@ -62,7 +62,7 @@ def _explain_damage(path: Path) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        # torch's message goes on with advice to run the file's code, so only a line is shown
+        # torch's further lines advise to run the file's code
         text = str(error).split("WeightsUnpickler error:")[-1].strip()
         if forbidden := FORBIDDEN.search(text):
             raise InputError(f"{path}: asks for code, {forbidden[1]}, which never runs") from error

@@ -89,11 +89,11 @@ def hidden_states(w: dict[str, np.ndarray], ids: np.ndarray, mask: np.ndarray) -
 def check(model: BertModel) -> None:
     """Compare a model with the plain BERT, at real words."""
     with torch.no_grad():
-        found = model.eval()(torch.tensor(IDS), torch.tensor(MASK)).last_hidden_state.numpy()
+        states = model.eval()(torch.tensor(IDS), torch.tensor(MASK)).last_hidden_state.numpy()
     mask = np.array(MASK, bool)
     expected = hidden_states(arrays(), np.array(IDS), mask)
     assert np.abs(expected[mask]).max() > 0.5
-    np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(states[mask], expected[mask], rtol=0, atol=TOLERANCE)
 
 
 def test_the_kept_checkpoint_holds_the_numbers_of_the_program_that_wrote_it() -> None:

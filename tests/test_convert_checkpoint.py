@@ -1,4 +1,4 @@
-"""convert_checkpoint.py: golden cases in every form, and what is refused."""
+"""convert_checkpoint.py: golden cases in every form, and refused input."""
 
 import json
 from collections.abc import Callable

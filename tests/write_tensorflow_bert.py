@@ -51,8 +51,8 @@ def arrays() -> dict[str, np.ndarray]:
         shapes |= dense(f"{where}/intermediate/dense", h, m)
         shapes |= dense(f"{where}/output/dense", m, h) | norm(f"{where}/output")
     rng = np.random.default_rng(SEED)
-    found = {k: rng.normal(0, 0.5, shape).astype(np.float32) for k, shape in shapes.items()}
-    return found | {"global_step": np.int64(1000)}
+    variables = {k: rng.normal(0, 0.5, shape).astype(np.float32) for k, shape in shapes.items()}
+    return variables | {"global_step": np.int64(1000)}
 
 
 def dense(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
