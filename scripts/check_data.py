@@ -4,9 +4,9 @@
     python -m scripts.check_data data/f30k_precomp --bert_path bert    # BERT and WordPieces, too
     python -m scripts.check_data data/f30k_precomp --full              # reads every row
 
-Exit status 0: no problem; 1: problems, the first one of each file; 2: no data set there. A warning
-is worth knowing and not a problem. Without --full, NaN and wrong repeated rows are looked for in
-200 images of each split, spread evenly.
+Exit status 0: no problem; 1: problems, the first one of each file; 2: no data set or no vocabulary.
+A warning is worth knowing and not a problem. Without --full, the check for NaN and for wrong
+repeated rows reads 200 images of each split, spread evenly.
 """
 
 import sys
@@ -127,15 +127,15 @@ class Report:
 
 
 def check(options: Options) -> Report:
-    """Check all splits of a folder. Raises InputError if it has none."""
+    """Check all splits of a folder. Raises InputError if it has none, or BERT no vocabulary."""
     folder, report, vocabulary = Path(options.folder), Report(), None
     names = splits_in(folder)
     if options.bert_path:
         from checkpoint.bert import describe_bert
         from vocab import Vocabulary
 
+        vocabulary = Vocabulary.load(options.bert_path)
         with report.collect():
-            vocabulary = Vocabulary.load(options.bert_path)
             report.bert = describe_bert(options.bert_path)
     for name in names:
         split = check_split(report, folder, name, options.full)

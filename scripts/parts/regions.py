@@ -3,7 +3,8 @@
 A source has a `width` of its features and says in `about` what they depend on. Its `find` returns
 an argument for each id, its `reader` reads the image of an argument in a worker process, and its
 `encode` turns some of these into features `[images, 36, width]` and boxes `[images, 36, 4]`, both
-float32. Boxes are x1 y1 x2 y2 in pixels of the upright image.
+float32. Boxes are x1 y1 x2 y2 in pixels of the upright image. Packages that take seconds to import
+are imported by the sources that need them.
 """
 
 import base64
@@ -25,16 +26,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import clip_boxes_to_image, nms
 
-from checkpoint.weights import check_finite
 from common.cli import keep_float32
 from common.errors import InputError, require, summarise
 from common.files import explain_os_errors, require_regular_file, sha256_of
-from common.torch_files import read_safetensors, read_torch
 from scripts.parts.images import REGIONS, find_images, read_image
 
 log = logging.getLogger(__name__)
@@ -90,6 +85,9 @@ def decode(path: Path, side: int | None) -> DecodedImage:
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """Load a file of torch or safetensors into a frozen model. Raises InputError unless it fits."""
+    from checkpoint.weights import check_finite
+    from common.torch_files import read_safetensors, read_torch
+
     arrays = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     require(isinstance(arrays, dict), f"{path}: expected arrays by name")
     try:
@@ -155,6 +153,9 @@ class Detector(FromImages):
     width = 1024
 
     def __init__(self, folder: Path, weights: Path, device: torch.device) -> None:
+        from torchvision.models.detection import FasterRCNN
+        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
         super().__init__(folder, None, device)
         # Nothing is downloaded: neither the detector's weights nor its backbone's.
         backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
@@ -168,6 +169,8 @@ class Detector(FromImages):
     @torch.no_grad()
     def encode(self, items: Sequence[DecodedImage]) -> tuple[np.ndarray, np.ndarray]:
         """Return features and boxes, the most certain first."""
+        from torchvision.models.detection.transform import resize_boxes
+
         images = [torch.from_numpy(item.pixels.copy()).permute(2, 0, 1) / 255 for item in items]
         batch, _ = self.model.transform([image.to(self.device) for image in images])
         maps = self.model.backbone(batch.tensors)
@@ -196,6 +199,8 @@ def best_boxes(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
     `boxes` `[N, classes, 4]`, `scores` `[N, classes]` (class 0 is the background), `size` is height
     and width. Boxes that overlap a better one come last, then the whole image fills the rest.
     """
+    from torchvision.ops import clip_boxes_to_image, nms
+
     certainty, label = scores[:, 1:].max(1)
     boxes = boxes[torch.arange(len(boxes), device=boxes.device), label + 1]
     boxes = clip_boxes_to_image(boxes, size)
