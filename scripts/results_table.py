@@ -129,9 +129,7 @@ def fuzz(results: Path) -> str:
 def speed(results: Path) -> str:
     """The benchmark."""
     report = _report(results / "speed.json")
-    if not report:
-        return NOT_RUN
-    return speed_tables(report)
+    return speed_tables(report) if report else NOT_RUN
 
 
 def demo(results: Path) -> str:
