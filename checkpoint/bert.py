@@ -37,7 +37,7 @@ BERT_SIZES = {
     "attention_probs_dropout_prob": 0.1,
 }
 FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
-LARGEST_SIZE = 2**24  # vocabularies, the largest of the sizes, have 10**5 entries
+LARGEST_SIZE = 2**17  # the vocabulary is the largest size; multilingual BERT's has 119,547
 UNUSED = re.compile(r"(cls|pooler)\.|.*\bposition_ids$")
 CASED = 0.01  # share of entries with a capital letter; an uncased vocabulary has none
 
@@ -78,12 +78,12 @@ def assemble_bert(folder: Path, weights: Any, source: Path) -> Bert:
     """
     vocabulary, config = Vocabulary.load(folder), bert_config(folder)
     weights = native_bert_names(weights, source)
-    entries = len(vocabulary.entries)
+    entries, width = len(vocabulary.entries), config.hidden_size
     words = list(weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape)
     require(
-        [entries] == words[:1] == [config.vocab_size],
+        [entries, width] == words == [config.vocab_size, width],
         f"{vocabulary.path}: {entries} entries, but word embeddings {words} in {source} "
-        f"and vocab_size {config.vocab_size} in its configuration; expected one number",
+        f"and vocab_size {config.vocab_size}, hidden_size {width} in its configuration",
     )
     layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
     if layers != config.num_hidden_layers:
