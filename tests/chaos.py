@@ -52,7 +52,7 @@ EXPECTED = {
 }
 TIMES = ("batch_time", "data_time", "pairs_per_s")
 FORK = multiprocessing.get_context("forkserver")  # torch is imported once for all cycles
-FORK.set_forkserver_preload(["tests.conftest"])
+FORK.set_forkserver_preload(["tests.conftest", "training.loop"])
 os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # for the fork server's import
 
 

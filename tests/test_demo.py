@@ -13,11 +13,9 @@ from conftest import ROOT, run_here
 from PIL import Image
 
 from common.cli import parse
-from common.errors import InputError
-from scripts import demo_table, draw_scenes, plot_run, show_retrievals
+from scripts import demo_table, draw_scenes, show_retrievals
 from scripts.parts.experiments import REGISTRY, Registry
 from training.config import TrainConfig
-from training.log import events
 
 SCENES = {"train": 12, "dev": 3, "test": 8}
 
@@ -86,90 +84,6 @@ def test_scenes_without_new_captions_are_refused(
     assert run_here(monkeypatch, draw_scenes.main, argv) == 2
     assert "no new captions after" in capsys.readouterr().err
     assert not (tmp_path / "s/dataset_scenes.json").exists()
-
-
-def write_metrics(folder: Path) -> None:
-    folder.mkdir()
-    lines = [{"step": 1, "Le": 3.0}, {"step": 2, "Le": 2.0}]
-    lines.append({"step": 2, "r1": 9.0, "r1i": 8.0, "r10": 40.0, "r10i": 35.0, "rsum": 200.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_metrics(tmp_path / "i2t")
-    write_metrics(tmp_path / "t2i")
-    out = tmp_path / "curves.png"
-    argv = [tmp_path / "i2t", tmp_path / "t2i", "--out", out]
-    assert run_here(monkeypatch, plot_run.main, argv) == 0
-    with Image.open(out) as picture:
-        assert picture.size[0] > 1000 and len(picture.getcolors(2**20)) > 10
-    svg = out.with_suffix(".svg").read_text()
-    assert svg.startswith("<?xml") and "date>" not in svg
-    assert run_here(monkeypatch, plot_run.main, argv) == 0
-    assert out.with_suffix(".svg").read_text() == svg  # the same curves give the same file
-    loss, recall = plot_run.figure({"i2t": events(tmp_path / "i2t")}).axes
-    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
-    assert [line.get_ydata()[0] for line in recall.lines] == [9, 8, 40, 35]
-    assert loss.get_ylim()[0] == recall.get_ylim()[0] == 0
-    assert [axes.get_xlabel() for axes in (loss, recall)] == ["step"] * 2
-    assert "summed over the batch" in loss.get_ylabel() and recall.get_ylabel() == "recall, %"
-
-
-def test_each_of_many_runs_is_drawn_and_named(tmp_path: Path) -> None:
-    """Runs of one direction have the same folder's name; none looks like another."""
-    names = [f"{model}/seed{seed}/i2t" for model in ("plain", "_$x$") for seed in range(4)]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True)
-        write_metrics(tmp_path / name)
-    folders = [str(tmp_path / name) for name in names]
-    assert plot_run.labels(folders) == names
-    assert plot_run.labels(folders[:2]) == ["seed0/i2t", "seed1/i2t"]
-    assert plot_run.labels([f"{folders[0]}/../i2t"]) == ["i2t"]
-    with pytest.raises(InputError, match="seed0/i2t/: is given twice"):
-        plot_run.labels([folders[0], f"{folders[0]}/"])
-    picture = plot_run.figure({name: events(tmp_path / name) for name in names})
-    picture.savefig(tmp_path / "curves.png")  # a `$` of a name is no mathematics
-    for axes, lines in zip(picture.axes, (1, 4), strict=True):
-        dashes = [line._unscaled_dash_pattern for line in axes.lines]  # in print there is no colour
-        assert len(set(map(str, dashes))) == 8 == plot_run.MOST_RUNS
-        assert len(axes.lines) == 8 * lines
-    runs, recalls = picture.legends
-    shown = [text.get_text().replace("\\", "") for text in runs.get_texts()]
-    assert shown == [f"./{name}" if name[0] == "_" else name for name in names]
-    assert [text.get_text() for text in recalls.get_texts()] == [*plot_run.RECALLS.values()]
-    edges = [axes.get_window_extent().x1 for axes in picture.axes]
-    assert min(box.get_window_extent().x0 for box in picture.legends) > max(edges)
-    assert runs.get_window_extent().y0 > recalls.get_window_extent().y1
-    (point,) = plot_run.figure({"a": [{"step": 1, "Le": 2.0}]}).axes[0].lines
-    assert point.get_marker() == "."  # a line of one point would not be seen
-    empty = plot_run.figure({"a": [{"step": 1}]})
-    assert [axes.texts[0].get_text() for axes in empty.axes] == ["nothing logged yet"] * 2
-
-
-@pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        ("", "is empty"),
-        ("{}\n", "line 1"),
-        ('{"step": 1}\nx\n', "line 2"),
-        ("[1]\n", "line 1"),
-        ('{"step": 1' + "0" * 400 + "}", "line 1"),
-        ('{"step": NaN}', "line 1"),
-    ],
-)
-def test_logs_that_are_none(
-    lines: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text(lines)
-    argv = [tmp_path, "--out", tmp_path / "c.png"]
-    assert run_here(monkeypatch, plot_run.main, argv) == 2
-    assert f"metrics.jsonl: {said}" in capsys.readouterr().err
-    assert run_here(monkeypatch, plot_run.main, [tmp_path, "--out", tmp_path / "c.jpg"]) == 2
-    assert "ends in .png" in capsys.readouterr().err
-    (tmp_path / "c.svg").mkdir()
-    assert run_here(monkeypatch, plot_run.main, argv) == 2
-    assert "c.svg: Is a directory" in capsys.readouterr().err
-    assert not (tmp_path / "c.png").exists()
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""plot_run.py: curves of runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_here
+from PIL import Image
+
+from common.errors import InputError
+from scripts import plot_run
+from training.log import events
+
+
+def write_metrics(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    lines = [{"step": 1, "Le": 3.0}, {"step": 2, "Le": 2.0}]
+    lines.append({"step": 2, "r1": 9.0, "r1i": 8.0, "r10": 40.0, "r10i": 35.0, "rsum": 200.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_curves_show_loss_and_recalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_metrics(tmp_path / "i2t")
+    write_metrics(tmp_path / "t2i")
+    out = tmp_path / "curves.png"
+    argv = [tmp_path / "i2t", tmp_path / "t2i", "--out", out]
+    assert run_here(monkeypatch, plot_run.main, argv) == 0
+    with Image.open(out) as picture:
+        assert picture.size[0] > 1000 and len(picture.getcolors(2**20)) > 10
+    svg = out.with_suffix(".svg").read_text()
+    assert run_here(monkeypatch, plot_run.main, argv) == 0
+    assert out.with_suffix(".svg").read_text() == svg  # the same curves give the same file
+    loss, recall = plot_run.figure({"i2t": events(tmp_path / "i2t")}).axes
+    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
+    assert [line.get_ydata()[0] for line in recall.lines] == [9, 8, 40, 35]
+    assert loss.get_ylim()[0] == recall.get_ylim()[0] == 0
+
+
+def test_runs_have_names_and_styles_of_their_own(tmp_path: Path) -> None:
+    names = [f"{model}/seed{seed}/i2t" for model in ("small", "large") for seed in range(4)]
+    folders = [str(tmp_path / name) for name in names]
+    assert plot_run.labels(folders) == names
+    assert plot_run.labels(folders[:2]) == ["seed0/i2t", "seed1/i2t"]
+    assert plot_run.labels([f"{folders[0]}/../i2t"]) == ["i2t"]
+    with pytest.raises(InputError):
+        plot_run.labels([folders[0], f"{folders[0]}/"])
+    drawing = plot_run.figure({name: [{"step": 1, "Le": 2.0}] for name in names})
+    loss, _ = drawing.axes
+    dashes = [line._unscaled_dash_pattern for line in loss.lines]  # in print there is no colour
+    assert len(set(map(str, dashes))) == 8
+    assert loss.lines[0].get_marker() == "."  # a line through one point shows nothing
+    runs, recalls = drawing.legends
+    assert [text.get_text() for text in runs.get_texts()] == names
+    assert [text.get_text() for text in recalls.get_texts()] == [*plot_run.RECALLS.values()]
+
+
+@pytest.mark.parametrize(
+    ("lines", "place"),
+    [
+        ("", "is empty"),
+        ("{}\n", "line 1"),
+        ('{"step": 1}\nx\n', "line 2"),
+        ("[1]\n", "line 1"),
+        ('{"step": 1' + "0" * 400 + "}", "line 1"),
+        ('{"step": NaN}', "line 1"),
+    ],
+)
+def test_damaged_logs_are_refused(
+    lines: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert run_here(monkeypatch, plot_run.main, [tmp_path, "--out", tmp_path / "c.png"]) == 2
+    assert f"metrics.jsonl: {place}" in capsys.readouterr().err
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_outputs_that_cannot_be_written_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    write_metrics(tmp_path / "i2t")
+    (tmp_path / "c.svg").mkdir()
+    for name, named in (("c.jpg", "--out"), ("c.png", "c.svg")):
+        argv = [tmp_path / "i2t", "--out", tmp_path / name]
+        assert run_here(monkeypatch, plot_run.main, argv) == 2
+        assert named in capsys.readouterr().err
+    assert not (tmp_path / "c.png").exists()
