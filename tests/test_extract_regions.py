@@ -1,7 +1,6 @@
 """extract_regions.py: images of all kinds to SCAN's layout, interrupted and resumed."""
 
 import base64
-import importlib.util
 import json
 import os
 import shutil
@@ -130,11 +129,9 @@ def test_boxes_of_a_detector(
     assert "checkpoint.pth.tar" in extract(*how, "--weights", other, status=2)
     extract(*how, "--weights", tmp_path / "detector.pth")
     features, boxes = np.load(drawn / "test_ims.npy"), np.load(drawn / "test_boxes.npy")
-    assert features.shape == (2, 36, 1024) and boxes.shape == (2, 36, 4)
-    assert features.std(1).max() > 0  # between an image's regions
-    width, height = read_image(tmp_path / "images/4.png").size  # the first of the split
-    assert boxes.min() >= 0 and (boxes[..., 2:] >= boxes[..., :2]).all()
-    assert boxes[0, :, 2].max() <= width and boxes[0, :, 3].max() <= height
+    assert features.shape == (2, 36, 1024) and features.std(1).max() > 0
+    assert boxes.shape == (2, 36, 4) and boxes.min() >= 0
+    assert boxes[0, :, 2].max() <= 64 and boxes[0, :, 3].max() <= 48  # the size of image 4
     weights = torch.load(tmp_path / "detector.pth")
     weights["rpn.head.cls_logits.bias"][0] = torch.nan
     torch.save(weights, tmp_path / "nan.pth")
@@ -260,12 +257,6 @@ def test_missing_and_damaged_rows_are_left_out(drawn: Path, extract: Callable[..
             assert len(array) == 4 and np.array_equal(array[row], expected)
     assert not list(drawn.glob("*.new")) + list(drawn.glob("*.extracting"))
     assert "complete" in extract(*how, "--skip_broken")
-
-
-def test_split_without_images(drawn: Path, extract: Callable[..., str]) -> None:
-    how = write_rows(drawn, 0, 1, 2, 5, 6, 7)
-    assert "train_ids.txt" in extract(*how, *TRAIN, "--skip_broken", status=2)
-    assert not (drawn / "train_ims.npy").exists()
 
 
 def test_features_that_float16_cannot_hold(drawn: Path, extract: Callable[..., str]) -> None:
@@ -484,14 +475,6 @@ def test_file_name_that_leaves_the_folder(
     how = ["--model", "efficientnet_lite2", "--images", tmp_path / "images"]
     assert "'../images/5.png'" in extract(*how, status=2)
     assert not list(drawn.glob("*.npy*"))
-
-
-def test_missing_package(
-    drawn: Path, extract: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    how = ["--model", "efficientnet_lite2", "--images", tmp_path / "images"]
-    assert "requirements-demo" in extract(*how, status=2)
 
 
 # Images
