@@ -4,7 +4,7 @@
     python -m scripts.reproduce run f30k_ensemble          # what is missing of it: hours to days
     python -m scripts.reproduce run ablation_uniform --seeds 0 1 2
     python -m scripts.reproduce run f30k_i2t --no-train    # evaluate a model that is there already
-    python -m scripts.reproduce table [--format md|csv]
+    python -m scripts.reproduce table                      # the results beside the paper's
     python -m scripts.reproduce run --help                 # --seeds, --data_path, --bert_path, ...
 
 scripts/experiments.toml lists the runs. `run` skips what is done, resumes what was interrupted, and
@@ -19,14 +19,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from common.cli import parse, print_line, run
 from common.errors import InputError, brief_repr, raise_first, require
 from common.files import read_json, sha256_of
 from common.results import EvaluationResult
 from scripts.parts.experiments import REGISTRY, Registry, Run, as_typed
-from scripts.parts.paper_table import as_csv, as_markdown
+from scripts.parts.paper_table import as_markdown
 from scripts.parts.run_results import RunResult, problems
 from training.config import FREE, TrainConfig
 
@@ -54,11 +54,6 @@ class RunOptions:
         """The folders that take the place of the registry's."""
         given = {"data_path": self.data_path, "bert_path": self.bert_path}
         return {name: path for name, path in given.items() if path is not None}
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    format: Annotated[Literal["md", "csv"], "Markdown, or one line a figure"] = "md"
 
 
 def overview(registry: Registry) -> str:
@@ -108,8 +103,6 @@ def reproduce(
 
     `with_scores` evaluates a model again if the scores behind its result are gone.
     """
-    from common import provenance
-
     path = each.result(seed)
     if path.exists():
         result = RunResult.read(path)
@@ -119,64 +112,51 @@ def reproduce(
     if each.of:
         members = registry.members(each)
         parts = [reproduce(registry, part, seed, options, with_scores=True) for part in members]
-    elif options.train:
-        run_program(registry.train(each, seed, options.paths))
-    if not each.of:
+    else:
+        if options.train:
+            run_program(registry.train(each, seed, options.paths))
         check_model(registry, each, seed)
-    command = registry.evaluate(each, seed, options.paths)
-    evaluation = evaluate(command, path)
-    about = origin_of_ensemble(parts) if each.of else origin_of_model(each, seed)
-    if each.of:  # saved scores do not say what their models read
-        inputs = [one for part in parts for one in part.fingerprints]
-        evaluation = replace(evaluation, fingerprints=inputs)
-    result = RunResult(
-        path,
-        registry.digest(each),
-        [*about.pop("commands"), as_typed(command)],
-        surroundings=provenance.surroundings(),
-        evaluation=evaluation,
-        **about,
-    )
+        parts = []
+    result = evaluate(registry, each, seed, options.paths, parts)
     raise_first(f"{path}: not written: {problem}" for problem in problems(registry, each, result))
     result.write()
     log.info("%s, seed %d: %s", each.name, seed, path)
     return result
 
 
-def origin_of_model(each: Run, seed: int) -> dict[str, Any]:
-    """Return how a model came about; without its run.json its training is None."""
-    path = each.model(seed).parent / RUN_JSON
-    session = read_json(path, "how a model was trained") if path.exists() else None
-    return {
-        "commands": [session["command"]] if session else [],
-        "trainings": [session and {k: v for k, v in session.items() if k != "options"}],
-        "matrices": scores_digest(each, seed),
-    }
+def evaluate(
+    registry: Registry, each: Run, seed: int, paths: dict[str, str], parts: list[RunResult]
+) -> RunResult:
+    """Evaluate a model, or an ensemble whose models have the results `parts`."""
+    from common import provenance
 
-
-def origin_of_ensemble(parts: list[RunResult]) -> dict[str, Any]:
-    """Return how the models of an ensemble came about."""
-    return {
-        "commands": [command for part in parts for command in part.commands],
-        "trainings": [training for part in parts for training in part.trainings],
-        "matrices": {path: digest for part in parts for path, digest in part.matrices.items()},
-    }
+    path, command = each.result(seed), registry.evaluate(each, seed, paths)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    run_program([*command, "--json", str(temporary)])
+    evaluation = EvaluationResult.from_json(read_json(temporary, "a result"), temporary)
+    temporary.unlink()
+    if parts:  # saved scores do not say what their models read
+        inputs = [one for part in parts for one in part.fingerprints]
+        evaluation = replace(evaluation, fingerprints=inputs)
+        commands = [text for part in parts for text in part.commands]
+        trainings = [training for part in parts for training in part.trainings]
+        matrices = {name: digest for part in parts for name, digest in part.matrices.items()}
+    else:
+        beside = each.model(seed).parent / RUN_JSON  # which a model from elsewhere may lack
+        session = read_json(beside, "how a model was trained") if beside.exists() else None
+        commands = [session["command"]] if session else []
+        trainings = [session and {k: v for k, v in session.items() if k != "options"}]
+        matrices = scores_digest(each, seed)
+    commands = [*commands, as_typed(command)]
+    about = registry.digest(each), commands, trainings, matrices, provenance.surroundings()
+    return RunResult(path, *about, evaluation)
 
 
 def scores_digest(each: Run, seed: int) -> dict[str, str]:
     """Return the SHA-256 of a model's scores by their file; nothing if they are gone."""
     path = each.scores(seed)
     return {str(path): sha256_of(path)} if path.exists() else {}
-
-
-def evaluate(command: list[str], path: Path) -> EvaluationResult:
-    """Run an evaluation and return its result, which passes through a file beside `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    run_program([*command, "--json", str(temporary)])
-    content = read_json(temporary, "the result of an evaluation")
-    temporary.unlink()
-    return EvaluationResult.from_json(content, temporary)
 
 
 def check_model(registry: Registry, each: Run, seed: int) -> None:
@@ -235,8 +215,7 @@ def main() -> None:
     if action == "list":
         print_line(overview(Registry(REGISTRY)))
     elif action == "table":
-        table = parse(TableOptions, rest, __doc__, "reproduce.py table")
-        print_line({"md": as_markdown, "csv": as_csv}[table.format](Registry(REGISTRY)))
+        print_line(as_markdown(Registry(REGISTRY)))
     elif action == "run":
         options, registry = parse(RunOptions, rest, __doc__, "reproduce.py run"), Registry(REGISTRY)
         runs = [(registry.run(name), seed) for name in options.names for seed in options.seeds]

@@ -8,7 +8,7 @@ A figure that was not measured is `not run`.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +46,7 @@ def paper(results: Path) -> str:
     for name, short in zip((*PAPER_TABLES, "flickr8k"), (*SHORT_NAMES, "Flickr8k"), strict=True):
         for row in rows(registry, name, results):
             theirs = [f"{row.paper[k]:.1f}" if row.paper else "" for k in SHORT]
-            ours = [f"{row.mean[k]:.1f}" if row.mean else "not run" for k in SHORT]
+            ours = [replace(row, paper=None, intervals=None).cell(k) for k in SHORT]
             lines.append([short, row.run.title, *theirs, *ours])
     columns = [f"{whose} {what}" for whose in ("paper", "ours") for what in SHORT.values()]
     return markdown(["data", "model", *columns], lines)

@@ -1,13 +1,11 @@
-"""paper_table.py — our recalls beside the paper's, as Markdown and CSV.
+"""paper_table.py — our recalls beside the paper's, as Markdown.
 
 From results/paper.json and the results of the registry's runs. A cell without a result says so.
 """
 
-import csv
-import io
 import logging
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +29,6 @@ LEGEND = (
 )
 HEAD = ["", "seeds", *COLUMNS]
 BESIDE = ["", "beside", "seeds", "rsum differs by"]
-NAMES = [*(f"{way} R@{name[1:]}" for way, name in METRICS), "rsum"]  # each by itself
-
-Lines = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -45,24 +40,20 @@ class Row:
     ours: dict[int, list[float]]  # by seed
     intervals: list[tuple[float, float]] | None = None  # of a single seed
 
-    @property
-    def mean(self) -> list[float] | None:
-        """Means over seeds."""
-        return [statistics.mean(column) for column in zip(*self.ours.values(), strict=True)] or None
-
-    @property
-    def deviation(self) -> list[float] | None:
-        """Standard deviations over seeds; None for one seed."""
-        if len(self.ours) < 2:
-            return None
-        return [statistics.stdev(column) for column in zip(*self.ours.values(), strict=True)]
-
-    @property
-    def difference(self) -> list[float] | None:
-        """Ours minus the paper's."""
-        if self.paper is None or self.mean is None:
-            return None
-        return [ours - paper for ours, paper in zip(self.mean, self.paper, strict=True)]
+    def cell(self, k: int) -> str:
+        """Return figure k: the paper's · ours, with deviation or interval · the difference."""
+        values = [figures[k] for figures in self.ours.values()]
+        paper = [f"{self.paper[k]:.1f}"] if self.paper else []
+        if not values:
+            return " · ".join([*paper, "not run"])
+        mean = statistics.mean(values)
+        ours = f"{mean:.1f}"
+        if len(values) > 1:
+            ours += f" ± {statistics.stdev(values):.1f}"
+        if self.intervals:
+            ours += " [{:.1f}, {:.1f}]".format(*self.intervals[k])
+        difference = [f"{mean - self.paper[k]:+.1f}"] if self.paper else []
+        return " · ".join([*paper, ours, *difference])
 
 
 def rows(registry: Registry, table: str, results: Path = RESULTS) -> list[Row]:
@@ -128,36 +119,19 @@ def as_markdown(registry: Registry) -> str:
 def markdown_tables(registry: Registry, tables: Iterable[str], results: Path = RESULTS) -> str:
     """Return these tables."""
     parts = []
-    for title, lines, compared in _lines(registry, tables, results):
-        parts.append(f"{title}:\n\n{markdown(HEAD, lines)}")
-        if compared:
+    for name in tables:
+        every = rows(registry, name, results)
+        lines = [
+            [row.run.title, str(len(row.ours) or ""), *map(row.cell, range(len(COLUMNS)))]
+            for row in every
+        ]
+        parts.append(f"{registry.tables[name].title}:\n\n{markdown(HEAD, lines)}")
+        if compared := by_seed(every):
             parts.append(markdown(BESIDE, compared))
     return "\n".join(parts)
 
 
-def _lines(
-    registry: Registry, tables: Iterable[str], results: Path
-) -> Iterator[tuple[str, Lines, Lines]]:
-    """Yield each table's title, its lines, and those that compare rows seed by seed, if any."""
-    for name in tables:
-        every = rows(registry, name, results)
-        lines = [[row.run.title, str(len(row.ours) or ""), *_cells(row)] for row in every]
-        yield registry.tables[name].title, lines, by_seed(every)
-
-
-def _cells(row: Row) -> list[str]:
-    cells = []
-    for k in range(len(COLUMNS)):
-        paper = f"{row.paper[k]:.1f}" if row.paper else ""
-        ours = f"{row.mean[k]:.1f}" if row.mean else "not run"
-        ours += f" ± {row.deviation[k]:.1f}" if row.deviation else ""
-        ours += " [{:.1f}, {:.1f}]".format(*row.intervals[k]) if row.intervals else ""
-        difference = f"{row.difference[k]:+.1f}" if row.difference else ""
-        cells.append(" · ".join(part for part in (paper, ours, difference) if part))
-    return cells
-
-
-def by_seed(every: Sequence[Row]) -> Lines:
+def by_seed(every: Sequence[Row]) -> list[list[str]]:
     """Return by how much rsum differs from the run beside it, at each seed that both have."""
     runs = {row.run.name: row for row in every}
     lines = []
@@ -169,21 +143,3 @@ def by_seed(every: Sequence[Row]) -> Lines:
             numbers = ", ".join(map(str, seeds))
             lines.append([row.run.title, other.run.title, numbers, ", ".join(differences)])
     return lines
-
-
-def as_csv(registry: Registry) -> str:
-    """Return all tables with a line for each figure; the mean is `not run` if there is none."""
-    head = ["table", "run", "model", "metric", "paper", "mean", "sd", "low", "high", "difference"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*head, "seeds"])
-    for table in registry.tables:
-        for row in rows(registry, table):
-            low, high = zip(*row.intervals, strict=True) if row.intervals else (None, None)
-            columns = (row.paper, row.mean, row.deviation, low, high, row.difference)
-            for k, name in enumerate(NAMES):
-                numbers = [round(values[k], 4) if values else "" for values in columns]
-                numbers[1] = "not run" if row.mean is None else numbers[1]
-                about = [table, row.run.name, row.run.title, name]
-                writer.writerow([*about, *numbers, len(row.ours)])
-    return text.getvalue()
