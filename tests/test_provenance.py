@@ -1,4 +1,4 @@
-"""provenance.py: the commit that figures are of."""
+"""provenance.py: the commit that results come from."""
 
 import re
 import subprocess
@@ -9,14 +9,13 @@ import pytest
 from common import provenance
 
 
-def test_the_commit_and_whether_files_differ_from_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_commit_has_a_plus_if_code_differs(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert provenance.commit(tmp_path) is None
     assert capfd.readouterr() == ("", "")
     who = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    (tmp_path / "results").mkdir()
-    names = ("file", "README.md", "results/table")
+    names = ("file", "README.md", "results/table", "docs/table")
+    for folder in ("results", "docs"):
+        (tmp_path / folder).mkdir()
     for name in names:
         (tmp_path / name).write_text("a")
     for command in (["init", "-q"], ["add", *names], [*who, "commit", "-qm", "first"]):
@@ -27,7 +26,7 @@ def test_the_commit_and_whether_files_differ_from_it(
     (tmp_path / "file").write_text("a")
     for name in names[1:]:
         (tmp_path / name).write_text("b")
-    assert re.fullmatch("[0-9a-f]{40}", provenance.commit(tmp_path))  # tables of that commit
+    assert re.fullmatch("[0-9a-f]{40}", provenance.commit(tmp_path))  # tables are made from results
     (tmp_path / "unpacked").mkdir()
     (tmp_path / "unpacked/file").write_text("a")
     assert provenance.commit(tmp_path / "unpacked") is None
