@@ -1,11 +1,11 @@
-"""Kill-and-resume cycles: a run that is stopped anywhere ends as one that was never stopped.
+"""chaos.py — kill-and-resume cycles: a run stopped anywhere ends like one that was never stopped.
 
     python -m tests.chaos --cycles 1000 --json results/reliability.json
 
-A cycle starts `train.py --resume auto` on tiny data (BERT's dropout, extra negatives and two
-workers included), ends it at a random moment in a random way, and holds what it left to a run that
-nobody stopped: weights, Adam's moments, random state and best scores of that very step, bit for
-bit, and at the end of a run its logs too. Steps that have to be done twice are counted.
+A cycle starts `train.py --resume auto` on tiny data (with BERT's dropout, extra negatives and two
+workers), ends it at a random moment in a random way, and compares its files with an uncut run:
+weights, Adam's moments, random state and best scores of that step, bit for bit, and at the end of a
+run its logs, too. Steps that have to be done twice are counted.
 """
 
 import hashlib
@@ -71,10 +71,10 @@ def arguments(folder: Path, direction: str, *more: str) -> list[str]:
     return [*argv, "--resume", "auto", *more]
 
 
-def program(argv: list[str], said: Path, states: Path | None = None) -> None:
-    """train.py as its command line runs it; with `states`, the digest of each checkpoint there."""
+def program(argv: list[str], output: Path, states: Path | None = None) -> None:
+    """Run train.py; append its errors to `output`, and digests of its checkpoints to `states`."""
     multiprocessing.set_start_method("fork", force=True)  # Linux's default, for loader workers
-    with said.open("ab") as file:
+    with output.open("ab") as file:
         os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *argv]
     torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def program(argv: list[str], said: Path, states: Path | None = None) -> None:
 
 
 def digest(path: Path) -> str:
-    """Of what decides how a run goes on: weights, moments, random state, place and best scores."""
+    """Return step, last validation and a hash of all that a run resumes from."""
     checkpoint = read_checkpoint(path)
     hashed = hashlib.sha256()
 
@@ -112,7 +112,7 @@ def digest(path: Path) -> str:
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without times."""
+    """Return the whole lines of metrics.jsonl, without times."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
@@ -120,7 +120,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Uncut:
-    """What a run that nobody stopped went through."""
+    """A run that nobody stopped: its checkpoints, best model and events."""
 
     states: set[str]
     best: str
@@ -131,10 +131,10 @@ class Uncut:
     def of(cls, folder: Path, direction: str) -> "Uncut":
         states = folder / f"states_{direction}"
         argv = arguments(folder, direction, "--save_step", "1")
-        process = FORK.Process(target=program, args=(argv, folder / "said", states))
+        process = FORK.Process(target=program, args=(argv, folder / "output", states))
         process.start()
         process.join(LONGEST)
-        assert process.exitcode == 0, (folder / "said").read_text()
+        assert process.exitcode == 0, (folder / "output").read_text()
         run = folder / "runs" / direction
         seconds = json.loads((run / "run.json").read_text())["seconds"]
         uncut = cls(set(states.read_text().split("\n")), digest(run / BEST), events(run), seconds)
@@ -144,7 +144,7 @@ class Uncut:
 
 @dataclass
 class Report:
-    """What the cycles came to."""
+    """Results of the cycles."""
 
     cycles: int = 0
     runs_completed: int = 0
@@ -159,7 +159,7 @@ class Report:
     def survived(self) -> int:
         return self.cycles - len(self.failures)
 
-    def note(self, way: str, status: str, twice: int) -> None:
+    def add(self, way: str, status: str, twice: int) -> None:
         """Count a cycle, and the steps that have to be done again after it."""
         self.cycles += 1
         self.runs_completed += status == "0"
@@ -177,7 +177,7 @@ def workers_of(pid: int) -> list[int]:
 
 
 def strike(way: str, pid: int, chance: random.Random) -> bool:
-    """End a process in one of the WAYS; whether there was something to end."""
+    """End a process in one of the WAYS. Returns False if it had ended already."""
     try:
         if way == "worker":
             workers = workers_of(pid)
@@ -198,7 +198,7 @@ def strike(way: str, pid: int, chance: random.Random) -> bool:
 
 
 def cut_off(process: BaseProcess, run: Path, way: str, most: float, chance: random.Random) -> str:
-    """Let a program run for `most` seconds or less and end it: its status, or how it was wrong."""
+    """End a program after `most` seconds or less. Returns its exit status, or a problem."""
     while process.is_alive():
         lock = run / LOCK
         if lock.exists() and f"process {process.pid} " in lock.read_text():
@@ -215,20 +215,20 @@ def cut_off(process: BaseProcess, run: Path, way: str, most: float, chance: rand
     return str(process.exitcode)
 
 
-def stands_at(run: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint of a run, and its step."""
+def newest_of(run: Path) -> tuple[Path | None, int]:
+    """Return the newest checkpoint of a run and its step."""
     path = run / NEWEST
     return (path, read_checkpoint(path).state["step"]) if path.exists() else (None, 0)
 
 
-def judged(run: Path, uncut: Uncut, status: str, said: str) -> tuple[str, int]:
-    """What is wrong with what a program left, or nothing; and how many steps it left undone."""
-    newest, step = stands_at(run)
+def problem_of(run: Path, uncut: Uncut, status: str, output: str) -> tuple[str, int]:
+    """Return a problem of the files that a program left, or "", and the number of steps lost."""
+    newest, step = newest_of(run)
     twice = max([event["step"] for event in events(run)], default=0) - step
     if not status.lstrip("-").isdecimal():
         return status, twice
-    if status == "2" and not said.splitlines()[-1].startswith("train.py: error: "):
-        return "no line for its end", twice
+    if status == "2" and not output.splitlines()[-1].startswith("train.py: error: "):
+        return "the last line is not an error", twice
     if newest and digest(newest) not in uncut.states:
         return "another state than that of the uncut run", twice
     if twice > SAVE_STEP:
@@ -239,23 +239,23 @@ def judged(run: Path, uncut: Uncut, status: str, said: str) -> tuple[str, int]:
 
 
 def cycles(options: Options, folder: Path) -> Iterator[Report]:
-    """The report after each cycle."""
+    """Yield the report after each cycle."""
     report, chance = Report(), random.Random(options.seed)
     uncut = {direction: Uncut.of(folder, direction) for direction in ("i2t", "t2i")}
-    direction, said = "i2t", folder / "said"
+    direction, output = "i2t", folder / "output"
     while report.cycles < options.cycles:
         run, expected = folder / "runs" / direction, uncut[direction]
         way = chance.choices(list(WAYS), list(WAYS.values()))[0]
-        said.write_bytes(b"")
+        output.write_bytes(b"")
         before = written_at(run)
-        process = FORK.Process(target=program, args=(arguments(folder, direction), said))
+        process = FORK.Process(target=program, args=(arguments(folder, direction), output))
         process.start()
-        most = expected.seconds * (1 - stands_at(run)[1] / STEPS)
+        most = expected.seconds * (1 - newest_of(run)[1] / STEPS)
         status = cut_off(process, run, way, most, chance)
-        problem, twice = judged(run, expected, status, said.read_text())
-        report.note(way, status, twice if written_at(run) != before else 0)
+        problem, twice = problem_of(run, expected, status, output.read_text())
+        report.add(way, status, twice if written_at(run) != before else 0)
         if problem:
-            tail = said.read_text()[-2000:]
+            tail = output.read_text()[-2000:]
             report.failures.append(f"cycle {report.cycles}, {direction} {way}: {problem}: {tail}")
             log.warning(report.failures[-1])
         if status == "0" or problem:
@@ -265,7 +265,7 @@ def cycles(options: Options, folder: Path) -> Iterator[Report]:
 
 
 def written_at(run: Path) -> int:
-    """When the run's metrics were written last: lost steps are counted when they are lost."""
+    """Return when metrics.jsonl was written last, so that lost steps are counted once."""
     path = run / "metrics.jsonl"
     return path.stat().st_mtime_ns if path.exists() else 0
 
@@ -279,10 +279,10 @@ def main() -> None:
             if report.cycles % 10 == 0:
                 log.info("%d cycles, %d survived", report.cycles, report.survived)
     seconds = round(time.monotonic() - since, 1)
-    found = vars(report) | {"survived": report.survived, "seconds": seconds, "steps": STEPS}
-    log.info("%s", found)
+    results = vars(report) | {"survived": report.survived, "seconds": seconds, "steps": STEPS}
+    log.info("%s", results)
     if chosen.json:
-        conftest.report("chaos", found, Path(chosen.json))
+        conftest.report("chaos", results, Path(chosen.json))
     sys.exit(bool(report.failures))
 
 

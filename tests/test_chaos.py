@@ -1,4 +1,4 @@
-"""chaos.py, a few cycles of it."""
+"""chaos.py: ten cycles."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests import chaos, conftest
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits other processes")
-def test_ten_runs_that_are_cut_off_go_on_as_if_they_were_not(tmp_path: Path) -> None:
+def test_ten_cut_runs_resume_to_the_same_bits(tmp_path: Path) -> None:
     conftest.write_tiny(tmp_path)
     report = list(chaos.cycles(chaos.Options(cycles=10, seed=5), tmp_path))[-1]
     assert report.failures == []
