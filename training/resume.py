@@ -174,8 +174,8 @@ class CheckpointManager:
         require("optimizer" in content, f"{path}: has no optimiser, so no run can resume from it")
         self._check_same_run(checkpoint)
         load_state_dict_strict(self.model, checkpoint.weights, path, keep=BERT_KEYS)
-        # DEVIATION: a resumed run continues exactly where it stopped (the published one started again
-        # at epoch 0, without its optimiser and best scores).
+        # DEVIATION: a resumed run continues exactly where it stopped (the published one started
+        # again at epoch 0, without its optimiser and best scores).
         try:
             state = TrainState.read(content, len(self.batches))
             self._restore_adam(content["optimizer"]["state"], state.step - state.skipped)
