@@ -276,7 +276,7 @@ def ranks(scores: Tensor | np.ndarray, owner: Sequence[int] | np.ndarray) -> Ran
     for first in range(0, len(scores), ROW_BLOCK):
         stop = min(first + ROW_BLOCK, len(scores))
         block = torch.from_numpy(np.array(scores[first:stop]))
-        # DEVIATION: scores that are no numbers are an error (the published code ranked NaN).
+        # DEVIATION: scores that are not finite are an error (the published code ranked NaN).
         require(bool(block.isfinite().all()), NOT_FINITE)
         of_images[first:stop] += (block >= best_tensor[first:stop, None]).sum(1).numpy()
         of_captions += (block >= own_tensor).sum(0)

@@ -97,7 +97,7 @@ def find_checkpoint(folder: Path, resume: str, overwrite: bool) -> Checkpoint | 
         if holds_run and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
             raise InputError(f"{folder}: holds another run than {path}; change --logger_name")
         return read_checkpoint(path)
-    # DEVIATION: a folder that holds a run is not written over (the published one was).
+    # DEVIATION: a folder that holds a run is not overwritten (the published code did).
     if holds_run and not overwrite:
         raise InputError(f"{folder}: holds a run; resume it with --resume auto, or --overwrite it")
     return None
