@@ -283,7 +283,7 @@ def test_an_ensemble_of_the_same_scores_twice_is_left_out(
 ) -> None:
     save(small, "both", matrices={"one.npy": "x", "other.npy": "x"})
     save(small, "one", 0, matrices={"a.npy": "x"})
-    save(small, "one", 1, matrices={"a.npy": "x"})  # one model under two seeds
+    save(small, "one", 1, matrices={"b.npy": "x"})  # one model under two seeds
     assert seeds(small) == [[0], [], []]
     assert "both_seed0.json" in caplog.text and "one_seed1.json" in caplog.text
 
@@ -298,7 +298,7 @@ def test_results_of_other_data_are_not_compared_or_averaged(
         save(small, "one", seed, evaluation={"fingerprints": fingerprints})
     save(small, "other", evaluation={"fingerprints": [known | {"data": "d"}]})
     save(small, "both", evaluation={"fingerprints": [known, known | {"bert": None}]})
-    assert seeds(small) == [[0, 1], [], [0]]  # what is not known fits
+    assert seeds(small) == [[0, 1], [], [0]]  # unknown inputs fit
     save(small, "both", evaluation={"fingerprints": [known, known | {"bert": "d"}]})
     assert seeds(small) == [[0, 1], [], []]
     for name in ("data", "bert", "training"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import parse
-from common.errors import InputError, require
+from common.errors import InputError, require, summarise
 from common.files import read_text
 from common.layout import SplitName
 from training.config import TrainConfig
@@ -117,18 +117,18 @@ class Registry:
 
     def _check(self, run: Run) -> None:
         """Raise InputError if a run names something unknown, or train.py refuses its options."""
-        for name in (*run.of, *([run.beside] if run.beside else [])):
-            require(name in self.runs, f"names {name}, which is no run")
+        named = {*run.of, run.beside or run.name}
+        require(named <= self.runs.keys(), f"names {summarise(sorted(named - self.runs.keys()))}")
         members = self.members(run)
         require(not any(member.of for member in members), "is an ensemble of ensembles")
-        names = {member.data for member in members}
-        require(names <= self.data.keys(), f"names data {', '.join(names)}; expected a known one")
-        require(len(names) == 1, f"is of models on {', '.join(sorted(names))}; expected one")
+        data = {member.data for member in members}
+        known = len(data) == 1 and data <= self.data.keys()
+        require(known, f"names data {summarise(sorted(data))}; expected one that is listed")
         if not run.of:
             parse(TrainConfig, self.train(run, 0, {})[1:], "")
 
     def run(self, name: str) -> Run:
-        """Return the run of that name. Raises InputError if there is none."""
+        """Return the run of that name. Raises InputError if it is unknown."""
         require(name in self.runs, f"{name}: no such run; expected {', '.join(self.runs)}")
         return self.runs[name]
 
@@ -160,11 +160,12 @@ class Registry:
 
     def commands(self, run: Run, seed: int, paths: dict[str, str]) -> list[list[str]]:
         """Return all commands of a run; of an ensemble those of its members first."""
-        if not run.of:
-            return [self.train(run, seed, paths), self.evaluate(run, seed, paths)]
-        each = [self.commands(member, seed, paths) for member in self.members(run)]
-        return [*(command for commands in each for command in commands),
-                self.evaluate(run, seed, paths)]  # fmt: skip
+        if run.of:
+            members = [self.commands(member, seed, paths) for member in self.members(run)]
+            before = [command for commands in members for command in commands]
+        else:
+            before = [self.train(run, seed, paths)]
+        return [*before, self.evaluate(run, seed, paths)]
 
     def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
         """Return the command that trains a model or resumes its training."""

@@ -80,17 +80,19 @@ def _accepted(
     of the table's first result.
     """
     accepted: dict[int, RunResult] = {}
+    scores: set[str] = set()
     for seed, path in run.results(results).items():
         result = RunResult.read(path)
         against = next(problems(registry, run, result), "")
         if differ := different_inputs([*reference, *result.fingerprints]):
             against = against or f"read other inputs ({differ}) than the table's first result"
-        if any(result.matrices == other.matrices for other in accepted.values()):
+        if scores & {*result.matrices.values()}:
             against = against or "is of the same scores as another seed"
         if against:
             log.warning("%s: %s; left out", path, against)
         else:
             accepted[seed] = result
+            scores |= {*result.matrices.values()}
             reference += [] if reference else result.fingerprints
     return accepted
 

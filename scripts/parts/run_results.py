@@ -60,7 +60,7 @@ class RunResult:
         return self._seven("metrics", fold5)
 
     def intervals(self, fold5: bool) -> list[tuple[float, float]]:
-        """The 95 % intervals of the same figures. Raises InputError if there are none."""
+        """The 95 % intervals of the same figures. Raises InputError without --bootstrap."""
         return self._seven("intervals", fold5)
 
     def _seven(self, kind: str, fold5: bool) -> list[Any]:
