@@ -348,14 +348,11 @@ def test_bad_command_lines(
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ('data = "tiny"\ndirection', 'data = "none"\ndirection', "run.one: names data none"),
         ('title = "First"\ndata = "tiny"', 'title = "First"\ndata = "no"', "table First: no data"),
         ('of = ["one"', 'of = ["none"', "run.both: names none"),
         ('of = ["one", "other"]', 'of = ["both", "one"]', "run.both: is an ensemble of ensembles"),
-        ('beside = "one"', 'beside = "third"', "run.other: names third"),
         ("title", "tittle", "no registry of runs: TypeError"),
         ("[run.one]", "[run.one", "no registry of runs: TOMLDecodeError"),
-        ('direction = "i2t"', 'direction = "it2"', "run.one: argument --direction"),
         ("--extra_stc 1", "--extra_img 1", "run.one: --extra_img"),
         ("--max_steps 2", "--max_step 2", "run.one: unrecognized arguments: --max_step"),
         ("--max_steps 2", "--max_steps '2", "run.one: No closing quotation"),
