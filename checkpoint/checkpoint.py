@@ -101,6 +101,7 @@ def _native_checkpoint(path: Path, content: dict[str, Any], source: Path) -> Che
 
 
 def _official_checkpoint(path: Path, content: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint in an official file's content. Raises InputError."""
     every = vars(content["opt"])
     options = {k: v for k, v in every.items() if k in KNOWN or isinstance(v, PLAIN)}
     _check_options(options, path)
