@@ -13,14 +13,13 @@ import torch
 from checkpoint.bert import Bert
 from common.cli import progress
 from common.errors import require
-from common.files import explain_os_errors, partial_path, require_regular_file, write_blocks
+from common.files import explain_os_errors, partial_path, write_blocks
 from model import TextEncoder
 from training.resume import STATES
 
 log = logging.getLogger(__name__)
 
 CHUNK = 256  # captions encoded at a time
-HEADER = 128  # bytes of a .npy file before its numbers
 
 
 def cache_text(
@@ -36,9 +35,7 @@ def cache_text(
     path = folder / STATES.format(hashlib.sha256(origin.encode()).hexdigest()[:16])
     shape = (len(captions), max_words, bert.model.config.hidden_size)
     size = int(np.prod(shape, dtype=np.int64)) * 4
-    if os.path.lexists(path):
-        held = require_regular_file(path, "BERT's hidden states")
-        require(held == size + HEADER, f"{path}: {held} bytes, expected {size + HEADER}; delete it")
+    if os.path.lexists(path):  # whole, since it was written atomically
         return path
     with explain_os_errors(folder, "a folder to write to"):
         partial_path(path).unlink(missing_ok=True)
