@@ -233,13 +233,13 @@ import torch
 from conftest import Path, run_here
 from pytest import MonkeyPatch
 from common.config import DataConfig
-from common.memory import peak_memory, used_memory
+from common.memory import peak_memory
 from data import ImageBlocks, Split, TrainingBatches
 from scripts import check_data
 from vocab import Vocabulary
 
 folder, bert = Path(sys.argv[1]), sys.argv[2]
-before = used_memory(torch.device("cpu"))
+before = peak_memory(torch.device("cpu"))
 assert run_here(MonkeyPatch(), check_data.main, [folder]) == 0
 split = Split.open(folder, "train", 2048, training=True)
 batches = TrainingBatches(split, Vocabulary.load(bert), DataConfig(batch_size=64), 32, False)
