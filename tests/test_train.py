@@ -572,7 +572,7 @@ def test_ablation_is_trained_resumed_and_evaluated(
     assert run_train(*argv, "--max_steps", "4", "--resume", "auto") == 0
     path = tiny / "runs/i2t" / NEWEST
     assert str(state(path)["options"][ablation[0][2:]]) == ablation[1]
-    assert evaluate(path, split="test", workers=0)["metrics"]["rsum"] > 0
+    assert evaluate(path, split="test", workers=0).metrics.rsum > 0
     assert run_train(*tiny_train(tiny, "--max_steps", "6", "--resume", "auto")) == 2
     assert ablation[0] in last_line(capsys)
 
