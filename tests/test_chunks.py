@@ -93,27 +93,6 @@ def test_activation_checkpointing_has_the_same_gradients_to_the_last_bit(
     assert sum(routed) == 2 * expected[0].numel(), "every pair is routed twice"
 
 
-def test_activation_checkpointing_keeps_less() -> None:
-    """Bytes that autograd keeps for the backward pass."""
-    kept = []
-    for checkpointing in (False, True):
-        model = seeded("i2t").train()
-        model.space.activation_checkpointing = checkpointing
-        regions, ids, mask = small_batch()
-        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
-        sizes: dict[int, int] = {}
-
-        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.score(images, captions, 4)
-        kept.append(sum(sizes.values()))
-    assert kept[1] < kept[0] / 2
-
-
 @pytest.fixture
 def compiled_frames(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
     """Counts the compiled functions, in place of the compiler."""
@@ -149,7 +128,7 @@ def test_one_compilation_serves_every_number_of_images_captions_and_words(
     assert compiled_frames.frame_count == once
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", ["none", "hard", "no RIC", "one layer"])
 def test_compiled_training_has_the_same_gradients(
     ablation: str, compiled_frames: CompileCounter
 ) -> None:
@@ -200,25 +179,6 @@ def test_a_backward_pass_that_cannot_be_compiled_runs_eagerly(
     assert not model.space.is_compiled
     (record,) = caplog.records
     assert "no code for it" in record.getMessage() and "and more" not in record.getMessage()
-
-
-def test_without_a_compiler_one_warning_and_the_same_scores(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*inputs: object) -> None:
-        raise RuntimeError("no working compiler")
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
-    model = small_model("i2t")
-    regions, ids, mask = small_batch()
-    with torch.no_grad():
-        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
-        eager, _ = model.score(images, captions)
-        model.space.compile_routes()
-        for _ in range(2):
-            assert torch.equal(model.score(images, captions)[0], eager)
-    (record,) = caplog.records
-    assert "no working compiler" in record.getMessage()
 
 
 def test_running_out_of_memory_is_no_failure_of_the_compiler(

@@ -140,15 +140,6 @@ def test_a_fold_is_the_data_set_of_its_images(case: Case, tmp_path: Path) -> Non
         np.testing.assert_allclose(np.load(options["save_scores"]), block, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["t2i"], indirect=True)
-def test_bfloat16_scores_are_close(case: Case, tmp_path: Path) -> None:
-    path = tmp_path / "scores.npy"
-    options = {"bert_path": case.bert_path, "precision": "bf16", "save_scores": path}
-    evaluate(case.model_path, case.data_path, **options)
-    scores, exact = np.load(path), case.expected("eval")["sims"]
-    assert 0 < abs(scores - exact).mean() < 0.02
-
-
 def test_precision_comes_from_the_checkpoint(tiny: Path, run_train: Callable[..., int]) -> None:
     assert run_train(*tiny_train(tiny, "--max_steps", "1", "--precision", "bf16")) == 0
     matrices = []
@@ -191,6 +182,7 @@ def test_short_captions_are_evaluated(tiny: Path, run_train: Callable[..., int])
         ({"shortlist": 1000, "compile": True}, True, False),
     ],
 )
+@pytest.mark.parametrize("case", CASES[:1], indirect=True)
 def test_compiling_is_decided_by_the_option_and_the_number_of_pairs(
     case: Case,
     options: dict[str, Any],
@@ -291,15 +283,11 @@ REFUSED = {
         "f30k_precomp/test_ims.npy: 12 images; expected a multiple of 5",
     ),
     "no split": (lambda t: ["--split", "testall"], "testall_caps.txt: not found"),
-    "other split": (lambda t: ["--split", "train2"], "train2"),
     "no data": (lambda t: ["--data_path", str(t)], "test_caps.txt: not found"),
-    "workers": (lambda t: ["--workers", "-1"], "--workers -1"),
     "shortlist": (lambda t: ["--shortlist", "0"], "--shortlist 0"),
     "training split": (lambda t: ["--split", "train"], "'train'"),
     "a folder to write": (lambda t: ["--json", str(t)], "Is a directory; expected a file to write"),
     "no folder": (lambda t: ["--save_scores", str(t / "no/a.npy")], "no/a.npy"),
-    "no report": (lambda t: ["--json", str(t / "no/a.json")], "no/a.json"),
-    "other BERT": (lambda t: ["--bert_path", str(GOLDEN / "i2t/data")], "vocab.txt: not found"),
 }
 
 
@@ -320,36 +308,26 @@ def test_bad_input_is_one_line(
     assert captured.out == ""
 
 
-def test_a_model_is_required(
-    run_evaluate: Callable[..., int], capsys: pytest.CaptureFixture
-) -> None:
-    assert run_evaluate() == 2
-    assert "--model_path" in capsys.readouterr().err.splitlines()[-1]
-
-
 @pytest.mark.parametrize("case", CASES[:1], indirect=True)
 def test_an_output_does_not_overwrite_an_input_or_output(
     case: Case, tmp_path: Path, run_evaluate: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
-    model, other = shutil.copy(case.model_path, tmp_path / "model.pth.tar"), tmp_path / "x"
-    before = model.read_bytes()
+    model = shutil.copy(case.model_path, tmp_path / "model.pth.tar")
+    data = shutil.copytree(case.data_path, tmp_path / "data") / "f30k_precomp"
+    bert, other = shutil.copytree(case.bert_path, tmp_path / "bert"), tmp_path / "x"
+    inputs = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    paths = ["--model_path", model, "--data_path", data.parent, "--bert_path", bert]
     for more in (
         ["--json", model],
         ["--json", tmp_path / "model.pth.json"],  # a .safetensors checkpoint has its options there
-        ["--save_scores", model],
+        ["--save_scores", data / "test_ims.npy"],
+        ["--json", data / "test_ids.txt"],
+        ["--json", bert / "vocab.txt"],
         ["--json", other, "--save_scores", other],
     ):
-        assert run_evaluate(*golden_args(case), "--model_path", model, *more) == 2
+        assert run_evaluate(*paths, *more) == 2
         assert "is an input or another output" in capsys.readouterr().err
-    assert model.read_bytes() == before
-
-
-@pytest.mark.parametrize("option", ["data_path", "bert_path", "json", "save_scores"])
-def test_an_empty_option_is_refused(
-    run_evaluate: Callable[..., int], capsys: pytest.CaptureFixture, option: str
-) -> None:
-    assert run_evaluate("--model_path", "x", f"--{option}", "") == 2
-    assert f"--{option}: invalid text value: ''" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == inputs
 
 
 @pytest.mark.parametrize("case", CASES[:1], indirect=True)
@@ -401,31 +379,7 @@ def test_a_closed_standard_output_is_one_line(case: Case, tmp_path: Path, target
     assert json.loads((tmp_path / "s.json").read_text())["whole"]
 
 
-def test_an_output_does_not_overwrite_data_or_bert(
-    tiny: Path, run_train: Callable[..., int], run_evaluate, capsys: pytest.CaptureFixture
-) -> None:
-    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
-    model = tiny / "runs/i2t/model_best.pth.tar"
-    data = tiny / "data/tiny/test_ims.npy"
-    before = data.read_bytes()
-    beside = model.rename(tiny / "m.json.partial")
-    words, ids = tiny / "bert/vocab.txt", tiny / "data/tiny/test_ids.txt"
-    vocabulary = words.read_bytes()
-    for more in (
-        ["--json", tiny / "m.json"],
-        ["--save_scores", data],
-        ["--json", data],
-        ["--json", ids],
-        ["--json", tiny / "data/tiny/id_mapping.json"],
-        ["--json", words],
-    ):
-        assert run_evaluate("--model_path", beside, *more) == 2
-        assert "is an input or another output" in capsys.readouterr().err
-    assert beside.exists() and data.read_bytes() == before and not ids.exists()
-    assert words.read_bytes() == vocabulary
-
-
-@pytest.mark.parametrize("name", ["a" * 252, "a" * 300 + "/b", "loop/b"])
+@pytest.mark.parametrize("name", ["a" * 252, "loop/b"])
 @pytest.mark.parametrize("case", CASES[:1], indirect=True)
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -479,6 +433,7 @@ def test_intervals_hold_their_metrics(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 BAD_SCORES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
+    "nothing": (lambda t: [], "--model_path or --scores"),
     "both": (lambda t: ["--scores", "a", "--model_path", "b"], "--model_path or --scores"),
     "one file twice": (lambda t: ["--scores", saved(t, "a"), t / "." / "a.npy"], "a.npy"),
     "samples": (lambda t: ["--scores", "a", "--bootstrap", "-1"], "--bootstrap -1"),

@@ -81,17 +81,6 @@ def test_running_out_of_memory_halves_the_chunk(
     assert "2 pairs" in caplog.text
 
 
-def test_other_errors_do_not_count_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model("i2t")
-
-    def fail(*inputs: object) -> None:
-        raise RuntimeError("sizes do not match")
-
-    monkeypatch.setattr(model, "score", fail)
-    with pytest.raises(RuntimeError, match="sizes"):
-        score_all(model, small_encoded(model), CPU)
-
-
 def test_scores_of_nan_are_refused_by_the_name_of_the_model() -> None:
     model = small_model("i2t")
     encoded = small_encoded(model)
