@@ -20,5 +20,11 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install -q -r requirements.txt --group dev
     # On its own, since pip wants a hash for every package if one has a hash.
     .venv/bin/python -m pip install -q --no-deps --require-hashes -r requirements-demo.txt
+    # transformers imports torchvision, so a torchvision that was built for another torch stops it, too.
+    if ! .venv/bin/python -c 'import torch, torchvision' 2>/dev/null; then
+        versions=$(.venv/bin/python -m pip freeze | grep -E '^torch(vision)?[= ]' | tr '\n' ' ')
+        echo ".venv: $versions: torchvision does not fit torch; install both from one index" >&2
+        exit 2
+    fi
     echo "$wanted" >.venv/installed
 fi
