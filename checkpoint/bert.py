@@ -23,20 +23,14 @@ log = logging.getLogger(__name__)
 
 CONFIGURATIONS = ("bert_config.json", "config.json")  # files of a BERT folder; the first is read
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# What a BERT of 2018 computes depends on these and on FIXED alone. A configuration may leave out
-# those that have a default here.
-BERT_SIZES = {
-    "vocab_size": None,
-    "hidden_size": None,
-    "num_hidden_layers": None,
-    "num_attention_heads": None,
-    "intermediate_size": None,
-    "max_position_embeddings": None,
-    "type_vocab_size": 2,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-}
-FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+# What a BERT of 2018 computes depends on SIZES and FIXED alone. A configuration may leave out FIXED
+# and DEFAULTS.
+FIXED: dict[str, Any] = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+DEFAULTS = {"type_vocab_size": 2, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings", *DEFAULTS),
+)
 LARGEST_SIZE = 2**17  # the vocabulary is the largest size; multilingual BERT's has 119,547
 UNUSED = re.compile(r"(cls|pooler)\.|.*\bposition_ids$")
 CASED = 0.01  # share of entries with a capital letter; an uncased vocabulary has none
@@ -63,12 +57,11 @@ def load_bert(folder: str | Path) -> Bert:
     """
     folder = Path(folder)
     require(os.path.isdir(folder), f"{folder}: no such folder; --bert_path must name a BERT folder")
-    source = _first_file(folder, WEIGHTS)
-    unread = folder / WEIGHTS[-1]
-    if source != unread and unread.is_file():
-        log.info("%s: ignored, since %s is there, too", unread, source.name)
-    safe = source.suffix == ".safetensors"
-    return assemble_bert(folder, read_safetensors(source) if safe else read_torch(source), source)
+    source, *ignored = _files(folder, WEIGHTS)
+    if ignored:
+        log.info("%s: ignored, since %s is there, too", ignored[0], source.name)
+    read = read_safetensors if source.suffix == ".safetensors" else read_torch
+    return assemble_bert(folder, read(source), source)
 
 
 def assemble_bert(folder: Path, weights: Any, source: Path) -> Bert:
@@ -76,26 +69,24 @@ def assemble_bert(folder: Path, weights: Any, source: Path) -> Bert:
 
     Raises InputError like `load_bert`.
     """
-    vocabulary, config = Vocabulary.load(folder), bert_config(folder)
-    weights = native_bert_names(weights, source)
-    entries, width = len(vocabulary.entries), config.hidden_size
-    words = list(weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape)
-    require(
-        [entries, width] == words == [config.vocab_size, width],
-        f"{vocabulary.path}: {entries} entries, but word embeddings {words} in {source} "
-        f"and vocab_size {config.vocab_size}, hidden_size {width} in its configuration",
-    )
+    vocabulary, config = Vocabulary.load(folder), _bert_config(folder)
+    weights = _native_bert_names(weights, source)
+    # Sizes are compared before memory is allocated for them.
+    entries, claimed = len(vocabulary.entries), config.vocab_size
+    require(entries == claimed, f"{vocabulary.path}: {entries} entries, but vocab_size {claimed}")
     layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
-    if layers != config.num_hidden_layers:
-        claimed = config.num_hidden_layers
-        raise InputError(f"{source}: holds {layers} layers; its configuration says {claimed}")
+    held = [*weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape, layers]
+    expected = [claimed, config.hidden_size, config.num_hidden_layers]
+    if held != expected:
+        sizes = "entries, width and layers"
+        raise InputError(f"{source}: {sizes} are {held}; its configuration has {expected}")
     model = BertModel(config, add_pooling_layer=False)
     load_state_dict_strict(model, weights, source)
     check_finite(model.state_dict(), source)
     return Bert(model, vocabulary, _fingerprint(model.state_dict(), vocabulary))
 
 
-def native_bert_names(weights: Any, source: Path) -> Weights:
+def _native_bert_names(weights: Any, source: Path) -> Weights:
     """Return weights under transformers' names of today, without those that DIME does not use.
 
     Files differ: the prefix `bert.`, LayerNorm's `gamma` and `beta`, heads of pre-training.
@@ -113,36 +104,35 @@ def native_bert_names(weights: Any, source: Path) -> Weights:
     return native
 
 
-def bert_config(folder: str | Path) -> BertConfig:
+def _files(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    """Return those of the files that a folder holds. Raises InputError if it holds none."""
+    paths = [folder / name for name in names if os.path.isfile(folder / name)]
+    require(bool(paths), f"{folder}: holds no {' and no '.join(names)}; a BERT folder needs one")
+    return paths
+
+
+def _bert_config(folder: Path) -> BertConfig:
     """Return the configuration in a BERT folder.
 
     Raises InputError if it is not that of such a BERT, or if its two files disagree: no weight
     shows a wrong number of heads.
     """
-    path = _first_file(Path(folder), CONFIGURATIONS)
-    sizes, other = _bert_sizes(path), Path(folder) / CONFIGURATIONS[-1]
-    if other != path and os.path.lexists(other):
-        others = _bert_sizes(other)
-        wrong = [f"{name} {others[name]}" for name in sizes if others[name] != sizes[name]]
-        require(not wrong, f"{other}: {summarise(wrong)}; {path.name} says otherwise")
+    paths = _files(folder, CONFIGURATIONS)
+    sizes, *others = map(_bert_sizes, paths)
+    for other in others:
+        wrong = [f"{name} {other[name]}" for name in sizes if other[name] != sizes[name]]
+        require(not wrong, f"{paths[1]}: {summarise(wrong)}; {paths[0].name} says otherwise")
     return BertConfig(**sizes, hidden_act="gelu")
 
 
-def _first_file(folder: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if os.path.isfile(folder / name):
-            return folder / name
-    raise InputError(f"{folder}: holds no {' and no '.join(names)}; a BERT folder needs one")
-
-
 def _bert_sizes(path: Path) -> dict[str, Any]:
-    """Return BERT_SIZES as a configuration has them. Raises InputError."""
-    config = read_json(path, "the configuration of BERT")
-    for name, expected in {"model_type": "bert", **FIXED}.items():
-        value = config.get(name, expected)
-        if value != expected:
-            raise InputError(f"{path}: {name} is {brief_repr(value)}; expected {expected!r}")
-    sizes: dict[str, Any] = {k: config.get(k, default) for k, default in BERT_SIZES.items()}
+    """Return the SIZES in a configuration. Raises InputError."""
+    config = FIXED | DEFAULTS | read_json(path, "the configuration of BERT")
+    for name, expected in FIXED.items():
+        if config[name] != expected:
+            value = brief_repr(config[name])
+            raise InputError(f"{path}: {name} is {value}; expected {expected!r}")
+    sizes: dict[str, Any] = {name: config.get(name) for name in SIZES}
     for name, value in sizes.items():
         if name.endswith("_prob"):
             valid = type(value) in (int, float) and 0 <= value < 1
@@ -171,14 +161,13 @@ def describe_bert(folder: str | Path) -> list[str]:
     """
     bert = load_bert(folder)
     config = bert.model.config
-    files = {path.name: path.stat().st_size for path in bert_files(folder) if path.is_file()}
-    words = [entry for entry in bert.vocabulary.entries if not re.fullmatch(r"\[.*\]", entry)]
+    files = [path for path in bert_files(folder) if path.is_file()]
+    words = [entry for entry in bert.vocabulary.entries if not entry.startswith("[")]
     cased = sum(word != word.lower() for word in words) / max(1, len(words))
-    kind = (
-        "cased, but captions are lower-cased: use an uncased BERT" if cased > CASED else "uncased"
-    )
+    advice = "cased, but captions are lower-cased: use an uncased BERT"
+    kind = advice if cased > CASED else "uncased"
     return [
-        "files: " + ", ".join(f"{name} ({size:,} bytes)" for name, size in files.items()),
+        "files: " + ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in files),
         f"sizes: {config.num_hidden_layers} layers, {config.hidden_size} wide, "
         f"{config.num_attention_heads} heads, {config.vocab_size:,} entries, "
         f"{config.max_position_embeddings} positions",
@@ -194,8 +183,7 @@ def write_bert(folder: Path, bert: Bert) -> None:
     """
     with explain_os_errors(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
-    sizes = {name: getattr(bert.model.config, name) for name in BERT_SIZES}
-    kind = {"model_type": "bert", "architectures": ["BertModel"]}
-    write_json(folder / "config.json", kind | FIXED | sizes)
+    sizes = {name: getattr(bert.model.config, name) for name in SIZES}
+    write_json(folder / "config.json", FIXED | {"architectures": ["BertModel"]} | sizes)
     write_lines(folder / "vocab.txt", bert.vocabulary.entries)
     write_safetensors(folder / "model.safetensors", bert.model.state_dict())

@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,7 +15,7 @@ from checkpoint.weights import Weights, check_named, load_state_dict_strict
 from common.cli import LARGEST_FLOAT, keep_float32
 from common.config import ModelConfig
 from common.errors import PLAIN, InputError, brief_repr, require
-from common.files import read_json, require_regular_file, sha256_of
+from common.files import read_json, sha256_of
 from common.layout import SplitName
 from common.torch_files import read_safetensors, read_torch, write_torch
 from model import DIME
@@ -47,15 +47,17 @@ class Checkpoint:
         """
         hints, known = get_type_hints(ModelConfig), {}
         for field in fields(ModelConfig):
-            value, kind = self.options.get(field.name, field.default), type(field.default)
+            value = self.options.get(field.name, field.default)
+            kind: Any = type(field.default)
             choices = get_args(hints[field.name])  # of a Literal
-            if kind is float and type(value) is int and abs(value) <= LARGEST_FLOAT:
-                value = float(value)
-            valid = type(value) is kind and (not choices or value in choices)
-            if not valid or (kind is float and not abs(value) <= LARGEST_FLOAT):
+            if kind is float:
+                valid = type(value) in (int, float) and abs(value) <= LARGEST_FLOAT
+            else:
+                valid = type(value) is kind and (not choices or value in choices)
+            if not valid:
                 message = f"option {field.name} is {brief_repr(value)}; expected "
                 raise InputError(f"{self.path}: {message}{' or '.join(choices) or kind.__name__}")
-            known[field.name] = value
+            known[field.name] = kind(value)
         try:
             return ModelConfig(**known)
         except InputError as error:
@@ -79,25 +81,31 @@ def load_model(
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a native or an official checkpoint. Raises InputError if it is neither, or damaged."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return _read_arrays(path)
-    content = read_torch(path)
+    source = json_beside(path) if path.suffix == ".safetensors" else path
+    content = read_torch(path) if source == path else _read_arrays(path, source)
     if isinstance(content, dict) and isinstance(content.get("opt"), argparse.Namespace):
         return _official_checkpoint(path, content)
     if not (isinstance(content, dict) and content.get("format") == FORMAT):
-        raise InputError(f"{path}: neither a native checkpoint ({FORMAT}) nor an official one")
-    return _native_checkpoint(path, content, path)
-
-
-def _native_checkpoint(path: Path, content: dict[str, Any], source: Path) -> Checkpoint:
-    """Return the checkpoint in a file's content; `source` is the file that holds the options."""
-    content = {"options": None, "weights": None, "bert": None} | content
-    options, weights, bert = (content.pop(name) for name in ("options", "weights", "bert"))
-    require(isinstance(options, dict), f"{source}: lacks options")
+        raise InputError(f"{source}: neither a native checkpoint ({FORMAT}) nor an official one")
+    options, weights, bert = (content.pop(name, None) for name in ("options", "weights", "bert"))
     _check_options(options, source)
     require(isinstance(bert, str), f"{source}: lacks the fingerprint of its BERT")
     check_named(weights, path)
     return Checkpoint(path, options, weights, None, bert, content)
+
+
+def json_beside(path: Path) -> Path:
+    """Return the path of the options that go with weights in a `.safetensors` file."""
+    return path.with_suffix(".json")
+
+
+def _read_arrays(path: Path, beside: Path) -> dict[str, Any]:
+    """Return the content of a `.safetensors` file and the JSON beside it, as one dictionary."""
+    digest = sha256_of(path)
+    content = read_json(beside, f"the options that go with {path.name}")
+    if content.get("sha256") != digest:
+        raise InputError(f"{path}: damaged or replaced: its SHA-256 is not the one in {beside}")
+    return content | {"weights": read_safetensors(path)}
 
 
 def _official_checkpoint(path: Path, content: dict[str, Any]) -> Checkpoint:
@@ -116,41 +124,22 @@ def _official_checkpoint(path: Path, content: dict[str, Any]) -> Checkpoint:
         image = {k: v for k, v in image.items() if not k.startswith("bn.")}
     weights = native_names(dict(zip(PARTS, (image, text, space), strict=True)), path)
     state = {name: content.get(name) for name in ("epoch", "best_rsum", "best_r1")}
-    return Checkpoint(path, options, weights, bert, None, state | {"step": content.get("Eiters")})
+    # REFERENCE: the published trainer counts epochs from 1, so a file names the next epoch.
+    state |= {"step": content.get("Eiters"), "position": 0}
+    return Checkpoint(path, options, weights, bert, None, state)
 
 
-def json_beside(path: Path) -> Path:
-    """Return the path of the options that go with weights in a `.safetensors` file."""
-    return path.with_suffix(".json")
-
-
-def _read_arrays(path: Path) -> Checkpoint:
-    """Read a checkpoint as convert_checkpoint writes it: `.safetensors`, and JSON beside it."""
-    require_regular_file(path, "a safetensors file")
-    beside = json_beside(path)
-    content = read_json(beside, f"the options that go with {path.name}")
-    version = content.pop("format", None)
-    require(version == FORMAT, f"{beside}: format {brief_repr(version)}; expected {FORMAT!r}")
-    if content.pop("sha256", None) != sha256_of(path):
-        raise InputError(f"{path}: damaged or replaced: its SHA-256 is not the one in {beside}")
-    return _native_checkpoint(path, content | {"weights": read_safetensors(path)}, beside)
-
-
-def _check_options(options: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError if an option has no name, or is neither text nor number."""
+def _check_options(options: Any, path: Path) -> None:
+    """Raise InputError unless `options` maps names to texts and numbers."""
+    require(isinstance(options, dict), f"{path}: lacks options")
     for name, value in options.items():
         if not (isinstance(name, str) and isinstance(value, PLAIN)):
-            kind = type(value).__name__
-            message = f"{path}: option {brief_repr(name)} is {kind}; expected text or a number"
-            raise InputError(message)
+            option = f"{path}: option {brief_repr(name)} is {type(value).__name__}"
+            raise InputError(f"{option}; expected text or a number")
 
 
 def write_checkpoint(
-    path: Path,
-    model: DIME,
-    options: dict[str, Any],
-    bert: Bert,
-    **state: Any,
+    path: Path, model: DIME, options: dict[str, Any], bert: Bert, **state: Any
 ) -> None:
     """Write plain data and tensors, which `torch.load(weights_only=True)` reads, too."""
     # DEVIATION: BERT's weights are known by a fingerprint (the published code stored them).
@@ -192,10 +181,9 @@ def check_same_bert(checkpoint: Checkpoint, bert: Bert) -> None:
 def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device = "cpu") -> DIME:
     """Return the checkpoint's model in evaluation mode."""
     keep_float32()
-    config, weights, path = checkpoint.config, checkpoint.weights, checkpoint.path
-    check_positions(bert, config, f"{path}: ")
-    model = DIME(config, bert.model)
-    load_state_dict_strict(model, weights, path, keep=BERT_KEYS)
+    check_positions(bert, checkpoint.config, f"{checkpoint.path}: ")
+    model = DIME(checkpoint.config, bert.model)
+    load_state_dict_strict(model, checkpoint.weights, checkpoint.path, keep=BERT_KEYS)
     return model.eval().to(device)
 
 

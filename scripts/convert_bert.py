@@ -12,11 +12,11 @@ optimiser's state are left out; any other missing or surplus weight is an error.
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
 from common.errors import InputError, require, summarise
@@ -24,14 +24,12 @@ from common.files import check_new_folder, require_regular_file
 from common.memory import is_oom
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from checkpoint.weights import Weights
 
 log = logging.getLogger(__name__)
 
 DATA = ".data-00000-of-00001"
-LEFT_OUT = re.compile(r"^(bert/pooler|cls)/|/adam_[mv]$|^global_step$")
+OPTIMIZER = re.compile(r"/adam_[mv]$|^global_step$")
 
 
 @dataclass(frozen=True)
@@ -40,26 +38,16 @@ class Options:
     out: Annotated[str, "folder to write; new or empty"]
 
 
-class Reader(Protocol):
-    """The part of TensorFlow's reader of checkpoints that this program uses."""
-
-    def get_variable_to_shape_map(self) -> Mapping[str, list[int]]: ...
-    def get_variable_to_dtype_map(self) -> Mapping[str, Any]: ...
-    def get_tensor(self, name: str) -> "np.ndarray": ...
-
-
 def main() -> None:
     options = parse(Options, None, __doc__)
     source, out = Path(options.tensorflow), Path(options.out)
     check_new_folder("--out", out)
     prefix = find_checkpoint(source)
-    from checkpoint.bert import assemble_bert, load_bert, write_bert
+    from checkpoint.bert import assemble_bert, write_bert
 
     data = Path(f"{prefix}{DATA}")
     bert = assemble_bert(source, read_weights(open_checkpoint(prefix), data), data)
     write_bert(out, bert)
-    if load_bert(out).fingerprint != bert.fingerprint:
-        raise InputError(f"{out}: differs from what was written to it")
     log.info("%s: written, fingerprint %s", out, bert.fingerprint[:12])
 
 
@@ -77,8 +65,8 @@ def find_checkpoint(folder: Path) -> Path:
     return prefix
 
 
-def open_checkpoint(prefix: Path) -> Reader:
-    """Return TensorFlow's reader. Raises InputError if TensorFlow is missing or fails."""
+def open_checkpoint(prefix: Path) -> Any:
+    """Return TensorFlow's CheckpointReader. Raises InputError if TensorFlow is missing or fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no lines about processors and GPUs
     try:
         from tensorflow.train import load_checkpoint
@@ -89,26 +77,23 @@ def open_checkpoint(prefix: Path) -> Reader:
         return load_checkpoint(str(prefix))
 
 
-def read_weights(reader: Reader, source: Path) -> "Weights":
+def read_weights(reader: Any, source: Path) -> "Weights":
     """Return the weights of BERT under torch's names, float32; matrices are `[outputs, inputs]`.
 
     `source` is the file that holds the numbers. Raises InputError if it is damaged, or if a weight
     is not float32.
     """
-    import numpy as np
     import torch
 
     weights: Weights = {}
     with _explain_damage(source):
-        dtypes = reader.get_variable_to_dtype_map()
-        for name in sorted(reader.get_variable_to_shape_map()):
-            if LEFT_OUT.search(name):
+        for name, dtype in sorted(reader.get_variable_to_dtype_map().items()):
+            if OPTIMIZER.search(name):
                 continue
-            kind = dtypes[name].name
-            require(kind == "float32", f"{source}: {name} is {kind}; expected float32")
-            array = reader.get_tensor(name)
-            array = array.T if name.endswith("/kernel") else array
-            weights[torch_name(name)] = torch.from_numpy(np.array(array, order="C"))
+            if dtype.name != "float32":
+                raise InputError(f"{source}: {name} is {dtype.name}; expected float32")
+            array = torch.tensor(reader.get_tensor(name))
+            weights[torch_name(name)] = array.T if name.endswith("/kernel") else array
     return weights
 
 

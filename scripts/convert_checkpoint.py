@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COUNTS = ("epoch", "step", "best_rsum", "best_r1")
-TEXTS = ("dev_data", "commit")
+# The origin of a model. The dev split's fingerprint lets evaluate_models.py warn on that split.
+ORIGIN = ("epoch", "step", "best_rsum", "best_r1", "dev_data", "commit")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Options:
 def main() -> None:
     options = parse(Options, None, __doc__)
     check_outputs(options)
-    from checkpoint.bert import write_bert
+    from checkpoint.bert import load_bert, write_bert
     from checkpoint.checkpoint import bert_of, build_model, read_checkpoint, write_checkpoint
 
     checkpoint, out = read_checkpoint(options.checkpoint), Path(options.out)
@@ -59,7 +59,10 @@ def main() -> None:
     if options.bert_out:
         write_bert(Path(options.bert_out), bert)
     elif checkpoint.bert_weights is not None:
-        _check_bert_is_kept(bert)
+        folder = bert.vocabulary.path.parent
+        if load_bert(folder).fingerprint != bert.fingerprint:
+            lost = f"{folder}: holds another BERT than the checkpoint, which would be lost"
+            raise InputError(f"{lost}; write the checkpoint's to a new folder with --bert_out")
     if out.suffix == ".safetensors":
         write_arrays(out, checkpoint, bert)
     else:
@@ -83,18 +86,6 @@ def check_outputs(options: Options) -> None:
         check_new_folder("--bert_out", Path(options.bert_out))
 
 
-def _check_bert_is_kept(bert: "Bert") -> None:
-    """Raise InputError if the BERT of an official checkpoint would be lost."""
-    from checkpoint.bert import load_bert
-
-    folder = bert.vocabulary.path.parent
-    if load_bert(folder).fingerprint != bert.fingerprint:
-        raise InputError(
-            f"{folder}: holds another BERT than the checkpoint, which would be lost; "
-            "write the checkpoint's to a new folder with --bert_out"
-        )
-
-
 def write_arrays(path: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
     """Write weights, then the JSON that holds their SHA-256: the two cannot be mixed up."""
     from checkpoint.checkpoint import FORMAT, json_beside
@@ -115,17 +106,11 @@ def halve(checkpoint: "Checkpoint") -> "Checkpoint":
 
 
 def _run_of(checkpoint: "Checkpoint") -> dict[str, Any]:
-    """Return the origin of a model: epoch and step, best scores, commit, dev split and metrics.
-
-    The dev split's fingerprint lets evaluate_models.py warn if it evaluates on that split.
-    """
+    """Return ORIGIN and the metrics, as far as the checkpoint has them."""
     state = checkpoint.state
-    run = {name: state[name] for name in COUNTS if type(state.get(name)) in (int, float)}
-    if checkpoint.bert_weights is not None and "epoch" in run:
-        run["epoch"] -= 1  # REFERENCE: the published trainer counts epochs from 1
-    elif state.get("position") == 0 < run.get("step", 0) and "epoch" in run:
-        run["epoch"] -= 1  # a training's own checkpoint names the epoch of the next batch
-    run |= {name: state[name] for name in TEXTS if type(state.get(name)) is str}
+    run = {name: state[name] for name in ORIGIN if type(state.get(name)) in (int, float, str)}
+    if state.get("position") == 0 and type(run.get("epoch")) is int:
+        run["epoch"] = max(0, run["epoch"] - 1)  # a training names the epoch of the next batch
     return run | ({"metrics": checkpoint.metrics} if checkpoint.metrics else {})
 
 

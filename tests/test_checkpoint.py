@@ -158,7 +158,7 @@ BAD_BERTS = {
     "flipped bit": (flip, WEIGHTS),
     "fewer words": (replace_file("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n"), "4 entries"),
     "other size": (configure(vocab_size=54), "vocab_size 54"),
-    "other layers": (configure(num_hidden_layers=3), "holds 2 layers"),
+    "other layers": (configure(num_hidden_layers=3), "layers are [55, 24, 2]"),
     "no heads": (configure(num_attention_heads=None), "num_attention_heads"),
     "negative": (configure(hidden_size=-24), "hidden_size"),
     "heads": (configure(num_attention_heads=5), "5 heads"),
