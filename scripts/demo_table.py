@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 from common import provenance
 from common.cli import parse, print_line, run
-from common.errors import InputError, require
+from common.errors import require
 from common.files import check_writable, read_json, read_text, write_json
 from common.layout import CAPTIONS_PER_IMAGE
 from common.results import EvaluationResult
-from scripts.parts.tables import demo_rows, origin
+from scripts.parts.tables import demo_rows, origin, recalls_and_rsum
 
-DIRECTIONS = ("i2t", "t2i")
-MODELS = (*DIRECTIONS, "ensemble")
+RUNS = ("i2t/run.json", "t2i/run.json")
+MODELS = ("i2t.json", "t2i.json", "ensemble.json")
 CUTS = (1, 5, 10)
 
 
@@ -34,44 +34,29 @@ class Options:
 def main() -> None:
     options = parse(Options, None, __doc__ or "")
     folder = Path(options.folder)
-    results = {name: folder / f"{name}.json" for name in MODELS}
-    runs = {name: folder / name / "run.json" for name in DIRECTIONS}
-    settings = folder / "settings"
+    report = read_report(folder)
     if options.json:
-        check_writable(Path(options.json), [*results.values(), *runs.values(), settings])
-    report = read_report(results, runs, settings)
-    if options.json:
+        check_writable(Path(options.json), [folder / name for name in (*RUNS, *MODELS, "settings")])
         write_json(Path(options.json), report)
     print_line(f"{origin(report)}\n\n{demo_rows(report)}")
     rsum = sum(report["rows"]["ensemble"])
     require(rsum >= options.least, f"rsum {rsum:.1f}; expected {options.least:.0f} or more")
 
 
-def read_report(results: dict[str, Path], runs: dict[str, Path], settings: Path) -> dict[str, Any]:
-    """Return all figures of a demonstration. Raises InputError."""
-    evaluated = {
-        name: EvaluationResult.from_json(read_json(path, "a result of demo.sh"), path)
-        for name, path in results.items()
+def read_report(folder: Path) -> dict[str, Any]:
+    """Return all figures of a demonstration. Raises InputError if a file of it is missing."""
+    recalls = {}
+    for path in (folder / name for name in MODELS):
+        result = EvaluationResult.from_json(read_json(path, "a result of demo.sh"), path)
+        recalls[path.stem] = recalls_and_rsum(result.metrics.to_json())[:-1]
+    i2t, t2i = (read_json(folder / name, "a run of demo.sh") for name in RUNS)
+    return provenance.of("bash scripts/demo.sh") | {
+        "settings": read_text(folder / "settings", "the settings of demo.sh").strip(),
+        "width": i2t["options"]["embed_size"],
+        "images": result.images,
+        "seconds": {"i2t": i2t["seconds"], "t2i": t2i["seconds"]},
+        "rows": {"chance": chance(result.images)} | recalls,
     }
-    trained = {name: read_json(path, "a run of demo.sh") for name, path in runs.items()}
-    images = evaluated["ensemble"].images
-    try:
-        return provenance.of("bash scripts/demo.sh") | {
-            "settings": read_text(settings, "the settings of demo.sh").strip(),
-            "width": trained["i2t"]["options"]["embed_size"],
-            "images": images,
-            "seconds": {name: float(run["seconds"]) for name, run in trained.items()},
-            "rows": {"chance": chance(images)}
-            | {name: recalls(result) for name, result in evaluated.items()},
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{runs['i2t']}: not the run.json of demo.sh: {error!r}") from error
-
-
-def recalls(result: EvaluationResult) -> list[float]:
-    """Return R@1 R@5 R@10 of both directions."""
-    sides = (result.metrics.i2t, result.metrics.t2i)
-    return [recall for side in sides for recall in (side.r1, side.r5, side.r10)]
 
 
 def chance(images: int) -> list[float]:

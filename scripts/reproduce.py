@@ -13,10 +13,8 @@ is evaluated from the scores of its models.
 """
 
 import logging
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +23,9 @@ from common.cli import parse, print_line, run
 from common.errors import InputError, brief_repr, raise_first, require
 from common.files import read_json, sha256_of
 from common.results import EvaluationResult
+from common.signals import Stopped, handled
 from scripts.parts.experiments import REGISTRY, Registry, Run, as_typed
-from scripts.parts.paper_table import as_markdown
-from scripts.parts.run_results import RunResult, problems
+from scripts.parts.run_results import RunResult, legend, markdown_tables, problems
 from training.config import FREE, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -57,43 +55,23 @@ class RunOptions:
 
 
 def overview(registry: Registry) -> str:
-    """Return every run with its tables, data, commands and state."""
+    """Return every run with its state, data and commands."""
     lines = []
     for each in registry.runs.values():
-        tables = [table.title for table in registry.tables.values() if each in registry.rows(table)]
-        lines.append(f"{each.name}: {each.title}; {state(registry, each)}")
-        lines.append(f"  tables: {'; '.join(tables)}")
-        lines.append(f"  needs: {'; '.join([*each.of, registry.data_of(each).needs])}")
-        lines += [f"  {as_typed(command)}" for command in registry.commands(each, 0, {})]
+        states = [f"seed {seed} {state(registry, each, seed)}" for seed in each.results()]
+        data = registry.data_of(each)
+        lines.append(f"{each.name}: {each.title}; {', '.join(states) or 'not run'}")
+        lines.append(f"  needs: {'; '.join([*each.of, data.needs])}")
+        lines += [f"  {command}" for command in registry.commands(each, 0, {})]
     return "\n".join(lines) + "\n"
 
 
-def state(registry: Registry, each: Run) -> str:
-    """Return for each seed of a run whether it is done, or what is wrong with its result."""
-    states = []
-    for seed, path in each.results().items():
-        try:
-            found = next(problems(registry, each, RunResult.read(path)), "is done")
-        except InputError as error:
-            found = f"is damaged ({error})"
-        states.append(f"seed {seed} {found}")
-    return ", ".join(states) or "not run"
-
-
-def check(registry: Registry, each: Run, seed: int, paths: dict[str, str]) -> None:
-    """Raise InputError before the training if an older result or the split does not fit."""
-    from data import Split
-
-    for part in [*map(registry.run, each.of), each]:
-        path, data = part.result(seed), registry.data_of(part)
-        if path.exists():
-            against = problems(registry, part, RunResult.read(path))
-            raise_first(f"{path}: {problem}; delete it to run it again" for problem in against)
-        elif not part.of:
-            folder = Path(paths.get("data_path", data.data_path)) / data.data_name
-            split = Split.open(folder, data.split, None)
-            wrong = f"{split.path}: {split.images} images; expected {data.images}"
-            require(split.images == data.images, wrong)
+def state(registry: Registry, each: Run, seed: int) -> str:
+    """Return whether a run is done, or what is wrong with its result."""
+    try:
+        return next(problems(registry, each, RunResult.read(each.result(seed))), "is done")
+    except InputError as error:
+        return f"is damaged ({error})"
 
 
 def reproduce(
@@ -106,22 +84,36 @@ def reproduce(
     path = each.result(seed)
     if path.exists():
         result = RunResult.read(path)
+        against = problems(registry, each, result)
+        raise_first(f"{path}: {problem}; delete it to run it again" for problem in against)
         if not with_scores or result.matrices == scores_digest(each, seed):
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return result
+    parts = []
     if each.of:
         members = registry.members(each)
         parts = [reproduce(registry, part, seed, options, with_scores=True) for part in members]
     else:
         if options.train:
+            check_split(registry, each, options.paths)
             run_program(registry.train(each, seed, options.paths))
         check_model(registry, each, seed)
-        parts = []
     result = evaluate(registry, each, seed, options.paths, parts)
     raise_first(f"{path}: not written: {problem}" for problem in problems(registry, each, result))
-    result.write()
+    result.write(path)
     log.info("%s, seed %d: %s", each.name, seed, path)
     return result
+
+
+def check_split(registry: Registry, each: Run, paths: dict[str, str]) -> None:
+    """Raise InputError before the training if the split to be evaluated does not fit."""
+    from data import Split
+
+    data = registry.data_of(each)
+    folder = Path(paths.get("data_path", data.data_path)) / data.data_name
+    split = Split.open(folder, data.split, None)
+    wrong = f"{split.path}: {split.images} images; expected {data.images}"
+    require(split.images == data.images, wrong)
 
 
 def evaluate(
@@ -130,27 +122,25 @@ def evaluate(
     """Evaluate a model, or an ensemble whose models have the results `parts`."""
     from common import provenance
 
-    path, command = each.result(seed), registry.evaluate(each, seed, paths)
+    path = each.result(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    run_program([*command, "--json", str(temporary)])
+    run_program([*registry.evaluate(each, seed, paths), "--json", str(temporary)])
     evaluation = EvaluationResult.from_json(read_json(temporary, "a result"), temporary)
     temporary.unlink()
+    trainings: list[dict[str, Any] | None] = []
     if parts:  # saved scores do not say what their models read
         inputs = [one for part in parts for one in part.fingerprints]
         evaluation = replace(evaluation, fingerprints=inputs)
-        commands = [text for part in parts for text in part.commands]
         trainings = [training for part in parts for training in part.trainings]
         matrices = {name: digest for part in parts for name, digest in part.matrices.items()}
     else:
-        beside = each.model(seed).parent / RUN_JSON  # which a model from elsewhere may lack
+        beside = each.model(seed).with_name(RUN_JSON)  # which a model from elsewhere may lack
         session = read_json(beside, "how a model was trained") if beside.exists() else None
-        commands = [session["command"]] if session else []
         trainings = [session and {k: v for k, v in session.items() if k != "options"}]
         matrices = scores_digest(each, seed)
-    commands = [*commands, as_typed(command)]
-    about = registry.digest(each), commands, trainings, matrices, provenance.surroundings()
-    return RunResult(path, *about, evaluation)
+    about = registry.digest(each), registry.commands(each, seed, paths), trainings, matrices
+    return RunResult(*about, evaluation, **provenance.surroundings())
 
 
 def scores_digest(each: Run, seed: int) -> dict[str, str]:
@@ -164,27 +154,26 @@ def check_model(registry: Registry, each: Run, seed: int) -> None:
     from checkpoint.checkpoint import read_checkpoint
 
     path = each.model(seed)
-    require(path.exists(), f"{path}: not found; expected the model to evaluate")
     wanted = asdict(parse(TrainConfig, registry.train(each, seed, {})[1:], ""))
     # Paths may differ, and the width of the features is that of the data.
     lasting = {k: v for k, v in wanted.items() if k not in {*FREE, "data_name", "img_dim"}}
-    raise_first(other_options(path, read_checkpoint(path).options, lasting))
-    beside = path.parent / RUN_JSON
+    check_options(path, read_checkpoint(path).options, lasting)
+    beside = path.with_name(RUN_JSON)
     if beside.exists():
         session = read_json(beside, "how a model was trained")
         unfinished = f"{beside}: the training did not finish; resume it (train.py --resume auto)"
         require(session.get("complete") is not False, unfinished)
         # The best model may be older than the last resume, run.json has the newest options.
         length = {name: wanted[name] for name in LENGTH}
-        raise_first(other_options(beside, session.get("options", {}), lasting | length))
+        check_options(beside, session.get("options", {}), lasting | length)
 
 
-def other_options(path: Path, options: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
-    """Yield the options of a training that the registry lists otherwise."""
+def check_options(path: Path, options: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise InputError if the options of a training are other ones than `wanted`."""
     for name, value in wanted.items():
         if name in options and options[name] != value:
             trained = f"{path}: was trained with --{name} {brief_repr(options[name])}"
-            yield f"{trained}; expected {brief_repr(value)}"
+            raise InputError(f"{trained}; expected {brief_repr(value)}")
 
 
 def run_program(command: list[str]) -> None:
@@ -200,13 +189,10 @@ def run_program(command: list[str]) -> None:
         received.append(number)
         program.send_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, forward) for number in numbers]
-    status = program.wait()
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-    if received or status > 128:
-        sys.exit(128 + received[0] if received else status)
+    with handled(forward):
+        status = program.wait()
+    if received:
+        raise Stopped(received[0])
     require(status == 0, f"{command[0]} ended with status {status}, see above")
 
 
@@ -215,14 +201,13 @@ def main() -> None:
     if action == "list":
         print_line(overview(Registry(REGISTRY)))
     elif action == "table":
-        print_line(as_markdown(Registry(REGISTRY)))
+        registry = Registry(REGISTRY)
+        print_line(f"{markdown_tables(registry, registry.tables)}\n{legend()}")
     elif action == "run":
         options, registry = parse(RunOptions, rest, __doc__, "reproduce.py run"), Registry(REGISTRY)
-        runs = [(registry.run(name), seed) for name in options.names for seed in options.seeds]
-        for each, seed in runs:
-            check(registry, each, seed, options.paths)
-        for each, seed in runs:
-            reproduce(registry, each, seed, options)
+        for each in [registry.run(name) for name in options.names]:
+            for seed in options.seeds:
+                reproduce(registry, each, seed, options)
     elif action in ("-h", "--help"):
         print_line(__doc__)
     else:

@@ -153,15 +153,17 @@ def test_a_drawing_is_not_written_over_an_image(
     assert image.read_bytes() == before
 
 
-def test_a_table_costs_no_results(tmp_path: Path, monkeypatch, capsys) -> None:
-    for name in demo_table.MODELS:
-        (tmp_path / f"{name}.json").write_text("{}")
+def test_a_table_is_not_written_over_a_result(tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in (*demo_table.MODELS, *demo_table.RUNS):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert run_here(monkeypatch, demo_table.main, [tmp_path]) == 2
+    assert "i2t.json: not the result" in capsys.readouterr().err
+    monkeypatch.setattr(demo_table, "read_report", lambda folder: {})
     argv = [tmp_path, "--json", tmp_path / "ensemble.json"]
     assert run_here(monkeypatch, demo_table.main, argv) == 2
     assert "ensemble.json" in capsys.readouterr().err
     assert (tmp_path / "ensemble.json").read_text() == "{}"
-    assert run_here(monkeypatch, demo_table.main, argv[:1]) == 2
-    assert "i2t.json" in capsys.readouterr().err
 
 
 def test_chance() -> None:

@@ -1,11 +1,10 @@
 """experiments.py — the runs that scripts/experiments.toml lists: their options, commands and files.
 
-`scripts/reproduce.py` does the runs, `scripts/parts/paper_table.py` shows their results.
+`scripts/reproduce.py` does the runs, `scripts/parts/run_results.py` reads and shows their results.
 """
 
 import hashlib
 import json
-import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import parse
-from common.errors import InputError, require, summarise
+from common.errors import InputError, require
 from common.files import read_text
 from common.layout import SplitName
 from training.config import TrainConfig
@@ -77,23 +76,15 @@ class Run:
         """Return the file of its scores, from which ensembles are evaluated."""
         return self.folder(seed) / "scores.npy"
 
-    def result(self, seed: int | str, results: Path = RESULTS) -> Path:
+    def result(self, seed: int | str) -> Path:
         """Return the file of its result."""
-        return results / "reproduce" / f"{self.name}_seed{seed}.json"
+        return RESULTS / "reproduce" / f"{self.name}_seed{seed}.json"
 
-    def results(self, results: Path = RESULTS) -> dict[int, Path]:
+    def results(self) -> dict[int, Path]:
         """Return the files of its results that exist, by seed."""
-        pattern = self.result("*", results)
-        seeds = [
-            int(match[1])
-            for path in pattern.parent.glob(pattern.name)
-            if (
-                match := re.fullmatch(
-                    rf"{re.escape(self.name)}_seed(0|[1-9][0-9]*)\.json", path.name
-                )
-            )
-        ]
-        return {seed: self.result(seed, results) for seed in sorted(seeds)}
+        pattern = self.result("*")
+        seeds = [path.stem.rpartition("seed")[2] for path in pattern.parent.glob(pattern.name)]
+        return {seed: self.result(seed) for seed in sorted(map(int, filter(str.isdecimal, seeds)))}
 
 
 class Registry:
@@ -105,27 +96,12 @@ class Registry:
             self.tables = {name: Table(**entry) for name, entry in content["table"].items()}
             self.data = {name: Data(**entry) for name, entry in content["data"].items()}
             self.runs = {name: Run(name, **entry) for name, entry in content["run"].items()}
-        except (tomllib.TOMLDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: no registry of runs: {error!r}") from error
-        for table in self.tables.values():
-            require(table.data in self.data, f"{path}: table {table.title}: no data {table.data}")
-        for run in self.runs.values():
-            try:
-                self._check(run)
-            except (InputError, ValueError) as error:
-                raise InputError(f"{path}: run.{run.name}: {error}") from error
-
-    def _check(self, run: Run) -> None:
-        """Raise InputError if a run names something unknown, or train.py refuses its options."""
-        named = {*run.of, run.beside or run.name}
-        require(named <= self.runs.keys(), f"names {summarise(sorted(named - self.runs.keys()))}")
-        members = self.members(run)
-        require(not any(member.of for member in members), "is an ensemble of ensembles")
-        data = {member.data for member in members}
-        known = len(data) == 1 and data <= self.data.keys()
-        require(known, f"names data {summarise(sorted(data))}; expected one that is listed")
-        if not run.of:
-            parse(TrainConfig, self.train(run, 0, {})[1:], "")
+            for run in self.runs.values():  # a slip in the last run is found before the first one
+                self.evaluate(self.runs[run.beside or run.name], 0, {})
+                for model in self.members(run):
+                    parse(TrainConfig, self.train(model, 0, {})[1:], "")
+        except (ValueError, AttributeError, KeyError, TypeError, InputError) as error:
+            raise InputError(f"{path}: not a registry of runs: {error!r}") from error
 
     def run(self, name: str) -> Run:
         """Return the run of that name. Raises InputError if it is unknown."""
@@ -142,7 +118,8 @@ class Registry:
 
     def rows(self, table: Table) -> list[Run]:
         """Return the runs that have a row in a table."""
-        return [run for run in self.runs.values() if self.members(run)[0].data == table.data]
+        data = self.data[table.data]
+        return [run for run in self.runs.values() if self.data_of(run) is data]
 
     def digest(self, run: Run) -> str:
         """Return the SHA-256 of what a run's figures depend on. A result with another is stale."""
@@ -158,14 +135,13 @@ class Registry:
             "evaluate": [data.data_name, data.split, data.images],
         }
 
-    def commands(self, run: Run, seed: int, paths: dict[str, str]) -> list[list[str]]:
-        """Return all commands of a run; of an ensemble those of its members first."""
-        if run.of:
-            members = [self.commands(member, seed, paths) for member in self.members(run)]
-            before = [command for commands in members for command in commands]
-        else:
-            before = [self.train(run, seed, paths)]
-        return [*before, self.evaluate(run, seed, paths)]
+    def commands(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
+        """Return all commands of a run as one types them; of an ensemble its members' first."""
+        commands = []
+        for model in self.members(run):
+            commands += [self.train(model, seed, paths), self.evaluate(model, seed, paths)]
+        commands += [self.evaluate(run, seed, paths)] if run.of else []
+        return [as_typed(command) for command in commands]
 
     def train(self, run: Run, seed: int, paths: dict[str, str]) -> list[str]:
         """Return the command that trains a model or resumes its training."""

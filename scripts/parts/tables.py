@@ -12,6 +12,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in every) + "\n"
 
 
+def recalls_and_rsum(content: dict[str, Any]) -> list[Any]:
+    """Return the figures below COLUMNS of the JSON of metrics, or of their intervals."""
+    sides = content["i2t"], content["t2i"]
+    return [*(side[name] for side in sides for name in ("r1", "r5", "r10")), content["rsum"]]
+
+
 def origin(report: dict[str, Any]) -> str:
     """Return the command of a report, and the machine, torch and commit that ran it."""
     where = f"{report['machine']}, torch {report['torch']}, commit {short_commit(report)}"
