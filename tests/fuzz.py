@@ -9,7 +9,6 @@ report of each reader is written when it ends, so that a crash of a library lose
 """
 
 import hashlib
-import io
 import json
 import logging
 import resource
@@ -20,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -37,7 +37,7 @@ from common import cli, provenance
 from common.errors import InputError
 from common.layout import images_digest, read_ids, read_names
 from common.memory import is_oom
-from common.torch_files import read_torch, write_torch
+from common.torch_files import read_torch
 from data import Split, TrainingBatches
 from evaluation import map_scores
 from model import DIME
@@ -78,10 +78,11 @@ class Options:
 
 # Changing bytes
 
-NUMBERS = (0, 1, 127, 2**31, 2**32 - 1)
-WORDS = [n.to_bytes(size, "little") for size in (4, 8) for n in NUMBERS] + [b"\0", b"\n", b"\r"]
-WORDS += b"\xff \xe2\x80\xa8 \xed\xa0\x80 PK\x03\x04 PK\x05\x06 cos\nsystem\n (F4) t. R".split(b" ")
-WORDS += [*b'[ { " -1 1e999 NaN null'.split(), b"\x85" * 50, b"9" * 30]
+WORDS = [n.to_bytes(size, "little") for size in (4, 8) for n in (0, 1, 127, 2**31, 2**32 - 1)]
+WORDS += b"\0 \n \r \xff \xe2\x80\xa8 \xed\xa0\x80 PK\x03\x04 PK\x05\x06 cos\nsystem\n (F4)".split(
+    b" "
+)
+WORDS += [*b'[ { " -1 1e999 NaN null t. R'.split(), b"\x85" * 50, b"9" * 30]
 byte_changes = st.lists(
     st.tuples(
         st.integers(0, 2**32 - 1),  # where
@@ -102,26 +103,15 @@ def change_bytes(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 # Changing values
 
 
-def nested_list() -> list[Any]:
-    """A list whose text would fill any memory."""
-    content: list[Any] = ["ha"]
-    for _ in range(40):
-        content = [content, content]
-    return content
-
-
-ODD: list[Callable[[], Any]] = [
-    *(lambda v=v: v for v in (None, True, -1, 0, 3, 2**63, 10**30, 0.5, 1e308, "", "x" * 50)),
-    *(lambda v=v: v for v in (float("nan"), float("inf"), b"x", 1j, [], {}, (), [[]], {"a": {}})),
-    *(lambda v=v: v for v in ("a\0b", "a\ud800", "\x1b[2J", -(10**400), ("a", ("b",)))),
-    *(lambda d=d: torch.zeros(3, dtype=d) for d in (torch.float32, torch.int64, torch.complex64)),
-    nested_list,
-    lambda: torch.zeros(0),
-    lambda: torch.tensor(3.0),
-    lambda: torch.full((2, 2), torch.nan),
-    lambda: torch.zeros(1).expand(2**40),
-    lambda: torch.zeros(2, device="meta"),
-    lambda: torch.nn.Parameter(torch.zeros(4)),
+ODD: list[Any] = [
+    *(None, True, -1, 0, 3, 2**63, 10**30, 0.5, 1e308, float("nan"), float("inf"), -(10**400)),
+    *("", "x" * 50, "a\0b", "a\ud800", "\x1b[2J", b"x", 1j, [], {}, (), [[]], {"a": {}}),
+    ("a", ("b",)),
+    reduce(lambda nested, _: [nested, nested], range(40), ["ha"]),  # its text fills any memory
+    *(torch.zeros(3, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.complex64)),
+    *(torch.zeros(0), torch.tensor(3.0), torch.full((2, 2), torch.nan)),
+    *(torch.zeros(1).expand(2**40), torch.zeros(2, device="meta")),
+    torch.nn.Parameter(torch.zeros(4)),
 ]
 value_changes = st.lists(
     st.tuples(
@@ -151,7 +141,7 @@ def change_value(content: Any, path: list[int], odd: int, kind: str) -> Any:
         if kind == "type":
             dtypes = (torch.bool, torch.int64, torch.complex64, torch.float16, torch.uint16)
             return content.to(dtypes[odd % len(dtypes)])
-    return ODD[odd]()
+    return ODD[odd]
 
 
 # Readers: each takes a folder of its own and the changes, writes a file and reads it.
@@ -172,22 +162,23 @@ def by_bytes(name: str, seeds: list[bytes], read: Callable[[Path], Any]) -> Read
 
 def by_values(name: str, seed: Path, read: Callable[[Path], Any]) -> Reader:
     """Return a reader of a torch file whose values or bytes are changed, in either format."""
-    content, data = read_torch(seed), seed.read_bytes()
+    content = read_torch(seed)
 
     def reader(folder: Path, changes: list, values: list) -> Any:
         path, new = folder / name, content
         for place, odd, kind in values:
             new = change_value(new, place, odd, kind)
-        if values:
-            torch.save(new, path, _use_new_zipfile_serialization=len(values) % 2 == 0)
+        zipped = (len(values) + len(changes)) % 2 == 0
+        torch.save(new, path, _use_new_zipfile_serialization=zipped)
         if not values or len(changes) % 3 == 1:
-            path.write_bytes(change_bytes(path.read_bytes() if values else data, changes))
+            path.write_bytes(change_bytes(path.read_bytes(), changes))
         return read(path)
 
     return reader
 
 
 def tiny_trainer(folder: Path) -> Trainer:
+    """Return a trainer on tiny data, which is written if `folder` does not hold it."""
     if not (folder / "data").exists():
         conftest.write_tiny(folder)
     config = cli.parse(TrainConfig, conftest.tiny_train(folder), "")
@@ -211,7 +202,7 @@ def write_native(folder: Path) -> Path:
 
 def native_checkpoint(folder: Path) -> Reader:
     path, bert = write_native(folder), load_bert(folder / "bert")
-    write_torch(path, read_torch(path) | {"optimizer": {}})
+    torch.save(read_torch(path) | {"optimizer": {}}, path)
     return by_values("x", path, lambda path: build_model(read_checkpoint(path), bert))
 
 
@@ -247,49 +238,40 @@ def arrays_checkpoint(folder: Path) -> Reader:
     return by_bytes(path.name, [path.read_bytes()], read)
 
 
-def bert_file(name: str, safe: bool) -> Callable[[Path], Reader]:
-    """Return the maker of a reader of one file in a BERT folder."""
-
-    def make(folder: Path) -> Reader:
-        source = Path(shutil.copytree(BERT, folder / "bert"))
-        if safe:
-            save_file(read_torch(source / "pytorch_model.bin"), source / "model.safetensors")
-            (source / "pytorch_model.bin").unlink()
-
-        def read(path: Path) -> None:
-            shutil.copytree(path.parent, source, dirs_exist_ok=True)
-            load_bert(source)
-
-        if name.endswith(".bin"):
-            return by_values(name, source / name, read)
-        return by_bytes(name, [(source / name).read_bytes()], read)
-
-    return make
-
-
-def captions(folder: Path) -> Reader:
-    vocabulary, seed = Vocabulary.load(BERT), (DATA / "dev_caps.txt").read_bytes()
+def bert_file(folder: Path, name: str) -> Reader:
+    """Return a reader of one file in a BERT folder."""
+    source = Path(shutil.copytree(BERT, folder / "bert"))
+    weights = source / "pytorch_model.bin"
 
     def read(path: Path) -> None:
-        shutil.copy(DATA / "dev_ims.npy", path.parent)
-        vocabulary.encode(Split.open(path.parent, "dev", WIDTH).captions, 12)
+        shutil.copy(path, source)
+        load_bert(source)
 
-    return by_bytes("dev_caps.txt", [seed], read)
-
-
-def features(folder: Path) -> Reader:
-    def read(path: Path) -> None:
-        shutil.copy(DATA / "dev_caps.txt", path.parent)
-        split = Split.open(path.parent, "dev", WIDTH)
-        split.regions(split.image_rows(np.arange(min(3, split.images))))
-
-    return by_bytes("dev_ims.npy", [(DATA / "dev_ims.npy").read_bytes()], read)
+    if name == weights.name:
+        return by_values(name, weights, read)
+    save_file(read_torch(weights), source / "model.safetensors")
+    weights.unlink()
+    return by_bytes(name, [(source / name).read_bytes()], read)
 
 
-def array_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
+def read_captions(path: Path) -> None:
+    shutil.copy(DATA / "dev_ims.npy", path.parent)
+    Vocabulary.load(BERT).encode(Split.open(path.parent, "dev", WIDTH).captions, 12)
+
+
+def read_features(path: Path) -> None:
+    shutil.copy(DATA / "dev_caps.txt", path.parent)
+    split = Split.open(path.parent, "dev", WIDTH)
+    split.regions(split.image_rows(np.arange(min(3, split.images))))
+
+
+def read_words(path: Path) -> None:
+    Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9)
+
+
+def scores(folder: Path) -> Reader:
+    np.save(folder / "s.npy", np.ones((2, 10), np.float32))
+    return by_bytes("s.npy", [(folder / "s.npy").read_bytes()], map_scores)
 
 
 def annotations(folder: Path) -> Reader:
@@ -310,10 +292,8 @@ def read_tsv(path: Path) -> None:
 def extraction(folder: Path) -> Reader:
     about = {"dtype": "float16", "model": "tsv"}
     known = about | {"ids": images_digest(list(NAMES), NAMES)}
-    seeds = [
-        json.dumps({"about": known, "rows": 0, "left_out": out, "complete": False}).encode()
-        for out in ([], [1])
-    ]
+    record = {"about": known, "rows": 0, "complete": False}
+    seeds = [json.dumps(record | {"left_out": rows}).encode() for rows in ([], [1])]
 
     def read(path: Path) -> None:
         """Resume from a record, without the files of the input before."""
@@ -332,10 +312,10 @@ def extraction(folder: Path) -> Reader:
 
 def image(folder: Path) -> Reader:
     pixels = Image.fromarray(np.arange(12 * 10 * 3, dtype=np.uint8).reshape(12, 10, 3))
-    buffers = {kind: io.BytesIO() for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")}
-    for kind, buffer in buffers.items():
-        pixels.save(buffer, format=kind)
-    return by_bytes("image", [buffer.getvalue() for buffer in buffers.values()], read_image)
+    kinds = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+    for kind in kinds:
+        pixels.save(folder / kind, format=kind)
+    return by_bytes("image", [(folder / kind).read_bytes() for kind in kinds], read_image)
 
 
 def cut_metrics(path: Path) -> None:
@@ -352,7 +332,10 @@ def simple(name: str, seed: bytes, read: Callable[[Path], Any]) -> Callable[[Pat
     return lambda folder: by_bytes(name, [seed], read)
 
 
-STEPS = range(1, 6)
+def lines(line: bytes) -> bytes:
+    return b"".join(line % step for step in range(1, 6))
+
+
 SESSION = {"resumed_at": [1, 2], "earlier": [{"commit": "a"}], "seconds": 3.5, "options": {"a": 1}}
 READERS: dict[str, Callable[[Path], Reader]] = {
     "official_checkpoint": lambda folder: by_values(
@@ -362,17 +345,13 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "resume": resume,
     "newest": newest,
     "arrays_checkpoint": arrays_checkpoint,
-    "bert_weights": bert_file("pytorch_model.bin", safe=False),
-    "bert_arrays": bert_file("model.safetensors", safe=True),
-    "bert_sizes": bert_file("bert_config.json", safe=True),
-    "bert_words": simple(
-        "vocab.txt",
-        (BERT / "vocab.txt").read_bytes(),
-        lambda path: Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9),
-    ),
-    "captions": captions,
-    "features": features,
-    "scores": simple("s.npy", array_bytes(np.ones((2, 10), np.float32)), map_scores),
+    "bert_weights": lambda folder: bert_file(folder, "pytorch_model.bin"),
+    "bert_arrays": lambda folder: bert_file(folder, "model.safetensors"),
+    "bert_sizes": lambda folder: bert_file(folder, "bert_config.json"),
+    "bert_words": simple("vocab.txt", (BERT / "vocab.txt").read_bytes(), read_words),
+    "captions": simple("dev_caps.txt", (DATA / "dev_caps.txt").read_bytes(), read_captions),
+    "features": simple("dev_ims.npy", (DATA / "dev_ims.npy").read_bytes(), read_features),
+    "scores": scores,
     "ids": simple("dev_ids.txt", b"a\nb\n3\n", lambda path: read_ids(path, images=3)),
     "names": simple(
         "id_mapping.json", json.dumps(NAMES).encode(), lambda path: read_names(path.parent)
@@ -382,14 +361,8 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "extraction": extraction,
     "image": image,
     "run_json": simple("run.json", json.dumps(SESSION).encode(), runlog._earlier_sessions),
-    "metrics": simple(
-        "metrics.jsonl",
-        b"".join(b'{"step": %d, "Le": 0.5}\n' % step for step in STEPS),
-        cut_metrics,
-    ),
-    "train_log": simple(
-        "train.log", b"".join(b"2026-01-01 10:00:00,0 [%d] x\n" % step for step in STEPS), cut_log
-    ),
+    "metrics": simple("metrics.jsonl", lines(b'{"step": %d, "Le": 0.5}\n'), cut_metrics),
+    "train_log": simple("train.log", lines(b"2026-01-01 10:00:00,0 [%d] x\n"), cut_log),
 }
 
 

@@ -1,8 +1,6 @@
 """torch_files.py: damaged files and files that ask for code are refused."""
 
 import errno
-import hashlib
-import io
 import os
 import random
 import struct
@@ -11,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDEN, same
-from test_files import largest_file
 
 from common.errors import InputError
 from common.files import read_text
@@ -32,16 +29,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "file.pth.tar"
 
 
-def sealed(path: Path) -> bytes:
-    """A file as earlier versions wrote it, with a checksum as the comment of the zip file."""
-    seal = b"sha256=" + hashlib.sha256(path.read_bytes()).hexdigest().encode()
-    return path.read_bytes()[:-2] + len(seal).to_bytes(2, "little") + seal
-
-
-@pytest.mark.parametrize("seal", [False, True])
-def test_a_flipped_bit_is_refused_or_changes_nothing(path: Path, seal: bool) -> None:
-    whole, draw = sealed(path) if seal else path.read_bytes(), random.Random(0)
-    path.write_bytes(whole)
+def test_a_flipped_bit_is_refused_or_changes_nothing(path: Path) -> None:
+    whole, draw = path.read_bytes(), random.Random(0)
     assert same(read_torch(path), CONTENT) and same(torch.load(path, weights_only=True), CONTENT)
     refused = 0
     for _ in range(FLIPS):
@@ -74,13 +63,6 @@ def test_a_truncated_file_is_refused(path: Path, official: bool) -> None:
             read_torch(path)
 
 
-def test_a_full_disk_keeps_the_old_file(path: Path) -> None:
-    before = path.read_bytes()
-    with largest_file(100_000), pytest.raises(InputError, match=path.name):
-        write_torch(path, {"weights": torch.zeros(100_000)})
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_disk_without_space_keeps_the_old_file(
     path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,19 +79,16 @@ def test_a_disk_without_space_keeps_the_old_file(
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("expression", [True, False])
 def test_code_in_a_file_never_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool, expression: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
 ) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
-            if expression:
-                return eval, ("__import__('os').mkdir('executed')",)
             return os.mkdir, ("executed",)
 
     monkeypatch.chdir(tmp_path)
     torch.save({"x": Evil()}, tmp_path / "x", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match="eval" if expression else "mkdir") as error:
+    with pytest.raises(InputError, match="mkdir") as error:
         read_torch(tmp_path / "x")
     assert not isinstance(error.value, Damaged) and "weights_only" not in str(error.value)
     assert os.listdir(tmp_path) == ["x"]
@@ -145,7 +124,5 @@ def test_a_safetensors_header_that_claims_too_much(tmp_path: Path) -> None:
 
 
 def test_files_of_torch_before_1_6_are_read(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(CONTENT, buffer, _use_new_zipfile_serialization=False)
-    (tmp_path / "x").write_bytes(buffer.getvalue())
+    torch.save(CONTENT, tmp_path / "x", _use_new_zipfile_serialization=False)
     assert same(read_torch(tmp_path / "x"), CONTENT)
