@@ -12,14 +12,13 @@ without --overwrite resumes it and writes the same bytes as an uninterrupted run
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib import format as npy
 
 from common.cli import parse, pick_device, print_line, progress, run
 from common.config import LARGEST
@@ -28,7 +27,7 @@ from common.files import (
     explain_os_errors,
     map_array,
     read_json,
-    write_blocks,
+    write_array,
     write_json,
     write_lines,
 )
@@ -51,12 +50,11 @@ from common.signals import Signals
 from scripts.parts.images import REGIONS
 
 if TYPE_CHECKING:
-    from scripts.parts.regions import Blocks, Source
+    from scripts.parts.regions import Source
 
 log = logging.getLogger(__name__)
 
 SAVED_ROWS = 256  # at most so many rows are computed again after an interruption
-COPIED_ROWS = 500  # at a time
 OPTIONS_OF = {
     "fasterrcnn": ("images", "weights"),
     "efficientnet_lite2": ("images",),
@@ -94,11 +92,10 @@ class Options:
 
 
 class Extraction:
-    """The files of a split's features, and the record of how many rows are done.
+    """The growing files of a split's features, and the record of how many rows are done.
 
-    Rows are written to {split}_ims.npy.extracting and {split}_boxes.npy.extracting. When all are
-    done, the files get their names. If images are left out, {name}.new holds the kept rows,
-    captions and ids until then.
+    Rows are appended to {split}_ims.npy.new and {split}_boxes.npy.new. When all are done, the files
+    get their names; if images are left out, so do new files of the others' captions and ids.
     """
 
     def __init__(
@@ -110,23 +107,15 @@ class Extraction:
         ids = ids_file(folder, split)
         self.arrays_paths = (features, boxes_file(folder, split))
         self.text_paths = (captions, ids)
-        self.arrays: list[np.memmap] = []
-        self.state = self._read_record()
+        self.files: list[tuple[Path, tuple[int, int], np.dtype]] = []  # shape and type of a row
+        self.state: dict[str, Any] = {}
+        if self.record.exists():
+            self.state = read_json(self.record, "a record of what was extracted")
         if self.state.get("renaming"):
             self._rename()  # before captions and ids are read: they may be of two extractions
         self.captions = read_captions(captions)
         self.ids = read_ids(ids, count_images(captions, self.captions))
         check_named(ids, self.ids, names)
-
-    def _read_record(self) -> dict[str, Any]:
-        if not self.record.exists():
-            return {}
-        try:
-            return read_json(self.record, "a record of what was extracted")
-        except InputError:
-            if not self.overwrite:
-                raise
-            return {}
 
     @property
     def complete(self) -> bool:
@@ -137,123 +126,107 @@ class Extraction:
         """Number of rows that are done, left out ones included."""
         return self.state["rows"]
 
-    @property
-    def left_out(self) -> list[int]:
-        """Rows of images that cannot be read."""
-        return sorted(set(self.state["left_out"]))
-
     def begin(self, about: dict[str, Any], width: int) -> None:
-        """Open the files as an earlier run left them, or new ones.
+        """Begin new files, or check and resume those of an earlier run.
 
         `about` is all that the rows depend on, `dtype` among it. Raises InputError if the files are
         of another run, or damaged.
         """
         about = about | {"ids": images_digest(self.ids, self.names)}
-        if self.overwrite or not self.record.exists():
+        if self.overwrite or not self.state:
             there = [str(path) for path in self.arrays_paths if path.exists()]
             problem = f"{', '.join(there)}: is there already; --overwrite replaces it"
             require(self.overwrite or not there, problem)
+            for path in (*self.arrays_paths, *self.text_paths):
+                _new(path).unlink(missing_ok=True)
             self.state = {"about": about, "rows": 0, "left_out": [], "complete": False}
         else:
             self._check_record(about)
-        if self.complete:
-            self._check_complete()
-            return
-        if not self.rows:
-            for path in (*self.arrays_paths, *self.text_paths):
-                _new(path).unlink(missing_ok=True)
-        widths_and_types = ((width, about["dtype"]), (4, "float32"))
-        self.arrays = [
-            self._open_array(_partial(path), *kind)
-            for path, kind in zip(self.arrays_paths, widths_and_types, strict=True)
-        ]
-        self.save()
+        if not self.complete:
+            features, boxes = self.arrays_paths
+            self._begin_file(_new(features), (REGIONS, width), np.dtype(about["dtype"]))
+            self._begin_file(_new(boxes), (REGIONS, 4), np.dtype("float32"))
+            self.save()
 
     def _check_record(self, about: dict[str, Any]) -> None:
-        """Raise InputError if the record is of another run, or damaged."""
+        """Raise InputError if the record or complete features are of another run, or damaged."""
         old = self.state.get("about")
         changed = [k for k in about if not isinstance(old, dict) or old.get(k) != about[k]]
         problem = f"{self.record}: was begun with another {', '.join(changed)}"
         require(not changed, f"{problem}; --overwrite begins again")
-        left_out = self.state.get("left_out")
-        rows = [self.state.get("rows"), *(left_out if isinstance(left_out, list) else [None])]
-        are_rows = all(type(row) is int and 0 <= row <= len(self.ids) for row in rows)
-        require(are_rows or self.complete is True, f"{self.record}: is damaged: rows {rows[0]}")
+        if self.complete:
+            expected = f"{len(self.ids)} rows, as {self.record.name} says; --overwrite makes them"
+            for path in self.arrays_paths:
+                count = len(map_array(path, expected))
+                require(count == len(self.ids), f"{path}: {count} rows; expected {expected}")
+            return
+        rows: Any = self.state.get("rows")
+        left_out: Any = self.state.get("left_out")
+        is_count = type(rows) is int and 0 <= rows <= len(self.ids)
+        are_ints = isinstance(left_out, list) and all(type(row) is int for row in left_out)
+        is_whole = is_count and are_ints and left_out == sorted(set(left_out) & set(range(rows)))
+        require(is_whole, f"{self.record}: is damaged; --overwrite begins again")
 
-    def _check_complete(self) -> None:
-        """Raise InputError if the features of a complete extraction are missing or too short."""
-        expected = f"{len(self.ids)} rows, as {self.record.name} says; --overwrite makes them again"
-        for path in self.arrays_paths:
-            rows = len(map_array(path, expected))
-            require(rows == len(self.ids), f"{path}: {rows} rows; expected {expected}")
+    def _begin_file(self, path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
+        """Write an empty file of rows, or cut an earlier run's behind the rows that are done."""
+        rows = self.rows - len(self.state["left_out"])
+        if rows:
+            expected = f"{rows} rows of shape {shape}, {dtype}; --overwrite begins again"
+            require(not path.is_symlink(), f"{path}: is a link; expected {expected}")
+            old = map_array(path, expected)
+            if len(old) < rows or old.shape[1:] != shape or old.dtype != dtype:
+                raise InputError(f"{path}: shape {old.shape}, {old.dtype}; expected {expected}")
+            with explain_os_errors(path, "a file to write"):
+                os.truncate(path, old.offset + rows * old[0].nbytes)
+        else:
+            write_array(path, np.empty((0, *shape), dtype))
+        self.files.append((path, shape, dtype))
 
-    def _open_array(self, path: Path, width: int, dtype: str) -> np.memmap:
-        """Open a file of rows as a memory map, with its disk space allocated."""
-        shape = (len(self.ids), REGIONS, width)
-        with explain_os_errors(path, "a file to write"):
-            if self.rows:
-                expected = f"the first {self.rows} rows; --overwrite begins again"
-                require(not path.is_symlink(), f"{path}: is a link; expected {expected}")
-                old = map_array(path, expected)  # mode r+ would extend a file that is too short
-                if old.shape != shape or old.dtype != dtype:
-                    raise InputError(f"{path}: shape {old.shape}, {old.dtype}; expected {expected}")
-                return open_memmap(path, mode="r+")
-            path.unlink(missing_ok=True)
-            array = open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
-            # On a full disk a write to a map would kill the process; macOS lacks the call.
-            with path.open("r+b") as file, suppress(AttributeError):
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-            return array
+    def put(self, features: np.ndarray, boxes: np.ndarray) -> None:
+        """Append features `[n, 36, width]` and boxes `[n, 36, 4]`.
 
-    def put(self, rows: Sequence[int], features: np.ndarray, boxes: np.ndarray) -> None:
-        """Store features `[n, 36, width]` and boxes `[n, 36, 4]` of some rows.
-
-        Raises InputError if float16 cannot hold the features.
+        Raises InputError if float16 cannot hold them, or the disk is full.
         """
-        with np.errstate(over="ignore"):
-            for array, values in zip(self.arrays, (features, boxes), strict=True):
-                array[rows] = values
-        if not np.isfinite(self.arrays[0][rows]).all():
-            of = f"features of ids {self.ids[rows[0]]} to {self.ids[rows[-1]]}"
-            raise InputError(f"{of}: not finite as {self.arrays[0].dtype}")
+        for (path, _, dtype), values in zip(self.files, (features, boxes), strict=True):
+            with np.errstate(over="ignore"):
+                values = np.ascontiguousarray(values, dtype)
+            end = f"behind row {self.rows}"
+            require(bool(np.isfinite(values).all()), f"{path}: {end}: not finite as {dtype}")
+            with explain_os_errors(path, "a file to write"), path.open("ab") as file:
+                file.write(values.data)
 
-    def leave_out(self, row: int) -> None:
-        """Leave a row and its captions out of the results."""
-        self.state["left_out"].append(row)
-
-    def advance(self, rows: int) -> None:
-        """Note, in memory, that the first `rows` are done."""
-        self.state["rows"] = rows
+    def advance(self, rows: int, left_out: Iterable[int]) -> None:
+        """Note, in memory, that the first `rows` are done, and which new ones are left out."""
+        self.state |= {"rows": rows, "left_out": [*self.state["left_out"], *left_out]}
 
     def save(self) -> None:
-        """Write rows and record to the disk: a later run resumes here."""
-        for array in self.arrays:
-            array.flush()
-        left_out = [row for row in self.state["left_out"] if row < self.rows]
-        write_json(self.record, self.state | {"left_out": left_out})
+        """Write rows, their number in the headers, and the record to the disk."""
+        rows = self.rows - len(self.state["left_out"])
+        for path, shape, dtype in self.files:
+            header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False}
+            with explain_os_errors(path, "a file to write"), path.open("r+b") as file:
+                # As long as before: numpy leaves space for a larger number of rows.
+                npy.write_array_header_1_0(file, header | {"shape": (rows, *shape)})
+                file.flush()
+                os.fsync(file.fileno())
+        write_json(self.record, self.state)
 
-    def finish(self) -> None:
-        """Give the files their names. Raises InputError if all rows are left out."""
-        left_out = set(self.left_out)
+    def finish(self) -> list[str]:
+        """Give the files their names, and return the ids that are left out.
+
+        Raises InputError if all are.
+        """
+        left_out = set(self.state["left_out"])
         kept = [row for row in range(len(self.ids)) if row not in left_out]
         require(bool(kept), f"{self.text_paths[1]}: none of its {len(self.ids)} images can be read")
         if left_out:
-            self._write_kept(kept)
-        self.arrays = []  # a mapped file keeps its disk space even after it is deleted
+            n, ids = CAPTIONS_PER_IMAGE, [self.ids[row] for row in kept]
+            captions = [c for row in kept for c in self.captions[n * row : n * (row + 1)]]
+            for path, lines in zip(self.text_paths, (captions, ids), strict=True):
+                write_lines(_new(path), lines)
+            self.state["about"]["ids"] = images_digest(ids, self.names)
         self._rename()
-
-    def _write_kept(self, kept: Sequence[int]) -> None:
-        """Write the rows, captions and ids of the images that are kept."""
-        for array, path in zip(self.arrays, self.arrays_paths, strict=True):
-            write_blocks(
-                _new(path), (len(kept), *array.shape[1:]), array.dtype, _blocks(array, kept)
-            )
-        n = CAPTIONS_PER_IMAGE
-        captions = [caption for row in kept for caption in self.captions[n * row : n * (row + 1)]]
-        ids = [self.ids[row] for row in kept]
-        for path, lines in zip(self.text_paths, (captions, ids), strict=True):
-            write_lines(_new(path), lines)
-        self.state["about"]["ids"] = images_digest(ids, self.names)
+        return [self.ids[row] for row in sorted(left_out)]
 
     def _rename(self) -> None:
         """Give the files their names. If the run is killed here, the next one does it."""
@@ -261,24 +234,12 @@ class Extraction:
         for path in (*self.arrays_paths, *self.text_paths):
             if _new(path).exists():
                 _new(path).replace(path)
-            elif _partial(path).exists() and not self.state.get("left_out"):
-                _partial(path).replace(path)
-            _partial(path).unlink(missing_ok=True)
         self.state |= {"renaming": False, "complete": True}
         write_json(self.record, self.state)
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".extracting")
-
-
 def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
-
-
-def _blocks(array: np.ndarray, kept: Sequence[int]) -> Iterator[np.ndarray]:
-    for first in range(0, len(kept), COPIED_ROWS):
-        yield array[kept[first : first + COPIED_ROWS]]
 
 
 def make_source(options: Options) -> "Source":
@@ -305,8 +266,6 @@ def extract(
 
     Raises InputError, and Stopped between two batches.
     """
-    from scripts.parts.regions import Blocks
-
     split, ids = extraction.split, extraction.ids
     # The last bits of features depend on how many images are encoded at a time.
     about = {"dtype": options.dtype, "batch_size": options.batch_size}
@@ -314,50 +273,48 @@ def extract(
     if extraction.complete:
         print_line(f"{split}: complete\n")
         return
-    images = Blocks(source.reader, [arguments[key] for key in ids])
     try:
-        _extract_rows(extraction, source, images, options, signals)
+        _extract_rows(extraction, source, [arguments[key] for key in ids], options, signals)
     finally:
         extraction.save()
-    extraction.finish()
-    left_out = [ids[row] for row in extraction.left_out]
+    left_out = extraction.finish()
     note = f"; left out: ids {summarise(left_out)}" if left_out else ""
     print_line(f"{split}: {len(ids) - len(left_out)} images, {source.width} wide{note}\n")
 
 
 def _extract_rows(
-    extraction: Extraction, source: "Source", images: "Blocks", options: Options, signals: Signals
+    extraction: Extraction,
+    source: "Source",
+    arguments: Sequence[Any],
+    options: Options,
+    signals: Signals,
 ) -> None:
     """Extract the missing rows batch by batch, and save every SAVED_ROWS."""
     from common.workers import load
+    from scripts.parts.regions import Blocks
 
-    size, total, saved = options.batch_size, len(extraction.ids), extraction.rows
+    size, total, saved = options.batch_size, len(arguments), extraction.rows
     blocks = [(row, min(row + size, total)) for row in range(saved, total, size)]
-    batches = load(images, blocks, options.workers)
+    batches = load(Blocks(source.reader, arguments), blocks, options.workers)
     with progress(f"{extraction.split} regions", total, "image") as bar:
         bar.update(saved)
         for (first, stop), items in zip(blocks, batches, strict=True):
             signals.check()
-            _encode(extraction, source, dict(enumerate(items, first)), options.skip_broken)
-            extraction.advance(stop)
+            errors = {
+                r: item for r, item in enumerate(items, first) if isinstance(item, InputError)
+            }
+            for row, error in errors.items():
+                advice = "--skip_broken leaves it and its captions out"
+                require(options.skip_broken, f"{error} ({advice})")
+                log.warning("left out: id %s: %s", extraction.ids[row], error)
+            whole = [item for item in items if not isinstance(item, InputError)]
+            if whole:
+                extraction.put(*source.encode(whole))
+            extraction.advance(stop, errors)
             bar.update(stop - first)
             if stop - saved >= SAVED_ROWS:
                 saved = stop
                 extraction.save()
-
-
-def _encode(extraction: Extraction, source: "Source", items: dict[int, Any], skip: bool) -> None:
-    """Encode and store what the reader returned for some rows."""
-    whole = {row: item for row, item in items.items() if not isinstance(item, InputError)}
-    for row, item in items.items():
-        if row in whole:
-            continue
-        if not skip:
-            raise InputError(f"{item} (--skip_broken leaves it and its captions out)")
-        log.warning("left out: id %s: %s", extraction.ids[row], item)
-        extraction.leave_out(row)
-    if whole:
-        extraction.put(list(whole), *source.encode(list(whole.values())))
 
 
 def main() -> None:

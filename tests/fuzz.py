@@ -304,7 +304,7 @@ def extraction(folder: Path) -> Reader:
         resumed = Extraction(path.parent, "dev", NAMES, False)
         resumed.begin(about, 3)
         if not resumed.complete:
-            resumed.put([0, 1], np.zeros((2, 36, 3)), np.zeros((2, 36, 4)))
+            resumed.put(np.zeros((2, 36, 3)), np.zeros((2, 36, 4)))
             resumed.finish()
 
     return by_bytes("dev_regions.json", seeds, read)

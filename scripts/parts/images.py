@@ -6,6 +6,7 @@ before its pixels are decoded.
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -33,18 +34,14 @@ def find_images(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
     require(folder.is_dir(), f"{folder}: not found; expected the folder of the images")
     parents = {PurePosixPath(name).parent for name in names.values()}
     absent = {parent for parent in parents if not (folder / parent).is_dir()}
-    paths: dict[str, Path] = {}
-    name_of: dict[Path, PurePosixPath] = {}
-    for key, name in names.items():
+    paths = {}
+    for name in names.values():
         relative = PurePosixPath(name)
-        path = folder / (relative.name if relative.parent in absent else relative)
-        other = name_of.setdefault(path, relative)
-        if other != relative:
-            raise InputError(
-                f"{folder}: {other} and {name} would both be {path}, without subfolders"
-            )
-        paths[key] = path
-    return paths
+        paths[name] = folder / (relative.name if relative.parent in absent else relative)
+    path, count = Counter(paths.values()).most_common(1)[0]
+    problem = f"{folder}: {count} images would all be {path}; expected subfolders, as the names say"
+    require(count == 1, problem)
+    return {key: paths[name] for key, name in names.items()}
 
 
 def read_image(path: Path) -> Image.Image:

