@@ -12,8 +12,6 @@ optimiser's state are left out; any other missing or surplus weight is an error.
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,10 +41,19 @@ def main() -> None:
     source, out = Path(options.tensorflow), Path(options.out)
     check_new_folder("--out", out)
     prefix = find_checkpoint(source)
+    data = Path(f"{prefix}{DATA}")
     from checkpoint.bert import assemble_bert, write_bert
 
-    data = Path(f"{prefix}{DATA}")
-    bert = assemble_bert(source, read_weights(open_checkpoint(prefix), data), data)
+    try:
+        weights = read_weights(open_checkpoint(prefix), data)
+    except InputError:
+        raise
+    except Exception as error:  # TensorFlow has many for a damaged file
+        if is_oom(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{prefix}: no whole TensorFlow checkpoint: {reason}") from error
+    bert = assemble_bert(source, weights, data)
     write_bert(out, bert)
     log.info("%s: written, fingerprint %s", out, bert.fingerprint[:12])
 
@@ -66,34 +73,31 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def open_checkpoint(prefix: Path) -> Any:
-    """Return TensorFlow's CheckpointReader. Raises InputError if TensorFlow is missing or fails."""
+    """Return TensorFlow's CheckpointReader. Raises InputError if TensorFlow is missing."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no lines about processors and GPUs
     try:
         from tensorflow.train import load_checkpoint
     except ImportError as error:
         command = "pip install tensorflow-cpu"
         raise InputError(f"TensorFlow reads its checkpoints and is missing: {command}") from error
-    with _explain_damage(prefix):
-        return load_checkpoint(str(prefix))
+    return load_checkpoint(str(prefix))
 
 
 def read_weights(reader: Any, source: Path) -> "Weights":
     """Return the weights of BERT under torch's names, float32; matrices are `[outputs, inputs]`.
 
-    `source` is the file that holds the numbers. Raises InputError if it is damaged, or if a weight
-    is not float32.
+    Raises InputError if a weight in the file `source` is not float32.
     """
     import torch
 
     weights: Weights = {}
-    with _explain_damage(source):
-        for name, dtype in sorted(reader.get_variable_to_dtype_map().items()):
-            if OPTIMIZER.search(name):
-                continue
-            if dtype.name != "float32":
-                raise InputError(f"{source}: {name} is {dtype.name}; expected float32")
-            array = torch.tensor(reader.get_tensor(name))
-            weights[torch_name(name)] = array.T if name.endswith("/kernel") else array
+    for name, dtype in sorted(reader.get_variable_to_dtype_map().items()):
+        if OPTIMIZER.search(name):
+            continue
+        if dtype.name != "float32":
+            raise InputError(f"{source}: {name} is {dtype.name}; expected float32")
+        array = torch.tensor(reader.get_tensor(name))
+        weights[torch_name(name)] = array.T if name.endswith("/kernel") else array
     return weights
 
 
@@ -102,20 +106,6 @@ def torch_name(name: str) -> str:
     name = re.sub(r"/layer_(\d+)/", r"/layer.\1/", name)
     name = re.sub(r"/kernel$|(?<=_embeddings)$", "/weight", name)
     return name.replace("/", ".")
-
-
-@contextmanager
-def _explain_damage(path: Path) -> Iterator[None]:
-    """Turn TensorFlow's many errors for a damaged file into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if is_oom(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: no whole TensorFlow checkpoint: {reason}") from error
 
 
 if __name__ == "__main__":
