@@ -5,7 +5,7 @@
     python -m scripts.prepare_captions captions_train2014.json captions_val2014.json --out data/coco
 
 JSON is Karpathy's (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json, or your own
-images in that form) or MSCOCO's annotations (captions_*.json, through pycocotools).
+images in that form) or MSCOCO's annotations (captions_*.json).
 
 Splits. Karpathy's: train and restval become train, val becomes dev, test becomes test. MSCOCO's
 annotations: captions_train* becomes train; of captions_val*, ordered by image id, the first 5,000
@@ -17,11 +17,10 @@ Output: {split}_caps.txt, five lines an image (its first five sentences, each on
 id_mapping.json, id to file name. An image with fewer than five sentences is an error.
 """
 
-import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -105,27 +104,25 @@ def read_karpathy(path: Path, content: dict[str, Any]) -> Iterator[CaptionedImag
 
 def read_annotations(path: Path, content: dict[str, Any]) -> Iterator[CaptionedImage]:
     """Yield the images of MSCOCO's annotations, by id. Raises InputError."""
-    from pycocotools.coco import COCO
-
-    kinds = [kind for kind in ("train", "val") if path.name.startswith(f"captions_{kind}")]
-    require(bool(kinds), f"{path}: expected a name that begins with captions_train or captions_val")
-    coco = COCO()
-    coco.dataset = content
-    with explain_errors(str(path)), redirect_stdout(io.StringIO()):  # it prints what it does
-        coco.createIndex()
-        ids = sorted(coco.imgs)
-    require(len(ids) == len(content["images"]), f"{path}: two images have the same id")
-    held_out = min(HELD_OUT, len(ids) // 2) if kinds == ["val"] else 0
+    is_val = path.name.startswith("captions_val")
+    expected = "expected a name that begins with captions_train or captions_val"
+    require(is_val or path.name.startswith("captions_train"), f"{path}: {expected}")
     subfolder = path.stem.removeprefix("captions_")  # train2014, for example
-    for number, key in enumerate(ids):
-        with explain_errors(f"{path}: image {brief_repr(key)}"):
-            name = file_name([subfolder, coco.imgs[key]["file_name"]], str(path))
-            annotations = sorted(coco.imgToAnns[key], key=lambda annotation: annotation["id"])
-            captions = first_five([a["caption"] for a in annotations], f"{path}: {name}")
-            split: SplitName = "train"
-            if number < 2 * held_out:
-                split = "dev" if number < held_out else "test"
-            yield CaptionedImage(image_id(key, f"{path}: {name}"), name, split, captions, True)
+    sentences: dict[Any, list[str]] = defaultdict(list)
+    with explain_errors(str(path)):
+        for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
+            sentences[annotation["image_id"]].append(annotation["caption"])
+        images = sorted(content["images"], key=lambda image: image["id"])
+    held_out = min(HELD_OUT, len(images) // 2) if is_val else 0
+    for number, image in enumerate(images):
+        split: SplitName = "train"
+        if number < 2 * held_out:
+            split = "dev" if number < held_out else "test"
+        with explain_errors(f"{path}: image {brief_repr(image['id'])}"):
+            name = file_name([subfolder, image["file_name"]], str(path))
+            what = f"{path}: {name}"
+            captions = first_five(sentences[image["id"]], what)
+            yield CaptionedImage(image_id(image["id"], what), name, split, captions, True)
 
 
 def image_id(value: Any, what: str) -> str:
@@ -144,21 +141,17 @@ def file_name(parts: Sequence[str], what: str) -> str:
     return name
 
 
-def first_five(sentences: Sequence[Any], what: str) -> tuple[str, ...]:
+def first_five(sentences: Sequence[str], what: str) -> tuple[str, ...]:
     """Return the first five sentences, each on one line. Raises InputError if one is unusable."""
     n = CAPTIONS_PER_IMAGE
     require(len(sentences) >= n, f"{what}: {len(sentences)} sentences; expected {n}")
-    lines = []
-    for number, sentence in enumerate(sentences[:n], 1):
-        line = " ".join(sentence.split())
-        has_surrogates = any("\ud800" <= c <= "\udfff" for c in line)  # which UTF-8 cannot encode
-        if has_surrogates or not 0 < len(line) <= LONGEST_CAPTION:
-            raise InputError(
-                f"{what}, sentence {number}: {line[:40]!r}, {len(line)} characters; expected text "
-                f"of 1 to {LONGEST_CAPTION} characters"
-            )
-        lines.append(line)
-    return tuple(lines)
+    lines = tuple(" ".join(sentence.split()) for sentence in sentences[:n])
+    for number, line in enumerate(lines, 1):
+        problem = f"{what}, sentence {number}: {line[:40]!r}, {len(line)} characters"
+        expected = f"expected text of 1 to {LONGEST_CAPTION} characters"
+        require(0 < len(line) <= LONGEST_CAPTION, f"{problem}; {expected}")
+        line.encode()  # raises ValueError for half a surrogate pair, which UTF-8 cannot hold
+    return lines
 
 
 def group_by_split(
@@ -183,17 +176,10 @@ def check_existing(folder: Path, splits: Mapping[SplitName, Sequence[CaptionedIm
                 problem = f"{path}: is of a split that the JSON does not have; move it away"
                 require(not os.path.lexists(path), problem)
         elif os.path.lexists(features):
+            ids, names = read_lines(ids_file(folder, name), "ids, one a line"), read_names(folder)
+            images = [(image.key, image.name) for image in splits[name]]
             problem = f"{features}: is of other images or in another order; move it away"
-            require(has_same_images(folder, name, splits[name]), problem)
-
-
-def has_same_images(folder: Path, name: SplitName, images: Sequence[CaptionedImage]) -> bool:
-    """Whether ids and file names of a split in `folder` are those of `images`, in their order."""
-    try:
-        ids, names = read_lines(ids_file(folder, name), "ids, one a line"), read_names(folder)
-    except InputError:
-        return False
-    return [(key, names.get(key)) for key in ids] == [(image.key, image.name) for image in images]
+            require([(key, names.get(key)) for key in ids] == images, problem)
 
 
 def write(folder: Path, splits: Mapping[SplitName, Sequence[CaptionedImage]]) -> None:

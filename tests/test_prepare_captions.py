@@ -11,16 +11,12 @@ from scripts import prepare_captions
 
 
 def karpathy(splits: list[str], **more: object) -> dict:
+    sentences = [[{"raw": f"image {i} text\n {s} "} for s in range(6)] for i in range(len(splits))]
     images = [
-        {
-            "imgid": i,
-            "filename": f"{i}.jpg",
-            "split": split,
-            "sentences": [{"raw": f"image {i} text\n {s} "} for s in range(6)],
-        }
+        {"imgid": i, "filename": f"{i}.jpg", "split": split, "sentences": sentences[i]} | more
         for i, split in enumerate(splits)
     ]
-    return {"dataset": "own", "images": [image | more for image in images]}
+    return {"dataset": "own", "images": images}
 
 
 def annotations(ids: list[int]) -> dict:
@@ -63,12 +59,9 @@ def test_karpathy_splits(tmp_path: Path, prepare: Callable[..., str]) -> None:
     assert json.loads((out / "id_mapping.json").read_text())["3"] == "3.jpg"
 
 
-@pytest.mark.parametrize(("number", "kept"), [("2", ["0", "2"]), ("9", ["0", "2", "4"])])
-def test_first_images_of_train(
-    tmp_path: Path, prepare: Callable[..., str], number: str, kept: list[str]
-) -> None:
-    prepare("--train", number, own=karpathy(["train", "val", "restval", "val", "train"]))
-    assert ids_in(tmp_path / "out") == {"train": kept, "dev": ["1", "3"]}
+def test_first_images_of_train(tmp_path: Path, prepare: Callable[..., str]) -> None:
+    prepare("--train", "2", own=karpathy(["train", "val", "restval", "val", "train"]))
+    assert ids_in(tmp_path / "out") == {"train": ["0", "2"], "dev": ["1", "3"]}
 
 
 def test_mscoco_has_testall(
@@ -106,11 +99,12 @@ def test_sizes_of_mscoco_are_karpathys(tmp_path: Path, prepare: Callable[..., st
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda c: c["images"].append({"id": 8, "file_name": "b"}), "the same id"),
+        (lambda c: c["images"].append({"id": 8, "file_name": "b"}), "id 8 belongs to 2 images"),
         (lambda c: c["annotations"][0].update(caption=3), "9.jpg"),
         (lambda c: c["annotations"][0].update(image_id=[]), "captions_train2014.json"),
         (lambda c: c["images"][0].pop("file_name"), "file_name"),
         (lambda c: c.update(images=3), "no images"),
+        (lambda c: c.update(annotations=[3]), "TypeError"),
     ],
 )
 def test_bad_annotations(prepare: Callable[..., str], change: Callable, expected: str) -> None:
@@ -125,16 +119,13 @@ def test_bad_annotations(prepare: Callable[..., str], change: Callable, expected
     [
         ({"sentences": [{"raw": "one"}] * 4}, "0.jpg: 4 sentences"),
         ({"sentences": [{"raw": " "}] * 5}, "0.jpg, sentence 1: ''"),
-        ({"sentences": [{"raw": "\ud800"}] * 5}, "0.jpg, sentence 1"),
+        ({"sentences": [{"raw": "\ud800"}] * 5}, "image 0: UnicodeEncodeError"),
         ({"sentences": [{"raw": "a" * 10_001}] * 5}, "0.jpg, sentence 1"),
         ({"sentences": [{"tokens": []}] * 5}, "image 0: KeyError: 'raw'"),
-        ({"sentences": None}, "image 0"),
         ({"split": "validation"}, "0.jpg: split 'validation'"),
         ({"filename": "../0.jpg"}, "'../0.jpg'"),
-        ({"filename": "/etc/0.jpg"}, "'/etc/0.jpg'"),
         ({"filename": ""}, "file name ''"),
         ({"imgid": "x\ny"}, "0.jpg: id"),
-        ({"imgid": [1]}, "0.jpg: id"),
         ({"imgid": 7}, "id 7 belongs to 2 images"),
     ],
 )
