@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, print_line, run
 from common.errors import InputError, require, summarise
-from common.layout import (
-    CAPTIONS_PER_IMAGE,
-    SplitName,
-    ids_file,
-    names_file,
-    read_ids,
-    read_names,
-)
+from common.layout import CAPTIONS_PER_IMAGE, SplitName, ids_file, names_file, read_ids, read_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,8 +42,7 @@ def load_metrics() -> Any:
 
             return Metrics()
     except ImportError as error:
-        message = f"a package is missing: pip install eccv_caption ({error})"
-        raise InputError(message) from error
+        raise InputError(f"missing package: pip install eccv_caption ({error})") from error
 
 
 def caption_ids(metrics: Any, folder: Path, split: SplitName, images: int) -> "np.ndarray":
@@ -68,9 +60,9 @@ def caption_ids(metrics: Any, folder: Path, split: SplitName, images: int) -> "n
     numbers = [NUMBER.search(names.get(key, key)) for key in ids]
     image_ids = [int(match[1]) if match else -1 for match in numbers]
     unknown = [key for key, i in zip(ids, image_ids, strict=True) if i not in captions_of]
-    found = f"{path}: {images} ids, {len(unknown)} unknown ({summarise(unknown)})"
-    fits = not unknown and len(set(image_ids)) == images == len(known)
-    require(fits, f"{found}; expected MSCOCO's {len(known)} test images, each once")
+    if unknown or not len(set(image_ids)) == images == len(known):
+        problem = f"{path}: {images} ids, {len(unknown)} unknown ({summarise(unknown)})"
+        raise InputError(f"{problem}; expected MSCOCO's {len(known)} test images, each once")
     return np.stack([captions_of[i] for i in image_ids])
 
 
@@ -89,9 +81,7 @@ def compute(metrics: Any, scores: "np.ndarray", captions: "np.ndarray") -> dict[
         target_metrics=FIGURES,
         verbose=False,
     )
-    return {
-        name: {way: 100 * float(v) for way, v in ways.items()} for name, ways in figures.items()
-    }
+    return {k: {way: 100 * float(v) for way, v in ways.items()} for k, ways in figures.items()}
 
 
 def _best(scores: "np.ndarray", queries: "np.ndarray", items: "np.ndarray") -> dict[int, list[int]]:
@@ -109,14 +99,12 @@ def main() -> None:
     metrics = load_metrics()
     from evaluation import map_scores, mean_matrix
 
-    paths = [Path(path) for path in options.scores]
-    matrices = [map_scores(path) for path in paths]
+    matrices = [map_scores(Path(path)) for path in options.scores]
     shapes = {matrix.shape for matrix in matrices}
     require(len(shapes) == 1, f"--scores: matrices of shapes {shapes}; expected the same shape")
     captions = caption_ids(metrics, Path(options.data), options.split, len(matrices[0]))
     scores = mean_matrix(matrix.astype("float64") for matrix in matrices)
-    figures = compute(metrics, scores, captions)
-    for name, ways in figures.items():
+    for name, ways in compute(metrics, scores, captions).items():
         print_line(f"{name}: i2t {ways['i2t']:.1f}, t2i {ways['t2i']:.1f}\n")
 
 

@@ -6,10 +6,8 @@
 For matching pairs of a split it writes
   gates.csv       each layer's, path's and cell's mean gate, and the shares of pairs for which it is
                   closed, and for which the cell's input bypasses closed gates
-  entropy.csv     how evenly the cells share each path, in bits, and how often all are closed
   routes.csv      every pair's path vector, its cluster and its point in the plane
   space.png       the routing space, its paths as wide as their mean gates
-  different.png   the pairs that take the most different routes
   clusters.png    path vectors by t-SNE, in spectral clusters (the paper's Fig. 6)
 and with --pair IMAGE CAPTION (numbers in the split, from 0) that pair's route, pair_3_17.png, and
 where its words attend, words_3_17.png, if --images is given and {split}_boxes.npy exists.
@@ -37,12 +35,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from data import Split
     from scripts.parts.routes import Clusters, Pairs
 
 log = logging.getLogger(__name__)
 
 MOST_CLUSTERS = 8
-EXAMPLES = 4  # routes that different.png shows
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,15 @@ def open_pairs(options: Options) -> Pairs:
     return Pairs(model, split, bert.vocabulary, encoded)
 
 
-def region_boxes(pairs: Pairs, split: SplitName, image: int, file: Path) -> np.ndarray:
+def region_boxes(path: Path, split: Split, image: int, file: Path) -> np.ndarray:
     """Return the boxes `[regions, 4]` of an image's regions, in pixels of its thumbnail.
 
     Raises InputError if they do not fit the split or are not finite.
     """
     import numpy as np
 
-    path = boxes_file(pairs.split.path.parent, split)
     boxes = map_array(path, "boxes of the regions, a .npy file")
-    wanted = (pairs.split.images, pairs.split.regions_per_image, 4)
+    wanted = (split.images, split.regions_per_image, 4)
     require(boxes.shape == wanted, f"{path}: shape {boxes.shape}; expected {wanted}")
     require(bool(np.isfinite(boxes[image]).all()), f"{path}: row {image} holds NaN")
     scale = np.array(thumbnail(file).size) / read_image(file).size
@@ -113,22 +110,18 @@ def draw(
 ) -> dict[str, Figure]:
     """Return the figures by name."""
     from scripts.parts.route_figures import Drawings
-    from scripts.parts.routes import most_different
 
-    title = f"{options.model_path} ({pairs.model.direction}), "
-    drawings = Drawings(pairs, paths, files, f"{title}{len(paths)} pairs of {options.split}")
-    chosen = most_different(paths, EXAMPLES)
-    examples = [(k // CAPTIONS_PER_IMAGE, k) for k in chosen]
-    figures = {"space": drawings.space(), "different": drawings.routes(paths[chosen], examples)}
+    title = f"{options.model_path} ({pairs.model.direction})"
+    drawings = Drawings(pairs, paths, files, f"{title}, {len(paths)} pairs of {options.split}")
+    figures = {"space": drawings.space()}
     if clusters:
         figures["clusters"] = drawings.clusters(clusters)
     if options.pair:
         image, caption = options.pair
-        path = pairs.route(image, [caption])
-        figures[f"pair_{image}_{caption}"] = drawings.routes(path, [(image, caption)])
-        boxed = boxes_file(pairs.split.path.parent, options.split).exists()
-        if files and boxed and "CMRC" in pairs.cells and pairs.words(caption):
-            boxes = region_boxes(pairs, options.split, image, files[image])
+        figures[f"pair_{image}_{caption}"] = drawings.route(image, caption)
+        path = boxes_file(pairs.split.path.parent, options.split)
+        if files and path.exists() and "CMRC" in pairs.cells and pairs.words(caption):
+            boxes = region_boxes(path, pairs.split, image, files[image])
             figures[f"words_{image}_{caption}"] = drawings.words(image, caption, boxes)
         else:
             log.info("no drawing of words, which needs --images, boxes, CMRC and a caption")

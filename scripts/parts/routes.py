@@ -7,7 +7,7 @@ import csv
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +62,10 @@ class Pairs:
             _, paths = self.model.score(*self._modalities(image, captions), len(captions))
         return paths.flatten(0, 1).cpu()
 
-    def gates(self, paths: Tensor) -> list[Tensor]:
-        """Return the gates `[pairs, O, N]` of each layer in path vectors `[pairs, K]`."""
-        return self.model.space.gates(paths)
-
-    def bypasses(self, paths: Tensor) -> list[Tensor]:
-        """Return the weights `[pairs, O, N]` of inputs that bypass closed cells, see `bypasses`."""
-        return bypasses(self.gates(paths), self.model.config.routing == "hard")
+    def layers(self, paths: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return gates and bypasses, both `[pairs, O, N]`, of each layer of path vectors."""
+        gates = self.model.space.gates(paths)
+        return [*zip(gates, bypasses(gates, self.model.config.routing == "hard"), strict=True)]
 
     def attention(self, image: int, caption: int) -> np.ndarray:
         """Return weights `[words, regions]` of the first layer's CMRC, without `[CLS]`, `[SEP]`.
@@ -93,10 +90,6 @@ class Pairs:
         text = self.split.captions[caption]
         ids, mask = self.vocabulary.encode([text], self.model.config.max_words)
         return [self.vocabulary.entries[i] for i in ids[mask].tolist()][1:-1]
-
-    def title(self, image: int, caption: int) -> str:
-        """Return the title of a pair in a drawing."""
-        return f"image {image}, caption {caption}: {self.split.captions[caption]}"
 
     def _modalities(self, image: int, captions: Sequence[int]) -> tuple[Modality, Modality]:
         device = next(self.model.parameters()).device
@@ -124,35 +117,12 @@ def bypasses(gates: Sequence[Tensor], hard: bool) -> list[Tensor]:
     return [*weights, closed.float()]
 
 
-def entropies(weights: Tensor) -> Tensor:
-    """Return how evenly cells share each path, in bits, of weights `[pairs, O, N]`.
-
-    0 is one cell alone (or none), 2 is four cells alike.
-    """
-    shares = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return torch.special.entr(shares).sum(-1) / np.log(2)
-
-
-def most_different(paths: Tensor, count: int) -> list[int]:
-    """Return up to `count` pairs whose path vectors `[pairs, K]` lie far apart, none alike.
-
-    The first is the farthest from the mean, each further one the farthest from those before it.
-    """
-    chosen = [int((paths - paths.mean(0)).norm(dim=-1).argmax())]
-    distance = (paths - paths[chosen[0]]).norm(dim=-1)
-    while len(chosen) < count and distance.max() > 10**-DIGITS:
-        chosen.append(int(distance.argmax()))
-        distance = distance.minimum((paths - paths[chosen[-1]]).norm(dim=-1))
-    return chosen
-
-
 @dataclass(frozen=True)
 class Clusters:
     """Path vectors in a plane and in clusters."""
 
     points: np.ndarray  # [pairs, 2]
     labels: np.ndarray  # [pairs] from 0
-    method: str
 
     def central_pairs(self, paths: Tensor) -> list[int]:
         """Return the pair of each cluster that is the closest to the cluster's mean."""
@@ -170,7 +140,6 @@ def cluster(paths: Tensor, count: int) -> Clusters | None:
     if len(vectors) < count + 2:
         log.warning("no clusters: there are only %d different path vectors", len(vectors))
         return None
-    log.info("t-SNE and %d clusters of %d different path vectors", count, len(vectors))
     neighbours = min(NEIGHBOURS, len(vectors) - 1)
     spectral = SpectralClustering(
         count, affinity="nearest_neighbors", n_neighbors=neighbours, random_state=0
@@ -182,25 +151,21 @@ def cluster(paths: Tensor, count: int) -> Clusters | None:
     init = "pca" if vectors.shape[1] > 1 else "random"  # one number has no second component
     points = TSNE(2, perplexity=perplexity, init=init, random_state=0).fit_transform(vectors)
     same = same.reshape(-1)  # numpy 2.0 returns a second axis
-    method = f"{len(vectors)} different ones; t-SNE of perplexity {perplexity:.0f}, seed 0; "
-    method += f"spectral clusters of the graph of {neighbours} neighbours"
-    return Clusters(points[same], labels[same], method)
+    return Clusters(points[same], labels[same])
 
 
 def write_tables(pairs: Pairs, paths: Tensor, clusters: Clusters | None, out: Path) -> None:
-    """Write gates.csv, entropy.csv and routes.csv."""
-    gates, entropy, columns = [], [], []
-    for name, weights, bypass in _by_path(pairs, paths):
-        layer, path = name
-        closed, bits = weights == 0, entropies(weights + bypass)
-        entropy.append([layer, path, *_rounded([bits.mean(), closed.all(-1).float().mean()])])
-        for n, cell in enumerate(pairs.cells):
-            means = [part[:, n].float().mean() for part in (weights, closed, bypass)]
-            gates.append([layer, path, cell, *_rounded(means)])
-            columns.append(f"{layer} {cell}>{path}")
+    """Write gates.csv and routes.csv."""
+    means: list[list[object]] = []
+    layers = pairs.layers(paths)
+    for layer, (gates, bypass) in enumerate(layers, 1):
+        for o, target in enumerate(pairs.cells if layer < len(layers) else ["score"]):
+            for n, cell in enumerate(pairs.cells):
+                parts = gates[:, o, n], (gates[:, o, n] == 0).float(), bypass[:, o, n]
+                means.append([layer, target, cell, *_rounded([part.mean() for part in parts])])
     head = ["layer", "path", "cell", "mean gate", "share closed", "share bypassed"]
-    _write_csv(out / "gates.csv", head, gates)
-    _write_csv(out / "entropy.csv", ["layer", "path", "mean bits", "share all closed"], entropy)
+    _write_csv(out / "gates.csv", head, means)
+    columns = [f"{layer} {cell}>{target}" for layer, target, cell, *_ in means]
     head = ["image", "caption", "text", *columns, *(["cluster", "x", "y"] if clusters else [])]
     rows: list[list[object]] = []
     for k, vector in enumerate(paths):
@@ -208,15 +173,6 @@ def write_tables(pairs: Pairs, paths: Tensor, clusters: Clusters | None, out: Pa
         if clusters:
             rows[-1] += [int(clusters.labels[k]), *_rounded(clusters.points[k])]
     _write_csv(out / "routes.csv", head, rows)
-
-
-def _by_path(pairs: Pairs, paths: Tensor) -> Iterator[tuple[tuple[int, str], Tensor, Tensor]]:
-    """Yield layer and target of each path, its gates and its bypasses, `[pairs, N]`."""
-    layers = pairs.gates(paths)
-    both = zip(layers, pairs.bypasses(paths), strict=True)
-    for layer, (gates, bypass) in enumerate(both, 1):
-        for o, target in enumerate(pairs.cells if layer < len(layers) else ["score"]):
-            yield (layer, target), gates[:, o], bypass[:, o]
 
 
 def _rounded(numbers: Sequence | Tensor | np.ndarray) -> list[float]:
