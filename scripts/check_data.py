@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -46,14 +47,16 @@ if TYPE_CHECKING:
     from vocab import Vocabulary
 
 HAS_PROBLEMS = 1  # exit status
-HEAD = ["split", "images", "captions", "ids", "features", "type", "rows an image", "GB"]
-HEAD += ["rows read", "longest caption", "cut"]
+HEAD = ["split", "images", "captions", "ids", "features", "type", "rows read"]
+HEAD += ["longest caption", "cut"]
 SAMPLED_IMAGES = 200  # of a split
 IMAGES_AT_ONCE = 16  # 24 MB if SCAN's rows are repeated
 CAPTIONS_AT_ONCE = 1000
-KNOWN_SIZES = {
-    "Flickr30K": {"train": 29_000, "dev": 1_014, "test": 1_000},
-    "MSCOCO": {"train": 113_287, "test": 1_000, "testall": 5_000},
+PUBLISHED: dict[SplitName, tuple[int, ...]] = {  # images of Flickr30K and MSCOCO
+    "train": (29_000, 113_287),
+    "dev": (1_014, 1_000, 5_000),
+    "test": (1_000,),
+    "testall": (5_000,),
 }
 SAME_IMAGES = {"test", "testall"}  # MSCOCO's test is the first thousand images of testall
 MOST_UNKNOWN = 0.05  # share of [UNK] above which the vocabulary is of another language
@@ -90,14 +93,12 @@ class SplitContent:
     def row(self) -> list[str]:
         """Return the split's row of the table."""
         counts = [f"{n:,}" for n in (self.images, len(self.captions), len(self.ids))]
+        features = ["-"] * 3
+        if self.features is not None:
+            shape, rows = self.features.shape, f"{self.rows_read:,} of {len(self.features):,}"
+            features = [" x ".join(map(str, shape)), str(self.features.dtype), rows]
         words = ["-" if n is None else str(n) for n in (self.longest, self.cut)]
-        if self.features is None:
-            return [self.name, *counts, *["-"] * 5, *words]
-        shape = " x ".join(map(str, self.features.shape))
-        read = f"{self.rows_read:,} of {len(self.features):,}"
-        size = f"{self.features.nbytes / 1e9:.2f}"
-        kind = [shape, str(self.features.dtype), str(self.rows_per_image), size, read]
-        return [self.name, *counts, *kind, *words]
+        return [self.name, *counts, *features, *words]
 
 
 @dataclass
@@ -138,13 +139,14 @@ def check(options: Options) -> Report:
         with report.collect():
             report.bert = describe_bert(options.bert_path)
     for name in names:
-        split = check_split(report, folder, name, options.full)
+        split = SplitContent(name)
         report.splits.append(split)
+        check_split(report, folder, split, options.full)
         if vocabulary is not None and split.captions:
             with report.collect():
                 check_words(report, split, vocabulary, options.max_words)
     check_together(report, folder)
-    report.warnings += warnings_about(report.splits, folder)
+    warn_about_splits(report, folder)
     return report
 
 
@@ -158,50 +160,42 @@ def splits_in(folder: Path) -> list[SplitName]:
     return splits
 
 
-def check_split(report: Report, folder: Path, name: SplitName, full: bool) -> SplitContent:
-    """Check each file of a split."""
-    split = SplitContent(name)
-    path, captions_path = split_files(folder, name)
+def check_split(report: Report, folder: Path, split: SplitContent, full: bool) -> None:
+    """Read and check each file of a split."""
+    path, captions_path = split_files(folder, split.name)
+    ids_path = ids_file(folder, split.name)
     with report.collect():
-        captions = read_captions(captions_path, allow_empty=name != "train")
+        captions = read_captions(captions_path, allow_empty=split.name != "train")
         count_images(captions_path, captions)
         split.captions = captions
         if "" in captions:
             report.warnings.append(f"{captions_path}: {captions.count('')} captions are empty")
     with report.collect():
         split.features = map_features(path)
-        check_features(report, path, split, split.features, full)
+        surplus = path.stat().st_size - split.features.offset - split.features.nbytes
+        require(surplus == 0, f"{path}: {surplus} bytes more than its header asks for")
+        if split.captions:
+            split.rows_per_image = rows_per_image(path, len(split.features), len(split.captions))
+        check_values(report, path, split, split.features, full)
     with report.collect():
-        if split.captions and ids_file(folder, name).exists():
-            split.ids = read_image_ids(ids_file(folder, name), split)
-    return split
+        if split.captions and ids_path.exists():
+            lines = read_lines(ids_path, "ids, one a line")
+            if (
+                not len(lines) == len(set(lines)) == len(split.captions)
+            ):  # else they are the captions'
+                split.ids = read_ids(ids_path, split.images)
 
 
-def check_features(
+def check_values(
     report: Report, path: Path, split: SplitContent, features: np.memmap, full: bool
 ) -> None:
-    """Check the size of the file, the number of rows and their values. Raises InputError."""
-    surplus = path.stat().st_size - features.offset - features.nbytes
-    require(surplus == 0, f"{path}: {surplus} bytes more than its header asks for")
-    if split.captions:
-        split.rows_per_image = rows_per_image(path, len(features), len(split.captions))
-    empty_rows = check_values(path, split, features, full)
-    if empty_rows:
-        report.warnings.append(
-            f"{path}: {empty_rows} of the {split.rows_read} rows read are all zeros, as an "
-            "extraction that was cut off leaves them"
-        )
-
-
-def check_values(path: Path, split: SplitContent, features: np.memmap, full: bool) -> int:
-    """Read rows, and return how many are all zeros.
+    """Read rows, all or a sample.
 
     Raises InputError if a row holds NaN, or if the repeated rows of an image differ.
     """
-    repeats = split.rows_per_image
+    repeats, empty_rows = split.rows_per_image, 0
     images = len(features) // repeats
     sample = np.unique(np.linspace(0, images - 1, images if full else SAMPLED_IMAGES, dtype=int))
-    empty_rows = 0
     with progress(f"reading {path.name}", len(sample), "images") as bar:
         for first in range(0, len(sample), IMAGES_AT_ONCE):
             chosen = sample[first : first + IMAGES_AT_ONCE]
@@ -212,21 +206,15 @@ def check_values(path: Path, split: SplitContent, features: np.memmap, full: boo
             grouped = values.reshape(len(chosen), repeats, -1)
             unequal = chosen[(grouped != grouped[:, :1]).any((1, 2))]
             if len(unequal):
-                raise InputError(
-                    f"{path}: the five rows of image {summarise(list(map(str, unequal)))} differ; "
-                    "expected one row five times, since there is a row for each caption"
-                )
+                problem = f"{path}: the five rows of image {unequal[0]} differ"
+                raise InputError(f"{problem}; expected one row, repeated for each caption")
             split.rows_read += len(rows)
             bar.update(len(chosen))
-    return empty_rows
-
-
-def read_image_ids(path: Path, split: SplitContent) -> tuple[str, ...]:
-    """Return the ids of a split's images; none if the file has the ids of captions."""
-    lines = read_lines(path, "ids, one a line")
-    if len(lines) == len(split.captions) == len(set(lines)):
-        return ()
-    return read_ids(path, split.images)
+    if empty_rows:
+        report.warnings.append(
+            f"{path}: {empty_rows} of the {split.rows_read} rows read are all zeros, as an "
+            "extraction that was cut off leaves them"
+        )
 
 
 def check_words(
@@ -261,13 +249,13 @@ def check_together(report: Report, folder: Path) -> None:
     if len(set(widths.values())) > 1:
         sizes = ", ".join(f"{width} in {name}" for name, width in widths.items())
         report.problems.append(f"{folder}: widths of features differ: {sizes}; expected one width")
-    for number, one in enumerate(report.splits):
-        for other in report.splits[number + 1 :]:
-            shared = sorted(set(one.ids) & set(other.ids))
-            if shared and {one.name, other.name} != SAME_IMAGES:
-                path = ids_file(folder, other.name)
-                problem = f"{path}: {summarise(shared)} is in {one.name}_ids.txt, too"
-                report.problems.append(f"{problem}; expected other images in every split")
+    for one, other in combinations(report.splits, 2):
+        shared = sorted(set(one.ids) & set(other.ids))
+        if shared and {one.name, other.name} != SAME_IMAGES:
+            problem = (
+                f"{ids_file(folder, other.name)}: {summarise(shared)} is in {one.name}_ids.txt"
+            )
+            report.problems.append(f"{problem}, too; expected other images in every split")
     if names_file(folder).exists():
         with report.collect():
             names = read_names(folder)
@@ -283,36 +271,27 @@ def check_extraction(folder: Path, split: SplitContent, names: dict[str, str]) -
     if not path.exists() or not split.ids:
         return
     record = read_json(path, "the record of extract_regions")
-    if record.get("renaming"):
-        raise InputError(
-            f"{path}: features and boxes may be of two extractions; run extract_regions again"
-        )
+    problem = f"{path}: features and boxes may be of two extractions; run extract_regions again"
+    require(not record.get("renaming"), problem)
     about = record.get("about")
     digest = about.get("ids") if isinstance(about, dict) else None
-    if digest != images_digest(split.ids, names):
-        raise InputError(
-            f"{path}: features are of other images than {split.name}_ids.txt and "
-            f"{names_file(folder).name} name; extract_regions --overwrite makes them again"
-        )
+    problem = f"{path}: features are of other images than {split.name}_ids.txt and id_mapping.json"
+    advice = "extract_regions --overwrite makes them again"
+    require(digest == images_digest(split.ids, names), f"{problem} name; {advice}")
 
 
-def warnings_about(splits: list[SplitContent], folder: Path) -> Iterator[str]:
-    """Yield what is unusual about the splits together."""
-    names = {split.name for split in splits}
+def warn_about_splits(report: Report, folder: Path) -> None:
+    """Note what is unusual about the splits together."""
+    names = {split.name for split in report.splits}
     for name in ("train", "dev"):
         if name not in names:
-            yield f"{folder}: no {name}, which train.py needs"
+            report.warnings.append(f"{folder}: no {name}, which train.py needs")
     if not names & SAME_IMAGES:
-        yield f"{folder}: no test, the default split of evaluate_models.py"
-    sizes = {split.name: split.images for split in splits}
-    if not any(is_known(sizes, published) for published in KNOWN_SIZES.values()):
-        yield f"{folder}: the numbers of images are neither Flickr30K's nor MSCOCO's"
-
-
-def is_known(sizes: dict[SplitName, int], published: dict[str, int]) -> bool:
-    """Whether all published splits that are there have the published number of images."""
-    shared = sizes.keys() & published.keys()
-    return bool(shared) and all(sizes[name] == published[name] for name in shared)
+        report.warnings.append(f"{folder}: no test, the default split of evaluate_models.py")
+    own = [split.name for split in report.splits if split.images not in PUBLISHED[split.name]]
+    if own:
+        sizes = f"the numbers of images in {', '.join(own)}"
+        report.warnings.append(f"{folder}: {sizes} are neither Flickr30K's nor MSCOCO's")
 
 
 def main() -> None:

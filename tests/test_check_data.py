@@ -14,7 +14,7 @@ from conftest import GOLDEN, IMG_DIM, REGIONS, ROOT, run_here, write_split
 
 from common.layout import images_digest
 from scripts import check_data
-from scripts.check_data import KNOWN_SIZES, Options, Report, is_known
+from scripts.check_data import Options, Report
 
 BERT = GOLDEN / "i2t/bert"
 GROWTH = 500e6  # bytes
@@ -39,26 +39,22 @@ def check(folder: Path, **options: object) -> Report:
     return check_data.check(Options(str(folder), **options))
 
 
-def test_complete_data_set(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_here(monkeypatch, check_data.main, [folder]) == 0
-    printed = capsys.readouterr().out
+def test_complete_data_set(folder: Path) -> None:
     report = check(folder)
-    assert report.problems == []
-    train, dev, test = report.splits
-    assert [split.name for split in report.splits] == ["train", "dev", "test"]
-    assert [split.images for split in report.splits] == [11, 7, 10]
-    assert [split.rows_per_image for split in report.splits] == [1, 5, 1]
-    assert [split.rows_read for split in report.splits] == [11, 35, 10]
-    assert [len(split.ids) for split in report.splits] == [11, 7, 10]
-    for split in (train, dev, test):
-        assert " | ".join(split.row()) in printed
-    assert f"35 x {REGIONS} x {IMG_DIM}" in dev.row() and "float32" in dev.row()
+    assert report.problems == [] and "neither" in report.warnings[0]
+    columns = zip(
+        *((s.name, s.images, len(s.ids), s.rows_per_image, s.rows_read) for s in report.splits),
+        strict=True,
+    )
+    names = ("train", "dev", "test")
+    assert list(columns) == [names, (11, 7, 10), (11, 7, 10), (1, 5, 1), (11, 35, 10)]
+    for split in report.splits:
+        assert " | ".join(split.row()) in report.text()
+    assert f"35 x {REGIONS} x {IMG_DIM}" in report.splits[1].row()
 
 
-def change(name: str, work: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path], None]:
-    """Change a split's features."""
+def change(name: str, work: Callable[[np.ndarray], object]) -> Callable[[Path], None]:
+    """Change a split's features, in place or by returning new ones."""
 
     def changed(folder: Path) -> None:
         features = np.load(folder / f"{name}_ims.npy")
@@ -72,14 +68,10 @@ def put(index: object, value: float) -> Callable[[np.ndarray], None]:
     return lambda features: features.__setitem__(index, value)
 
 
-def cut(folder: Path) -> None:
-    path = folder / "train_ims.npy"
-    os.truncate(path, path.stat().st_size - 100)
-
-
-def lengthen(folder: Path) -> None:
-    with (folder / "train_ims.npy").open("ab") as file:
-        file.write(b"12345")
+def resize(more: int) -> Callable[[Path], None]:
+    """Cut or lengthen the training features."""
+    path = "train_ims.npy"
+    return lambda folder: os.truncate(folder / path, (folder / path).stat().st_size + more)
 
 
 def captions(name: str, text: str) -> Callable[[Path], object]:
@@ -98,15 +90,15 @@ def named(names: dict[str, object]) -> Callable[[Path], object]:
 
 
 def several(folder: Path) -> None:
-    cut(folder)
+    resize(-100)(folder)
     change("dev", put((2, 0, 0), np.nan))(folder)
     write_ids(folder, "test", "a")
 
 
 FIVE = [f"{i}.jpg" for i in range(7) for _ in range(5)]
 PROBLEMS = {
-    "truncated": (cut, ["train_ims.npy: not a complete"]),
-    "too long": (lengthen, ["train_ims.npy: 5 bytes more"]),
+    "truncated": (resize(-100), ["train_ims.npy: not a complete"]),
+    "too long": (resize(5), ["train_ims.npy: 5 bytes more"]),
     "count": (captions("test", "a\n" * 49), ["test_caps.txt: 49 captions"]),
     "width": (change("dev", lambda a: a[..., :5]), ["13 in train, 5 in dev"]),
     "nan": (change("train", put((4, 2, 1), np.nan)), ["train_ims.npy: row 4 holds NaN"]),
@@ -117,7 +109,7 @@ PROBLEMS = {
     "empty id": (ids("test", *"abc", "", *"efghij"), ["test_ids.txt: line 4 is empty"]),
     **{
         f"file {name}": (named(NAMES | {"dev3.jpg": name}), [f"'dev3.jpg' is {name!r}"])
-        for name in ("../a.jpg", "/a.jpg", "a/../../b.jpg", "..\\a.jpg", "a\nb", "", ".", 7, None)
+        for name in ("/a.jpg", "a/../../b.jpg", "..\\a.jpg", "a\nb", ".", None)
     },
     "no file of an id": (
         named({key: name for key, name in NAMES.items() if key != "dev3.jpg"}),
@@ -135,7 +127,6 @@ def test_problems_are_named(
     make(folder)
     assert run_here(monkeypatch, check_data.main, [folder]) == 1
     problems = check(folder).problems
-    assert len(problems) == len(expected), problems
     printed = capsys.readouterr().out
     for text, problem in zip(expected, problems, strict=True):
         assert text in problem and problem in printed
@@ -170,11 +161,6 @@ def test_warnings_are_not_problems(folder: Path) -> None:
     assert any("no dev" in warning for warning in check(folder).warnings)
 
 
-def test_published_sizes_are_known() -> None:
-    coco = KNOWN_SIZES["MSCOCO"]
-    assert is_known(coco | {"dev": 1_000}, coco) and not is_known(coco | {"train": 1}, coco)
-
-
 def test_captions_are_compared_with_the_vocabulary(folder: Path) -> None:
     captions("dev", "a man\n" * 34 + "a man and a dog " * 4 + "\n")(folder)
     report = check(folder, bert_path=str(BERT), max_words=12)
@@ -200,14 +186,6 @@ def test_folder_without_data(
     for path in (tmp_path / "missing", tmp_path):
         assert run_here(monkeypatch, check_data.main, [path]) == 2
         assert path.name in capsys.readouterr().err
-
-
-def test_key_that_cannot_be_printed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "id_mapping.json").write_text(json.dumps({"\ud800\x1b[31m": "../x"}))
-    assert run_here(monkeypatch, check_data.main, [folder]) == 1
-    assert "\\ud800\\x1b[31m" in capsys.readouterr().out
 
 
 def test_features_of_other_images(folder: Path) -> None:
