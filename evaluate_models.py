@@ -45,7 +45,7 @@ folds (MSCOCO 1K) and for all images (5K). Reads this project's checkpoints, the
 .safetensors."""
 
 EvaluatedSplit = Literal["dev", "test", "testall"]
-FROM_CHECKPOINT = " (default: the checkpoint's)"
+THEIRS = " (default: the checkpoint's)"
 LEAST_SAMPLES = 100  # of the bootstrap: with fewer, a single sample would be a bound
 GROUPS = {
     "models and data": ("model_path", "scores", "data_path", "data_name", "bert_path", "split"),
@@ -60,28 +60,19 @@ class EvaluateConfig:
     """Every option of evaluation. Data, BERT and precision default to the checkpoints'."""
 
     model_path: Annotated[
-        list[str] | None,
-        "checkpoints, native, official or .safetensors; two or more are an ensemble",
+        list[str] | None, "checkpoints, native, official or .safetensors; several are an ensemble"
     ] = None
     scores: Annotated[
         list[str] | None,
         "instead of models: saved score matrices, whose mean is an ensemble's; also pass "
         "--data_path, --data_name and --split to say which split they belong to",
     ] = None
-    data_path: Annotated[str | None, "folder of the data sets' folders" + FROM_CHECKPOINT] = None
-    data_name: Annotated[str | None, "data set's folder, like f30k_precomp" + FROM_CHECKPOINT] = (
-        None
-    )
-    bert_path: Annotated[str | None, "folder of the BERT it was trained with" + FROM_CHECKPOINT] = (
-        None
-    )
-    split: Annotated[EvaluatedSplit | None, "default: test; with --fold5 testall, if it exists"] = (
-        None
-    )
+    data_path: Annotated[str | None, "folder of the data sets' folders" + THEIRS] = None
+    data_name: Annotated[str | None, "data set's folder, like f30k_precomp" + THEIRS] = None
+    bert_path: Annotated[str | None, "folder of the BERT it was trained with" + THEIRS] = None
+    split: Annotated[EvaluatedSplit | None, "default: test; --fold5: testall, if it exists"] = None
     fold5: Annotated[bool, "mean of five equal slices of the images (MSCOCO 1K)"] = False
-    bootstrap: Annotated[
-        int, "95 %% intervals from this many samples of the images, 100 or more; 0: none"
-    ] = 0
+    bootstrap: Annotated[int, "95 %% intervals from so many samples, at least 100; 0: none"] = 0
     shortlist: Annotated[
         int | None,
         "approximate: score only the best N captions of an image and images of a caption, by the "
@@ -90,9 +81,7 @@ class EvaluateConfig:
     save_scores: Annotated[str | None, "write the score matrix (images, captions), .npy"] = None
     json: Annotated[str | None, "write the result, unrounded"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
-    precision: Annotated[
-        Precision | None, "bf16 computes products in bfloat16" + FROM_CHECKPOINT
-    ] = None
+    precision: Annotated[Precision | None, "bf16: products in bfloat16" + THEIRS] = None
     compile: Annotated[bool | None, "compile the routing (default: if it saves time)"] = None
     workers: Annotated[int, "processes that read features; 0: the program itself"] = 2
 
@@ -109,8 +98,9 @@ class EvaluateConfig:
             for name in ("shortlist", "precision", "bert_path", "compile", "device", "workers"):
                 unused = getattr(self, name) == getattr(EvaluateConfig, name)  # the default
                 require(unused, f"--{name} goes with --model_path, not with --scores")
-            given = [x is not None for x in (self.data_path, self.data_name)]
-            if any(given) and not (all(given) and self.split):
+            if (self.data_path or self.data_name) and not (
+                self.data_path and self.data_name and self.split
+            ):
                 raise InputError("--scores: give --data_path, --data_name and --split together")
 
 
@@ -252,14 +242,9 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
     if split is None:
         has_testall = os.path.isfile(split_files(folder, "testall")[0])
         split = "testall" if config.fold5 and has_testall else "test"
-    inputs: list[str | Path] = [
-        *paths,
-        *(json_beside(Path(path)) for path in paths),
-        *files_of(folder, split),
-    ]
-    for checkpoint in checkpoints:
-        inputs += bert_files(bert_folder(checkpoint, config.bert_path))
-    _check_outputs(config, inputs)
+    of_models = [json_beside(Path(path)) for path in paths]
+    of_berts = [f for c in checkpoints for f in bert_files(bert_folder(c, config.bert_path))]
+    _check_outputs(config, [*paths, *of_models, *of_berts, *files_of(folder, split)])
     # Every model is opened before the first one is run: a fault of the second is not found late.
     models = [_open_model(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
     since = time.monotonic()
@@ -331,13 +316,8 @@ def _ensemble_scores(
             *(each.checkpoint.path, each.model.direction, device),
             *(each.split.images, len(each.split.captions), each.split.path),
         )
-        encoded.append(
-            ev.encode_split(
-                *(each.model, each.split, each.bert.vocabulary),
-                device=device,
-                workers=config.workers,
-            )
-        )
+        inputs = (each.model, each.split, each.bert.vocabulary)
+        encoded.append(ev.encode_split(*inputs, device=device, workers=config.workers))
     runs = [(m.model, e, str(m.checkpoint.path)) for m, e in zip(models, encoded, strict=True)]
     if config.shortlist is None:
         for model, items, _ in runs:

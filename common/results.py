@@ -27,14 +27,6 @@ class Recall:
         r1, r5, r10 = (float(100 * np.mean(ranks < k)) for k in (1, 5, 10))
         return cls(r1, r5, r10, float(np.floor(np.median(ranks)) + 1), float(ranks.mean() + 1))
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Recall":
-        """Return the metrics of a JSON object. Raises KeyError, TypeError or ValueError."""
-        recall = cls(**{name: float(value) for name, value in content.items()})
-        if not (0 <= recall.r1 <= recall.r5 <= recall.r10 <= 100 and 1 <= recall.meanr < 1e9):
-            raise ValueError(f"{recall}: expected recalls in percent and ranks from 1")
-        return recall
-
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -75,7 +67,13 @@ class Retrieval:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Retrieval":
         """Return the metrics of `to_json`. Raises KeyError, TypeError or ValueError."""
-        return cls(Recall.from_json(content["i2t"]), Recall.from_json(content["t2i"]))
+        i2t, t2i = (
+            Recall(**{k: float(v) for k, v in content[way].items()}) for way in ("i2t", "t2i")
+        )
+        for recall in (i2t, t2i):
+            if not (0 <= recall.r1 <= recall.r5 <= recall.r10 <= 100 and 1 <= recall.meanr < 1e9):
+                raise ValueError(f"{recall}: expected recalls in percent and ranks from 1")
+        return cls(i2t, t2i)
 
 
 @dataclass(frozen=True)
