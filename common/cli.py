@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 Options = TypeVar("Options")
 
-DEVICES = ("cpu", "cuda")
 BAD_INPUT = 2  # exit status after an InputError
 LARGEST_FLOAT = 1e30  # float32 holds the product of two options up to this size
 LONGEST_MESSAGE = 4000  # characters
@@ -57,8 +56,8 @@ def parse(
     name starts with `no_`, literals become choices, lists take one or more values.
 
     `program` is the name in the help (default: the file's name). `groups` maps the title of each
-    argument group to the names of its fields and has to name every field. Raises InputError if an
-    option is wrong or abbreviated.
+    argument group to the names of its fields, all of them. Raises InputError if an option is wrong
+    or abbreviated.
     """
     parser = _Parser(
         prog=program,
@@ -68,22 +67,16 @@ def parse(
     )
     hints = get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
-    if groups is None:
-        targets: dict[str, Any] = dict.fromkeys(fields, parser)
-    else:
-        targets = {}
-        for title, names in groups.items():
-            targets |= dict.fromkeys(names, parser.add_argument_group(title))
-        if targets.keys() != fields.keys():
-            raise ValueError(f"in no group, or no field: {targets.keys() ^ fields.keys()}")
-    for name, target in targets.items():
-        kind, text, *spellings = get_args(hints[name])
-        option = _argument(fields[name], kind, text)
-        if spellings and not spellings[0].startswith("-"):
-            positional = {key: option[key] for key in option.keys() & {"help", "type", "nargs"}}
-            target.add_argument(name, metavar=spellings[0], **positional)
-        else:
-            target.add_argument(f"--{name}", *spellings, **option)
+    for title, names in (groups or {"": list(fields)}).items():
+        group = parser.add_argument_group(title) if title else parser
+        for name in names:
+            kind, text, *spellings = get_args(hints[name])
+            option = _argument(fields[name], kind, text)
+            if spellings and not spellings[0].startswith("-"):
+                positional = {key: option[key] for key in option.keys() & {"help", "type", "nargs"}}
+                group.add_argument(name, metavar=spellings[0], **positional)
+            else:
+                group.add_argument(f"--{name}", *spellings, **option)
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -98,9 +91,9 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
             values = field.default if isinstance(field.default, tuple) else (field.default,)
             option["help"] = f"{text} (default: {' '.join(map(str, values))})"
     if get_origin(kind) in (Union, types.UnionType):  # X | None
-        kind = next(k for k in get_args(kind) if k is not type(None))
+        kind = get_args(kind)[0]
         if kind is str:
-            return option | {"type": _nonempty}
+            return option | {"type": nonempty_text}
     if kind is bool:
         negative = field.name.startswith("no_")
         return option | {"action": "store_true" if negative else argparse.BooleanOptionalAction}
@@ -109,34 +102,29 @@ def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
         option["nargs"] = "+"
     if get_origin(kind) is Literal:
         return option | {"choices": get_args(kind)}
-    return option | {"type": {float: _finite, str: _printable}.get(kind, kind)}
+    return option | {"type": {float: finite_number, str: printable_text}.get(kind, kind)}
 
 
-def _finite(text: str) -> float:
+# argparse names these functions in its messages.
+
+
+def finite_number(text: str) -> float:
     number = float(text)
     if not abs(number) <= LARGEST_FLOAT:
         raise ValueError(text)
     return number
 
 
-def _printable(text: str) -> str:
+def printable_text(text: str) -> str:
     if not text.isprintable():  # the readers of checkpoints and run.json refuse such options
         raise ValueError(text)
     return text
 
 
-def _nonempty(text: str) -> str:
+def nonempty_text(text: str) -> str:
     if not text:  # as `--data_path "$UNSET"` passes it
         raise ValueError(text)
-    return _printable(text)
-
-
-# For argparse's messages.
-_finite.__name__, _printable.__name__, _nonempty.__name__ = (
-    "finite number",
-    "printable text",
-    "text",
-)
+    return printable_text(text)
 
 
 def keep_float32() -> None:
@@ -153,8 +141,8 @@ def pick_device(name: str) -> "torch.device":
     keep_float32()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    expected = ", ".join(("auto", *DEVICES))
-    require(name.split(":")[0] in DEVICES, f"--device {name}: expected one of {expected}")
+    is_known = name.split(":")[0] in ("cpu", "cuda")
+    require(is_known, f"--device {name}: expected auto, cpu, cuda, cuda:1, ...")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:

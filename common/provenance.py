@@ -39,8 +39,8 @@ def of(command: str, device: "torch.device | None" = None) -> dict[str, Any]:
 
 def surroundings(device: "torch.device | None" = None) -> dict[str, Any]:
     """Return machine, torch version and commit."""
-    name = machine(device, f"{os.cpu_count()} cores")
-    return {"machine": name, "torch": version("torch"), "commit": commit()}
+    cores = f"{os.cpu_count()} cores"
+    return {"machine": machine(device, cores), "torch": version("torch"), "commit": commit()}
 
 
 def machine(device: "torch.device | None", extent: str) -> str:

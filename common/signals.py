@@ -3,8 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 DOUBLED_SECONDS = 1.0  # launchers pass a signal on, so that it may arrive twice within this time
@@ -18,22 +17,8 @@ class Stopped(BaseException):  # not an Exception: no error handler may continue
         self.number = number
 
 
-@contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
-    """Handle SIGINT, SIGTERM and SIGHUP in the main thread; yields the previous handlers."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
-        numbers.append(signal.SIGHUP)
-    previous: dict[int, Any] = {n: signal.signal(n, handler) for n in numbers}
-    try:
-        yield previous
-    finally:
-        for number, action in previous.items():
-            signal.signal(number, action)
-
-
 class Signals:
-    """Notes the first signal; `check` raises Stopped where the program can end.
+    """Notes the first SIGINT, SIGTERM or SIGHUP; `check` raises Stopped where the program can end.
 
     A second signal, at least a second later, has its usual effect.
     """
@@ -41,24 +26,25 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.since = 0.0
-        self.previous: dict[int, Any] = {}
-        self.handlers = ExitStack()
+        self.previous: dict[int, Any] = {}  # handlers
 
     def __enter__(self) -> "Signals":
-        self.previous = self.handlers.enter_context(handled(self._note))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Under nohup, SIGHUP stays ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.handlers.close()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
         if self.received is None:
             self.received, self.since = number, time.monotonic()
-            message = (
-                f"\n{signal.Signals(number).name}: ending soon; a second signal ends at once\n"
-            )
+            name = signal.Signals(number).name
             with suppress(OSError):  # standard error may be closed: the terminal, or tee, is gone
-                os.write(2, message.encode())
+                os.write(2, f"\n{name}: ending soon; a second signal ends at once\n".encode())
         elif time.monotonic() - self.since > DOUBLED_SECONDS:
             signal.signal(number, self.previous[number])
             signal.raise_signal(number)

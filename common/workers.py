@@ -39,9 +39,8 @@ def load(dataset: Dataset, keys: Sequence[Any], workers: int, pin: bool = False)
     except (RuntimeError, OSError, EOFError) as error:
         if not workers or str(error).startswith("Caught "):  # an error of the dataset itself
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        message = f"--workers {workers}: a process died or could not be started: {reason}"
-        raise InputError(f"{message} (--workers 0 needs none)") from error
+        reason = f"a process died or could not be started: {str(error) or type(error).__name__}"
+        raise InputError(f"--workers {workers}: {reason} (--workers 0 needs none)") from error
 
 
 def _iterate(loader: DataLoader) -> Iterator[Any]:
@@ -62,25 +61,21 @@ def _identity(item: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    end_with_parent()
     # A terminal sends these to every process of the program, which ends its workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """End this process within a second of its parent's end.
 
     A worker of a killed program would otherwise wait forever to write into a full pipe.
     """
-
-    def watch(parent: int | None) -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
     parent = parent_process()
-    threading.Thread(target=watch, args=(parent and parent.pid,), daemon=True).start()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(1)
+    os._exit(1)
 
 
 @dataclass(frozen=True)

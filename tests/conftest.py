@@ -134,6 +134,19 @@ def write_tiny(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def _two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tiny(tmp_path_factory.mktemp("trained"))
+    train.main(tiny_train(folder, "--max_steps", "2"))
+    return folder
+
+
+@pytest.fixture
+def trained(_two_steps: Path, tmp_path: Path) -> Path:
+    """The folder of `tiny` with a complete run of two steps, in i2t."""
+    return Path(shutil.copytree(_two_steps, tmp_path, dirs_exist_ok=True))
+
+
 def tiny_train(folder: Path, *more: str, direction: str = "i2t") -> list[str]:
     """Options of a training on `tiny` that takes a second."""
     paths = {"data_path": "data", "bert_path": "bert", "logger_name": "runs"}

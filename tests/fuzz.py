@@ -191,7 +191,7 @@ def write_native(folder: Path) -> Path:
     trainer = tiny_trainer(folder)
     for position in range(2):
         trainer.train_step.step(trainer.batches[0, position])
-    trainer.state = replace(trainer.state, position=2, step=2)
+    trainer.state = replace(trainer.state, step=2)
     trainer.config.folder.mkdir(parents=True, exist_ok=True)
     trainer._save(NEWEST)
     return trainer.config.folder / NEWEST

@@ -33,42 +33,32 @@ def test_metrics_have_their_published_names() -> None:
 def test_meter_averages_losses_and_leaves_pauses_out() -> None:
     meter = log.Meter()
     for loss in (1.0, 4.0):
-        meter.loaded()
-        meter.stepped({"Le": torch.tensor(loss)})
+        meter.add({"Le": torch.tensor(loss)})
         time.sleep(0.3)
-        meter.restart_clock()
-    meter.loaded()
+        meter.start()
+    meter.note_loaded()
     time.sleep(0.05)
-    meter.stepped({"Le": torch.tensor(2.5)})
+    meter.add({"Le": torch.tensor(2.5)})
     means = meter.means()
     assert means["Le"] == 2.5
     assert 0 <= means["data_time"] <= means["batch_time"]
     assert 0.05 / 3 <= means["batch_time"] < 0.1  # of three steps, one took 0.05 seconds
 
 
-def write_log(folder: Path, start: int, losses: dict[int, float]) -> None:
-    run_log = RunLog(folder, {}, CPU)
-    with run_log.open(start):
-        for run_log.step, loss in losses.items():
-            run_log.record(Le=loss)
-
-
-def test_command_names_no_folder_of_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--data_path", "my data"])
-    write_log(tmp_path, 0, {})
-    assert read_run(tmp_path)["command"] == "python train.py --data_path 'my data'"
-
-
 def test_resumed_log_continues_behind_its_step_without_torn_lines(tmp_path: Path) -> None:
-    write_log(tmp_path, 0, {step: step / 2 for step in range(1, 6)})
+    def write_log(start: int, losses: dict[int, float]) -> None:
+        run_log = RunLog(tmp_path, {}, CPU)
+        with run_log.open(start):
+            for run_log.step, loss in losses.items():
+                run_log.record(Le=loss)
+
+    write_log(0, {step: step / 2 for step in range(1, 6)})
     path = tmp_path / log.METRICS
     whole = path.read_text()
     for torn in ('{"step": 3, "Le', '{"step": 3, "Le": 1.5}', '{"step": "x"}\n', "[]\n"):
         path.write_text(whole + torn)
         (tmp_path / log.LOG).write_text("2026-01-01 10:00 [2] a\n2026-01-01 10:00 [4] b\n[3")
-        write_log(tmp_path, 3, {4: 9.0})
+        write_log(3, {4: 9.0})
         expected = [{"step": step, "Le": step / 2} for step in (1, 2, 3)]
         assert log.events(tmp_path) == [*expected, {"step": 4, "Le": 9.0}]
         assert (tmp_path / log.LOG).read_text() == "2026-01-01 10:00 [2] a\n"
@@ -78,6 +68,7 @@ def test_resumed_log_continues_behind_its_step_without_torn_lines(tmp_path: Path
 
 
 def test_run_json_covers_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--data_path", "my data"])
     for step, commit in ((0, "a"), (1, "b"), (2, "c")):
         monkeypatch.setattr(provenance, "commit", lambda commit=commit: commit)
         run_log = RunLog(tmp_path, {}, CPU)
@@ -87,21 +78,13 @@ def test_run_json_covers_all_sessions(tmp_path: Path, monkeypatch: pytest.Monkey
             run_log.write_run(complete=step == 2)
         run = read_run(tmp_path)
         assert (run["step"], run["complete"]) == (step + 1, step == 2)
+    assert run["command"] == "python train.py --data_path 'my data'"  # without a folder
     assert 300 <= run["seconds"] < 320 and run["resumed_at"] == [1, 2]
     assert run["commit"] == "c" and [each["commit"] for each in run["earlier"]] == ["a", "b"]
     assert all(each["device"] and each["versions"]["torch"] for each in run["earlier"])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "[",
-        "{}",
-        '{"resumed_at": 3, "seconds": 1}',
-        '{"resumed_at": [1e999], "seconds": 1}',
-        '{"resumed_at": [], "earlier": [3], "seconds": 1}',
-    ],
-)
+@pytest.mark.parametrize("content", ["[", "{}", '{"resumed_at": [1e999], "seconds": 1}'])
 def test_damaged_run_json_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / log.RUN).write_text(content)
     with pytest.raises(InputError, match=r"run\.json"), RunLog(tmp_path, {}, CPU).open(step=1):

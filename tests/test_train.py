@@ -13,6 +13,7 @@ import torch
 from conftest import GOLDEN, IMG_DIM, ROOT, run_program, same, tiny_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from common import provenance
 from common.cli import parse
 from data import Batch
@@ -46,24 +47,20 @@ def last_line(capsys: pytest.CaptureFixture) -> str:
 # Runs and their files
 
 
-def test_both_directions_train_resume_and_are_not_overwritten(tiny: Path) -> None:
+def test_run_trains_resumes_and_is_not_overwritten(tiny: Path) -> None:
     """Each command in a process of its own, as a user runs it."""
-    i2t = tiny_train(tiny, "--extra_stc", "1", "--lambda_softmax=4", "--workers", "2")
-    t2i = tiny_train(tiny, "--extra_img", "1", "--lambda_softmax=9", direction="t2i")
-    for argv in ([*i2t, "--max_steps", "3"], [*t2i, "--num_epochs", "1"]):
-        done = run_program("train.py", *argv)
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"step 2/\d+ .* pairs/s, 0:00:\d\d left", done.stderr)
-    again = run_program("train.py", *i2t)
+    argv = tiny_train(tiny, "--extra_stc", "1", "--lambda_softmax=4", "--workers", "2")
+    done = run_program("train.py", *argv, "--max_steps", "3")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"step 2/3 .* pairs/s, 0:00:\d\d left", done.stderr)
+    again = run_program("train.py", *argv)
     assert again.returncode == 2 and "--resume auto" in again.stderr.splitlines()[-1]
     assert state(tiny / "runs/i2t" / NEWEST)["step"] == 3
-    assert state(tiny / "runs/t2i" / NEWEST)["step"] == 10
-    resumed = run_program("train.py", *i2t, "--resume", "auto", "--max_steps", "5")
+    resumed = run_program("train.py", *argv, "--resume", "auto", "--max_steps", "5")
     assert resumed.returncode == 0 and "step 3 of 5" in resumed.stderr
     assert state(tiny / "runs/i2t" / NEWEST)["step"] == 5
-    for direction in ("i2t", "t2i"):
-        names = {path.name for path in (tiny / "runs" / direction).iterdir()}
-        assert {NEWEST, BEST, "metrics.jsonl", "run.json", "train.log"} < names
+    names = {path.name for path in (tiny / "runs/i2t").iterdir()}
+    assert {NEWEST, BEST, "metrics.jsonl", "run.json", "train.log"} < names
 
 
 def test_overwrite_starts_a_new_run(tiny: Path, run_train: Callable[..., int]) -> None:
@@ -102,11 +99,8 @@ def test_run_json_and_checkpoints_hold_their_provenance(
     monkeypatch.setattr(provenance, "commit", lambda: "c0ffee")
     assert run_train(*tiny_train(tiny, "--max_steps", "2")) == 0
     run = json.loads((tiny / "runs/i2t/run.json").read_text())
-    assert run["command"].startswith("python ") and "--max_steps 2" in run["command"]
-    assert run["options"]["embed_size"] == 8 and run["options"]["seed"] == 0
-    assert run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert run["options"]["embed_size"] == 8 and run["versions"]["torch"] and run["device"]
     assert run["seconds"] > 0 and run["peak_memory_bytes"] > 10**7
-    assert run["device"] and run["resumed_at"] == run["earlier"] == []
     assert run["commit"] == state(tiny / "runs/i2t" / NEWEST)["commit"] == "c0ffee"
 
 
@@ -120,14 +114,13 @@ def test_learning_rate_falls_to_a_tenth(
         return step(self, batch)
 
     monkeypatch.setattr(TrainStep, "step", noted)
-    argv = tiny_train(tiny, "--lr_update", "2", "--num_epochs", "5", "--log_step", "10")
+    argv = tiny_train(tiny, "--lr_update", "2", "--num_epochs", "3", "--log_step", "10")
     assert run_train(*argv) == 0
-    rates = [2e-4, 2e-4, 2e-5, 2e-5, 2e-6]
     logged = events(tiny / "runs/i2t")
-    np.testing.assert_allclose([event["lr"] for event in logged if "lr" in event], rates)
-    np.testing.assert_allclose(used, np.repeat(rates, 10))
+    assert used == pytest.approx([2e-4] * 20 + [2e-5] * 10)
+    assert [event["lr"] for event in logged if "lr" in event] == used[::10]
     validations = [(e["step"], e["epoch"]) for e in logged if "rsum" in e]
-    assert validations == [(10, 0), (20, 1), (30, 2), (40, 3), (50, 4)]  # after each epoch
+    assert validations == [(10, 0), (20, 1), (30, 2)]  # after each epoch
 
 
 def test_best_model_has_the_largest_sum_of_four_recalls(
@@ -152,28 +145,24 @@ def test_best_model_has_the_largest_sum_of_four_recalls(
 
 
 @pytest.mark.parametrize(
-    ("direction", "extra", "steps"), [("t2i", "0", 9), ("i2t", "0", 10), ("t2i", "1", 10)]
+    ("direction", "extra", "regions", "steps"),
+    [
+        *[("t2i", 0, 7, 9), ("t2i", 1, 7, 10), ("i2t", 0, 7, 10)],
+        *[("i2t", 0, 1, 9), ("i2t", 1, 1, 10)],
+    ],
 )
-def test_last_batch_of_one_item_is_skipped_only_in_t2i_without_extras(
-    direction: str, extra: str, steps: int, tiny: Path, run_train: Callable[..., int], caplog
+def test_last_batch_that_batch_normalisation_cannot_take_is_skipped(
+    direction: str, extra: int, regions: int, steps: int, tiny: Path, run_train, caplog
 ) -> None:
-    """55 captions in batches of 6: the tenth batch has one."""
-    argv = tiny_train(tiny, "--num_epochs", "1", direction=direction)
-    assert run_train(*argv, *(["--extra_img", extra] if direction == "t2i" else [])) == 0
-    assert state(tiny / "runs" / direction / NEWEST)["step"] == steps
-    assert ("is skipped" in caplog.text) == (steps == 9)
-
-
-@pytest.mark.parametrize(("extra", "steps"), [("0", 9), ("1", 10)])
-def test_one_region_an_image(
-    extra: str, steps: int, tiny: Path, run_train: Callable[..., int]
-) -> None:
-    """The last batch of one item is then a single token, unless there are extra captions."""
+    """55 captions in batches of 6: the tenth batch has one, in i2t a single token at worst."""
     for name in ("train", "dev"):
         path = tiny / f"data/tiny/{name}_ims.npy"
-        np.save(path, np.load(path)[:, :1])
-    assert run_train(*tiny_train(tiny, "--num_epochs", "1", "--extra_stc", extra)) == 0
-    assert state(tiny / "runs/i2t" / NEWEST)["step"] == steps
+        np.save(path, np.load(path)[:, :regions])
+    option = "--extra_stc" if direction == "i2t" else "--extra_img"
+    argv = tiny_train(tiny, "--num_epochs", "1", option, str(extra), direction=direction)
+    assert run_train(*argv) == 0
+    assert state(tiny / "runs" / direction / NEWEST)["step"] == steps
+    assert ("is skipped" in caplog.text) == (steps == 9)
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
@@ -226,33 +215,23 @@ def test_resuming_an_older_checkpoint_makes_it_the_newest_and_cuts_the_logs(
     assert run_train(*argv, "--max_steps", "4") == 0
     older = Path(shutil.copy(folder / NEWEST, folder / "older.pth.tar"))
     assert run_train(*argv, "--max_steps", "8", "--resume", "auto") == 0
+    before = [(event["step"], event.get("Le"), event.get("rsum")) for event in events(folder)]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "torn')
-    before = events_without_times(folder)
     # There is nothing to do up to step 4, so the later steps stay.
     assert run_train(*argv, "--max_steps", "4", "--resume", older) == 2
     assert state(folder / NEWEST)["step"] == 8
     assert run_train(*argv, "--max_steps", "8", "--resume", older) == 0
-    assert events_without_times(folder) == before
+    after = [(event["step"], event.get("Le"), event.get("rsum")) for event in events(folder)]
+    assert after == before
     assert run_train(*argv, "--max_steps", "5", "--resume", older) == 0
     assert state(folder / NEWEST)["step"] == 5
     assert [event["step"] for event in events(folder)] == [2, 4, 4, 5]
     assert "[8]" not in (folder / "train.log").read_text()
 
 
-def events_without_times(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    times = ("batch_time", "data_time", "pairs_per_s")
-    return [
-        {key: v for key, v in json.loads(line).items() if key not in times}
-        for line in lines
-        if line.endswith("}")
-    ]
-
-
-def test_complete_run_stays_as_it_is(tiny: Path, run_train: Callable[..., int]) -> None:
-    argv, folder = tiny_train(tiny, "--num_epochs", "1"), tiny / "runs/i2t"
-    assert run_train(*argv, "--resume", "auto") == 0  # a new run, since there is none
+def test_complete_run_stays_as_it_is(trained: Path, run_train: Callable[..., int]) -> None:
+    argv, folder = tiny_train(trained, "--max_steps", "2"), trained / "runs/i2t"
     before = (folder / NEWEST).read_bytes()
     run = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(run | {"complete": False}))  # a kill came between
@@ -262,16 +241,14 @@ def test_complete_run_stays_as_it_is(tiny: Path, run_train: Callable[..., int]) 
 
 
 def test_run_resumed_in_another_folder_has_its_own_best_model(
-    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    trained: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = tiny_train(tiny)
-    assert run_train(*argv, "--max_steps", "1") == 0
     worse = retrieval(torch.zeros(7, 35).numpy(), image_of_caption(35))
     monkeypatch.setattr(loop, "retrieval", lambda *_: worse)
-    elsewhere = ["--resume", tiny / "runs/i2t" / NEWEST, "--logger_name", tiny / "more"]
-    assert run_train(*argv, "--max_steps", "2", *elsewhere) == 0
-    best = state(tiny / "more/i2t" / BEST)
-    assert best["step"] == 2 and best["best_rsum"] == 0
+    elsewhere = ["--resume", trained / "runs/i2t" / NEWEST, "--logger_name", trained / "more"]
+    assert run_train(*tiny_train(trained), "--max_steps", "3", *elsewhere) == 0
+    best = state(trained / "more/i2t" / BEST)
+    assert best["step"] == 3 and best["best_rsum"] == 0
 
 
 def another_bert(tiny: Path, content: dict) -> None:
@@ -308,8 +285,7 @@ UNFIT = {
     "other captions": (other_captions, "train_ims.npy"),
     "other dev features": (other_dev_features, "dev_ims.npy"),
     "no fingerprint": (change("train_data", None), "train_ims.npy"),
-    "position": (change("position", 999), "position 999"),
-    "step": (change("step", 7), "step 7"),
+    "step": (change("step", 7), "step"),
     "no random state": (change("random", {}), "'cpu'"),
     "moment's shape": (spoil_moment, "exp_avg is [2, 2]"),
     "no Adam": (forget_adam, "moments of 0 weights after 2 steps"),
@@ -319,55 +295,43 @@ UNFIT = {
 
 @pytest.mark.parametrize("fault", UNFIT)
 def test_checkpoint_that_does_not_fit_is_refused(
-    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture, fault: str
+    trained: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture, fault: str
 ) -> None:
-    argv, path = tiny_train(tiny), tiny / "runs/i2t" / NEWEST
-    assert run_train(*argv, "--max_steps", "2") == 0
+    path = trained / "runs/i2t" / NEWEST
     spoil, named = UNFIT[fault]
     content = state(path)
-    spoil(tiny, content)
+    spoil(trained, content)
     torch.save(content, path)
     before = path.read_bytes()
-    assert run_train(*argv, "--max_steps", "4", "--resume", path) == 2
+    assert run_train(*tiny_train(trained), "--max_steps", "4", "--resume", path) == 2
     assert named in last_line(capsys)
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("changed", "option"),
-    [
-        (["--margin", "0.3"], "--margin"),
-        (["--lambda_softmax", "5"], "--lambda_softmax_CMRC"),
-        (["--precision", "bf16"], "--precision"),
-    ],
-)
 def test_resumed_run_keeps_its_mathematics(
-    tiny: Path,
-    run_train: Callable[..., int],
-    capsys: pytest.CaptureFixture,
-    changed: list[str],
-    option: str,
+    trained: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
-    argv = tiny_train(tiny, "--max_steps", "1")
-    assert run_train(*argv) == 0
-    before = (tiny / "runs/i2t" / NEWEST).read_bytes()
-    assert run_train(*argv, "--resume", "auto", *changed) == 2
-    assert option in last_line(capsys)
-    assert (tiny / "runs/i2t" / NEWEST).read_bytes() == before
+    path = trained / "runs/i2t" / NEWEST
+    before = path.read_bytes()
+    for option, value in (("--margin", "0.3"), ("--lambda_softmax_CMRC", "5"), ("--cells", "CMRC")):
+        assert run_train(*tiny_train(trained, "--resume", "auto", option, value)) == 2
+        assert option in last_line(capsys) and path.read_bytes() == before
 
 
-def test_options_that_a_resumed_run_may_change(tiny: Path, run_train: Callable[..., int]) -> None:
-    argv, path = tiny_train(tiny), tiny / "runs/i2t" / NEWEST
-    assert run_train(*argv, "--max_steps", "1") == 0
-    (tiny / "data").rename(tiny / "elsewhere")
+def test_options_that_a_resumed_run_may_change(
+    trained: Path, run_train: Callable[..., int]
+) -> None:
+    path = trained / "runs/i2t" / NEWEST
+    (trained / "data").rename(trained / "elsewhere")
     content = state(path)
+    assert content["options"]["img_dim"] == IMG_DIM  # the width of the data
     content["options"]["memory"] = 2.5  # an option of earlier versions
     torch.save(content, path)
-    moved = ["--data_path", str(tiny / "elsewhere"), "--workers", "1", "--device", "cpu"]
-    more = ["--num_epochs", "40", "--log_step", "3", "--val_step", "9", "--drop", "0.5"]
-    more += ["--activation_checkpointing"]
-    assert run_train(*argv, "--max_steps", "2", "--resume", "auto", *moved, *more) == 0
-    assert state(path)["step"] == 2
+    more = ["--data_path", trained / "elsewhere", "--workers", "1", "--device", "cpu"]
+    more += ["--num_epochs", "40", "--log_step", "3", "--val_step", "9", "--drop", "0.5"]
+    more += ["--activation_checkpointing", "--img_dim", IMG_DIM]
+    assert run_train(*tiny_train(trained), "--max_steps", "3", "--resume", "auto", *more) == 0
+    assert state(path)["step"] == 3
 
 
 def test_options_that_a_resumed_run_may_not_change() -> None:
@@ -386,44 +350,30 @@ def test_options_that_a_resumed_run_may_not_change() -> None:
 # Options
 
 
-@pytest.fixture
-def weights_after(tiny: Path, run_train: Callable[..., int]) -> Callable[..., dict]:
-    """Weights after three steps in t2i with further options."""
-
-    def weights(*options: str) -> dict:
+def test_which_options_change_the_weights(tiny: Path, run_train: Callable[..., int]) -> None:
+    def weights(options: str) -> dict:
+        """Weights after three steps in t2i with further options."""
         argv = tiny_train(tiny, "--extra_img", "1", "--overwrite", direction="t2i")
-        assert run_train(*argv, "--max_steps", "3", *options) == 0
+        assert run_train(*argv, "--max_steps", "3", *options.split()) == 0
         return state(tiny / "runs/t2i" / NEWEST)["weights"]
 
-    return weights
-
-
-def test_options_of_the_mathematics_change_the_weights(weights_after: Callable[..., dict]) -> None:
-    usual = weights_after()
+    usual = weights("")
     for options in (
         *("--margin 0.4", "--trade_off 0", "--no-max_violation", "--learning_rate 1e-3"),
         *("--grad_clip 1e-3", "--lambda_softmax 9", "--raw_feature_norm_CMRC softmax"),
         *("--use_abs", "--no_imgnorm", "--seed 1", "--precision bf16", "--max_words 9"),
         *("--batch_size 5", "--extra_img 2"),
     ):
-        weights = weights_after(*options.split())
-        assert not same(weights, usual), options
-        assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}
-
-
-def test_other_options_do_not_change_the_weights(weights_after: Callable[..., dict]) -> None:
-    usual = weights_after()
+        changed = weights(options)
+        assert not same(changed, usual), options
+        assert {value.dtype for value in changed.values()} == {torch.float32, torch.int64}
     for options in (
         "--drop 0.5 --measure order --finetune --use_restval --reset_train",
         "--workers 1 --log_step 1 --val_step 1 --val_captions 10 --num_epochs 7",
-        "--lr_update 1",  # within the first epoch
-        "--activation_checkpointing",
+        "--lr_update 1 --activation_checkpointing",  # the first epoch has more than three steps
     ):
-        assert same(weights_after(*options.split()), usual), options
-
-
-def test_gradients_are_not_clipped_at_zero(weights_after: Callable[..., dict]) -> None:
-    assert same(weights_after("--grad_clip", "0"), weights_after("--grad_clip", "1e9"))
+        assert same(weights(options), usual), options
+    assert same(weights("--grad_clip 0"), weights("--grad_clip 1e9"))
 
 
 def test_published_defaults() -> None:
@@ -455,10 +405,12 @@ def test_commands_of_the_published_models() -> None:
         assert (config.extra_stc, config.extra_img) == ((1, 0) if i2t else (0, 1))
 
 
-def test_help_has_groups_and_names_ignored_options() -> None:
-    help_text = run_program("train.py", "--help").stdout
-    assert [title for title in GROUPS if f"\n{title}:\n" not in help_text] == []
-    ignored = help_text.split("accepted and ignored:")[1]
+def test_help_has_every_option_in_its_group(capsys: pytest.CaptureFixture) -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(vars(TrainConfig()))
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    ignored = capsys.readouterr().out.split("accepted and ignored:")[1]
     assert all(f"--{name}" in ignored for name in ("drop", "measure", "finetune", "use_restval"))
 
 
@@ -487,27 +439,15 @@ def empty_caption(tiny: Path) -> list[str]:
     return []
 
 
-def file_in_the_way(tiny: Path) -> list[str]:
-    (tiny / "file").write_text("")
-    return ["--logger_name", str(tiny / "file/runs")]
-
-
 def plain(*argv: str) -> Callable[[Path], list[str]]:
     return lambda tiny: list(argv)
 
 
 REFUSED = {
-    "no folder": (file_in_the_way, "file/runs/i2t"),
     "extra_img in i2t": (plain("--extra_img", "1"), "--extra_img"),
-    "extra_stc in t2i": (plain("--direction", "t2i", "--extra_stc", "1"), "--extra_stc"),
     "negative": (plain("--margin", "-1"), "--margin"),
-    "seed": (plain("--seed", "9" * 20), "--seed 9999"),
-    "empty folder name": (plain("--logger_name", ""), "--logger_name"),
-    "wide": (plain("--hid_router", "999999999999"), "--hid_router 999999999999"),
     "device": (plain("--device", "vulkan"), "--device vulkan"),
-    "both": (plain("--resume", "auto", "--overwrite"), "--overwrite"),
     "width": (plain("--img_dim", "14"), "--img_dim"),
-    "heads": (plain("--num_head_IMRC", "3"), "--num_head_IMRC 3"),
     "words": (plain("--max_words", "65"), "--max_words 65"),
     "few captions": (plain("--val_captions", "4"), "--val_captions 4"),
     "one image": (plain("--direction", "t2i", "--batch_size", "1"), "--batch_size 1"),
@@ -546,13 +486,6 @@ def test_nan_in_a_batch_is_one_line_and_saves_a_checkpoint(
     assert run_train(*argv) == 2
     assert "train_ims.npy: row 3" in last_line(capsys)
     assert events(tiny / "runs/i2t")[-1]["step"] == state(tiny / "runs/i2t" / NEWEST)["step"]
-
-
-def test_width_of_features_is_read_from_the_data(tiny: Path, run_train: Callable[..., int]) -> None:
-    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
-    assert state(tiny / "runs/i2t" / NEWEST)["options"]["img_dim"] == IMG_DIM
-    argv = tiny_train(tiny, "--max_steps", "2", "--resume", "auto")
-    assert run_train(*argv, "--img_dim", str(IMG_DIM)) == 0
 
 
 @pytest.mark.parametrize(

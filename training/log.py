@@ -68,7 +68,7 @@ class RunLog:
             path = self.folder / LOG
             file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s [%(step)d] %(message)s"))
-        file.addFilter(self._add_step)
+        file.addFilter(lambda record: vars(record).update(step=self.step) is None)
         logging.getLogger().addHandler(file)
         try:
             self.write_run()
@@ -78,10 +78,6 @@ class RunLog:
             file.close()
             with explain_os_errors(self.folder, "a folder to write to"):
                 self.board.close()
-
-    def _add_step(self, record: logging.LogRecord) -> bool:
-        record.step = self.step
-        return True
 
     def record(self, **values: float) -> None:
         """Log an event at the present step: a line of metrics.jsonl, a scalar for each value."""
@@ -107,25 +103,24 @@ class Meter:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.sums: dict[str, Tensor | float] = {"batch_time": 0.0, "data_time": 0.0}
-        self.since = time.monotonic()
-        self.loading = 0.0
+        self.sums: dict[str, Tensor | float] = {}
+        self.start()
 
-    def loaded(self) -> None:
+    def start(self) -> None:
+        """Start the clock of a step, so that validation and saving are left out."""
+        self.started = self.loaded = time.monotonic()
+
+    def note_loaded(self) -> None:
         """Note that the batch is loaded."""
-        self.loading = time.monotonic() - self.since
+        self.loaded = time.monotonic()
 
-    def stepped(self, figures: Mapping[str, Tensor]) -> None:
+    def add(self, figures: Mapping[str, Tensor]) -> None:
         """Add the losses of a step that just ended."""
-        times = {"batch_time": time.monotonic() - self.since, "data_time": self.loading}
+        seconds = time.monotonic() - self.started
+        times = {"batch_time": seconds, "data_time": self.loaded - self.started}
         for name, value in (times | dict(figures)).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out the time since the last step: it was spent on validation or saving."""
-        self.since = time.monotonic()
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / self.steps for name, total in self.sums.items()}
@@ -135,18 +130,6 @@ def tags(result: Retrieval) -> dict[str, float]:
     """Return the metrics under the published trainer's names; text-to-image ones end in "i"."""
     both = asdict(result.i2t) | {f"{name}i": v for name, v in asdict(result.t2i).items()}
     return both | {"rsum": result.rsum, "r1r5": result.selection}
-
-
-def logs_of(folder: Path) -> list[Path]:
-    """Return the log files of a run that exist."""
-    named = [folder / name for name in (METRICS, RUN, LOG)]
-    return [path for path in [*named, *folder.glob(EVENTS)] if os.path.lexists(path)]
-
-
-def remove(path: Path) -> None:
-    """Delete a file of an earlier run, if it exists."""
-    with explain_os_errors(path, "a file of an earlier run"):
-        path.unlink(missing_ok=True)
 
 
 def _earlier_sessions(path: Path) -> tuple[dict[str, list[Any]], float]:

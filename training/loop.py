@@ -7,12 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
-from common.errors import InputError
+from common.errors import InputError, require
 from common.layout import CAPTIONS_PER_IMAGE
 from common.memory import describe_oom, is_oom
 from common.signals import Signals, Stopped
@@ -72,7 +70,8 @@ class Trainer:
     def validation_due(self) -> bool:
         """Whether the present weights have to be validated and are not yet."""
         state = self.state
-        due = self.finished or state.position == 0 or state.step % self.config.val_step == 0
+        at = (len(self.batches), self.config.val_step)
+        due = self.finished or any(state.step % steps == 0 for steps in at)
         return due and state.validated < state.step
 
     @property
@@ -85,11 +84,10 @@ class Trainer:
         config, state = self.config, self.state
         if self.resumed is not None:
             if self.complete:
-                self._already_complete(self.resumed)
+                self._confirm_complete(self.resumed)
                 return
             self.checkpoints.discard_later_steps(self.resumed, state, self.metrics)
-        opened = self.log.open(state.step, not self.validation_due)
-        with opened, logging_redirect_tqdm(), self.signals:
+        with self.log.open(state.step, not self.validation_due), self.signals:
             self._announce()
             # Of the whole run, so that a resumed run makes the same choice.
             self.train_step.prepare(self.last_step)
@@ -108,62 +106,52 @@ class Trainer:
                 raise InputError(f"{reason}; {self._advice()}") from error
             log.info("done: the best model is %s", config.folder / BEST)
 
-    def _already_complete(self, resumed: Path) -> None:
-        step = self.state.step
-        if not self.checkpoints.is_newest(resumed):
-            reason = f"{resumed}: its run is complete at step {step}"
-            raise InputError(f"{reason}; expected a larger --max_steps or --num_epochs")
-        log.info("%s: complete at step %d", self.config.folder, step)
-        mark_complete(self.config.folder, step)
+    def _confirm_complete(self, resumed: Path) -> None:
+        """Log that the run is complete. Raises InputError if `resumed` is an older checkpoint."""
+        complete = f"{resumed}: its run is complete at step {self.state.step}"
+        is_newest = self.checkpoints.is_newest(resumed)
+        require(is_newest, f"{complete}; expected a larger --max_steps or --num_epochs")
+        log.info(complete)
+        mark_complete(self.config.folder, self.state.step)
 
     def _announce(self) -> None:
         config, data = self.config, self.batches.split
         weights = sum(p.numel() for p in self.train_step.parameters) / 1e6
-        run = (config.direction, self.device, config.precision, config.folder)
-        log.info("%s on %s in %s: %s", *run)
+        run = (config.direction, weights, self.device, config.precision, config.folder)
+        log.info("%s, %.1f million weights beside BERT's, on %s in %s: %s", *run)
         log.info("%s: %d images, %d captions", data.path, data.images, len(data.captions))
-        log.info("%.1f million weights to train, and a frozen BERT", weights)
         if self.batches.skip_single and len(data.captions) % config.batch_size == 1:
             log.info("the last batch of an epoch is skipped: batch normalisation needs two items")
         log.info("step %d of %d, %d an epoch", self.state.step, self.last_step, len(self.batches))
 
     def _epoch(self) -> None:
         """Train from the present position to the end of the epoch, or of the run."""
-        config, epoch = self.config, self.state.epoch
+        config, (epoch, position) = self.config, divmod(self.state.step, len(self.batches))
         rate = config.learning_rate * LR_DECAY ** (epoch // config.lr_update)
         for group in self.train_step.optimizer.param_groups:
             group["lr"] = rate
         meter = Meter()
-        bar = tqdm(
-            self._batches(),
-            desc=f"epoch {epoch}",
-            unit="step",
-            total=len(self.batches),
-            initial=self.state.position,
-            leave=False,
-            disable=None,  # without a terminal
-        )
-        for batch in bar:
-            meter.loaded()
+        for batch in self._batches(epoch, position):
+            meter.note_loaded()
             try:
-                meter.stepped(self.train_step.step(batch.to(self.device)))
+                meter.add(self.train_step.step(batch.to(self.device)))
             except BadBatch as error:
                 self._skip(error)
-                meter.restart_clock()
-            self._advance()
+            self.state = replace(self.state, step=self.state.step + 1)
+            self.log.step, self.metrics = self.state.step, None
             if meter.steps and self.state.step % config.log_step == 0:
-                self._report(epoch, rate, meter, bar)
+                self._report(epoch, rate, meter)
                 meter = Meter()
-            if self._save_and_validate():
-                meter.restart_clock()
+            self._save_and_validate()
             if self.finished:
                 return
+            meter.start()
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
         """Yield the remaining batches of the epoch. If reading fails, save a checkpoint first."""
         pin = self.device.type == "cuda"
         try:
-            yield from self.batches.epoch(self.state.epoch, self.state.position, pin)
+            yield from self.batches.epoch(epoch, position, pin)
         except InputError as error:
             if self.state.step:
                 self._save(NEWEST)
@@ -179,42 +167,24 @@ class Trainer:
         self.state = replace(self.state, skipped=self.state.skipped + 1)
         log.warning("%s; skipped, %d of %d", message, self.state.skipped, limit)
 
-    def _advance(self) -> None:
-        """Count a batch."""
-        state = self.state
-        epoch, position = divmod(state.position + 1, len(self.batches))
-        self.state = replace(
-            state, epoch=state.epoch + epoch, position=position, step=state.step + 1
-        )
-        self.log.step, self.metrics = self.state.step, None
-
-    def _report(self, epoch: int, rate: float, meter: Meter, bar: tqdm) -> None:
-        means = meter.means()
+    def _report(self, epoch: int, rate: float, meter: Meter) -> None:
+        means, step = meter.means(), self.state.step
         speed = means.pop("pairs") / means["batch_time"]
         self.log.record(epoch=epoch, lr=rate, **means, pairs_per_s=speed)
-        losses = f"loss {means['Le']:.3f} (rank {means['Rank']:.3f}, path {means['Path']:.3f})"
-        bar.set_postfix_str(losses)
-        if bar.disable:
-            step, last = self.state.step, self.last_step
-            left = timedelta(seconds=round((last - step) * means["batch_time"]))
-            log.info(
-                "epoch %d step %d/%d %s, %.0f pairs/s, %s left",
-                *(epoch, step, last, losses, speed, left),
-            )
+        left = timedelta(seconds=round((self.last_step - step) * means["batch_time"]))
+        log.info(
+            "epoch %d step %d/%d loss %.3f (rank %.3f, path %.3f), %.0f pairs/s, %s left",
+            *(epoch, step, self.last_step, means["Le"], means["Rank"], means["Path"], speed, left),
+        )
 
-    def _save_and_validate(self) -> bool:
-        """Save and validate if the step asks for it. Raises Stopped if a signal came.
-
-        Returns whether that took time.
-        """
+    def _save_and_validate(self) -> None:
+        """Save and validate if the step asks for it. Raises Stopped if a signal came."""
         due, received = self.validation_due, self.signals.received is not None
-        save = due or received or self.state.step % self.config.save_step == 0
-        if save:  # before the validation, which can take long
-            self._save(NEWEST)
+        if due or received or self.state.step % self.config.save_step == 0:
+            self._save(NEWEST)  # before the validation, which can take long
         self.signals.check()
         if due:
             self._validate()
-        return save
 
     def _validate(self) -> None:
         """Score dev, keep the best model, save a checkpoint."""
@@ -242,7 +212,7 @@ class Trainer:
             best_r1=max(state.best_r1, result.i2t.r1),
         )
         self.metrics = tags(result)
-        self.log.record(epoch=state.last_epoch, **self.metrics)
+        self.log.record(epoch=(state.step - 1) // len(self.batches), **self.metrics)
         log.info(
             "step %d: rsum %.1f, R@1+R@5 %.1f (best %.1f)",
             *(state.step, result.rsum, result.selection, self.state.best_rsum),

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from common.lock import LOCK, only_writer
 from common.torch_files import Damaged
 from data import Split, TrainingBatches
 from training.config import FREE, TrainConfig
-from training.log import logs_of, remove
+from training.log import EVENTS, LOG, METRICS, RUN
 from training.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ LARGEST = 2**62  # of any number in TrainState
 class TrainState:
     """How far a run has come, and its best scores so far."""
 
-    epoch: int = 0
-    position: int = 0  # of the next batch in the epoch
     step: int = 0  # batches so far
     validated: int = 0  # step of the last validation
     skipped: int = 0  # batches whose loss or gradient was not finite
@@ -54,23 +52,14 @@ class TrainState:
     best_r1: float = -1.0  # image-to-text
 
     @classmethod
-    def read(cls, content: Mapping[str, Any], batches: int) -> "TrainState":
-        """Return the state in a checkpoint; an epoch has `batches` batches. Raises ValueError."""
-        for field in fields(cls):
-            value: Any = content.get(field.name)
-            if type(value) is not field.type or not abs(value) <= LARGEST:
-                raise ValueError(f"{field.name} is {brief_repr(value)}")
-        state = cls(**{field.name: content[field.name] for field in fields(cls)})
-        if state.epoch < 0 or not 0 <= state.position < batches:
-            raise ValueError(f"position {state.position} of epoch {state.epoch}")
-        if state.step != state.epoch * batches + state.position:
-            raise ValueError(f"step {state.step} at position {state.position}")
-        return state
-
-    @property
-    def last_epoch(self) -> int:
-        """The epoch of the last batch."""
-        return self.epoch - (self.position == 0 < self.step)
+    def read(cls, content: Mapping[str, Any]) -> "TrainState":
+        """Return the state in a checkpoint. Raises ValueError."""
+        values: dict[str, Any] = {each.name: content.get(each.name) for each in fields(cls)}
+        for each in fields(cls):
+            value = values[each.name]
+            if type(value) is not each.type or not abs(value) <= LARGEST:
+                raise ValueError(f"{each.name} is {brief_repr(value)}")
+        return cls(**values)
 
 
 @contextmanager
@@ -89,9 +78,7 @@ def find_checkpoint(folder: Path, resume: str, overwrite: bool) -> Checkpoint | 
     """
     if resume == "auto":
         return _newest_whole(folder)
-    holds_run = bool(logs_of(folder)) or any(
-        os.path.lexists(folder / name) for name in (NEWEST, BEST)
-    )
+    holds_run = any(_files(folder))
     if resume:
         path = Path(resume)
         if holds_run and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
@@ -110,52 +97,56 @@ def _newest_whole(folder: Path) -> Checkpoint | None:
     cannot be read for now, for example from a disk that is not mounted.
     """
     problem = None
-    for path in (folder / NEWEST, folder / BEST):
-        if not os.path.lexists(path):
-            continue
+    for path in filter(os.path.lexists, (folder / NEWEST, folder / BEST)):
         try:
             checkpoint = read_checkpoint(path)
         except Damaged as error:
-            log.warning("%s", error)
             problem = problem or error
             continue
         if path.name == BEST:
-            log.warning("resuming from %s, because %s is damaged or missing", path, NEWEST)
+            log.warning("%s; resuming from %s", problem or f"{NEWEST}: missing", path)
         return checkpoint
     if problem is not None:
         raise problem
     return None
 
 
+def _files(folder: Path) -> list[Path]:
+    """Return the checkpoints and logs that a folder holds."""
+    named = [folder / name for name in (NEWEST, BEST, METRICS, RUN, LOG)]
+    return [path for path in (*named, *folder.glob(EVENTS)) if os.path.lexists(path)]
+
+
 def clear(folder: Path) -> None:
     """Delete the files of an earlier run."""
     cached = folder.glob(STATES.format("*") + "*")  # also a partial file
-    for path in (folder / NEWEST, folder / BEST, *cached, *logs_of(folder)):
-        remove(path)
+    with explain_os_errors(folder, "a folder to write to"):
+        for path in (*_files(folder), *cached):
+            path.unlink()
 
 
+@dataclass(frozen=True)
 class CheckpointManager:
     """Writes the checkpoints of one run and resumes it from one, bit for bit."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        train_step: TrainStep,
-        bert: Bert,
-        batches: TrainingBatches,
-        dev: Split,
-    ) -> None:
-        self.config, self.bert, self.batches, self.dev = config, bert, batches, dev
-        self.commit = provenance.commit()  # now, since the files may change while the run lasts
-        self.model, self.optimizer = train_step.model, train_step.optimizer
-        self.device = train_step.device
+    config: TrainConfig
+    train_step: TrainStep
+    bert: Bert
+    batches: TrainingBatches
+    dev: Split
+    # Read at the start, since the files may change while the run lasts.
+    commit: str | None = field(default_factory=lambda: provenance.commit())
 
     def write(self, name: str, state: TrainState, metrics: dict[str, float] | None) -> None:
         """Write a checkpoint; `metrics` are those of the same weights on dev, if validated."""
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        device, model = self.train_step.device, self.train_step.model
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        epoch, position = divmod(state.step, len(self.batches))
         content = {
             **asdict(state),
-            "optimizer": self.optimizer.state_dict(),
+            "epoch": epoch,  # of the next batch
+            "position": position,
+            "optimizer": self.train_step.optimizer.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "train_data": self.batches.split.fingerprint,
             "dev_data": self.dev.fingerprint,
@@ -163,25 +154,25 @@ class CheckpointManager:
             "metrics": metrics,
         }
         path = self.config.folder / name
-        write_checkpoint(path, self.model, asdict(self.config), self.bert, **content)
+        write_checkpoint(path, model, asdict(self.config), self.bert, **content)
 
     def restore(self, checkpoint: Checkpoint) -> TrainState:
         """Load model, optimiser and random states from a checkpoint; returns the run's state.
 
         Raises InputError if the checkpoint is damaged or of a run with other options or data.
         """
-        path, content = checkpoint.path, checkpoint.state
+        path, content, device = checkpoint.path, checkpoint.state, self.train_step.device
         require("optimizer" in content, f"{path}: has no optimiser, so no run can resume from it")
         self._check_same_run(checkpoint)
-        load_state_dict_strict(self.model, checkpoint.weights, path, keep=BERT_KEYS)
+        load_state_dict_strict(self.train_step.model, checkpoint.weights, path, keep=BERT_KEYS)
         # DEVIATION: a resumed run continues exactly where it stopped (the published one started
         # again at epoch 0, without its optimiser and best scores).
         try:
-            state = TrainState.read(content, len(self.batches))
+            state = TrainState.read(content)
             self._restore_adam(content["optimizer"]["state"], state.step - state.skipped)
             torch.set_rng_state(content["random"]["cpu"])
-            if self.device.type == "cuda" and content["random"]["cuda"] is not None:
-                torch.cuda.set_rng_state(content["random"]["cuda"], self.device)
+            if device.type == "cuda" and content["random"]["cuda"] is not None:
+                torch.cuda.set_rng_state(content["random"]["cuda"], device)
         except Exception as error:  # the content of a file can be wrong in any way
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}: no run can resume from it: {reason}") from error
@@ -190,20 +181,19 @@ class CheckpointManager:
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         """Raise InputError if a checkpoint is of a run with other options, data or BERT."""
         path = checkpoint.path
-        for field in fields(self.config):
-            then = checkpoint.options.get(field.name, field.default)
-            now = getattr(self.config, field.name)
-            if field.name not in FREE and then != now:
-                raise InputError(f"{path}: was trained with --{field.name} {then}, not {now}")
+        for option in fields(self.config):
+            then = checkpoint.options.get(option.name, option.default)
+            now = getattr(self.config, option.name)
+            if option.name not in FREE and then != now:
+                raise InputError(f"{path}: was trained with --{option.name} {then}, not {now}")
         check_same_bert(checkpoint, self.bert)
         for name, split in (("train_data", self.batches.split), ("dev_data", self.dev)):
-            fingerprint = checkpoint.state.get(name)
-            if type(fingerprint) is not str or fingerprint != split.fingerprint:
-                raise InputError(f"{path}: was trained on other data than {split.path}")
+            is_same = checkpoint.state.get(name) == split.fingerprint
+            require(is_same, f"{path}: was trained on other data than {split.path}")
 
     def _restore_adam(self, moments: dict[int, dict[str, Tensor]], steps: int) -> None:
         """Load Adam's moments. Raises an exception unless they fit the weights and `steps`."""
-        (parameters,) = (group["params"] for group in self.optimizer.param_groups)
+        optimizer, parameters = self.train_step.optimizer, self.train_step.parameters
         if sorted(moments) != list(range(len(parameters) if steps else 0)):
             raise ValueError(f"moments of {len(moments)} weights after {steps} steps")
         for i, moment in moments.items():
@@ -212,7 +202,7 @@ class CheckpointManager:
                     raise ValueError(f"{name} is {list(moment[name].shape)}")
             if moment["step"].item() != steps:
                 raise ValueError(f"Adam's step is {moment['step'].item()}, not {steps}")
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
     def _forget_lost_best(self, state: TrainState) -> TrainState:
         """Return the state without its best scores if the best model is missing or damaged.
@@ -221,16 +211,15 @@ class CheckpointManager:
         validation that was due at this step is done again.
         """
         path, validated = self.config.folder / BEST, 0
+        if state.best_rsum < 0 and not os.path.lexists(path):
+            return state
         try:
-            if os.path.lexists(path):
-                best = read_checkpoint(path).state.get("step")
-                if type(best) is int and best <= state.step:
-                    return state
-                reason, validated = f"{path}: is of step {best}, discarded", state.validated
-            elif state.best_rsum < 0:
+            best = read_checkpoint(path).state.get("step") if os.path.lexists(path) else None
+            if type(best) is int and best <= state.step:
                 return state
-            else:
-                reason = f"{path}: not found"
+            reason = f"{path}: missing"
+            if best is not None:
+                reason, validated = f"{path}: is of step {best}, discarded", state.validated
         except Damaged as error:
             reason = str(error)
         log.warning("%s; the next validation writes a new best model", reason)
@@ -247,4 +236,4 @@ class CheckpointManager:
         if not self.is_newest(resumed):
             self.write(NEWEST, state, metrics)
         if state.best_rsum < 0:
-            remove(self.config.folder / BEST)
+            (self.config.folder / BEST).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import torch
 from checkpoint.bert import Bert
 from common.cli import progress
 from common.errors import require
-from common.files import explain_os_errors, partial_path, write_blocks
+from common.files import write_blocks
 from model import TextEncoder
 from training.resume import STATES
 
@@ -37,14 +37,11 @@ def cache_text(
     size = int(np.prod(shape, dtype=np.int64)) * 4
     if os.path.lexists(path):  # whole, since it was written atomically
         return path
-    with explain_os_errors(folder, "a folder to write to"):
-        partial_path(path).unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     require(size < free, f"--cache_text: {path} needs {size} bytes, {free} are free")
     log.info("--cache_text: encoding all captions once, into %s (%.1f GB)", path, size / 1e9)
-    write_blocks(
-        path, shape, np.dtype(np.float32), _hidden_states(encoder, bert, captions, max_words)
-    )
+    states = _hidden_states(encoder, bert, captions, max_words)
+    write_blocks(path, shape, np.dtype(np.float32), states)
     return path
 
 
