@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.cli import parse, run
-from common.errors import InputError
+from common.errors import require
+from common.lock import LOCK, only_writer
 from training.config import GROUPS, TrainConfig
 
 DESCRIPTION = """Train a DIME model for one direction on precomputed region features.
@@ -20,15 +21,13 @@ events to LOGGER_NAME/DIRECTION. Evaluate the models with evaluate_models.py."""
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(TrainConfig, argv, DESCRIPTION, groups=GROUPS)
-    from training.resume import own_folder  # imports torch, which takes seconds
-
-    with own_folder(config.folder):
+    with only_writer(config.folder / LOCK):
         train(config)
 
 
 def train(config: TrainConfig) -> None:
     """Train in the run's folder. Raises InputError."""
-    import torch
+    import torch  # here, so that --help answers at once
 
     from checkpoint.bert import load_bert
     from checkpoint.checkpoint import check_positions
@@ -49,11 +48,8 @@ def train(config: TrainConfig) -> None:
     dev = Split.open(folder, "dev", config.img_dim)
     skips = config.skips_single(split.regions_per_image)
     batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, skips)
-    if len(batches) == 0:
-        raise InputError(
-            f"--batch_size {config.batch_size} without extra negatives: batch normalisation needs "
-            "two items in a batch"
-        )
+    reason = "without extra negatives: batch normalisation needs two items in a batch"
+    require(len(batches) > 0, f"--batch_size {config.batch_size} {reason}")
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
     if checkpoint is None:

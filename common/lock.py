@@ -18,11 +18,12 @@ LOCK = "lock"
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`. Raises InputError if another program holds it.
+    """Hold the lock file `path` and make its folder. Raises InputError if another program holds it.
 
     The system frees the lock when this process ends, however it ends.
     """
     with explain_os_errors(path, "a file to write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab+", buffering=0)
     with file:
         try:

@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 DOUBLED_SECONDS = 1.0  # launchers pass a signal on, so that it may arrive twice within this time
@@ -17,8 +18,22 @@ class Stopped(BaseException):  # not an Exception: no error handler may continue
         self.number = number
 
 
+@contextmanager
+def handled(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
+    """Handle SIGINT, SIGTERM and SIGHUP in the main thread; yields the previous handlers."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup it stays ignored
+        numbers.append(signal.SIGHUP)
+    previous: dict[int, Any] = {n: signal.signal(n, handler) for n in numbers}
+    try:
+        yield previous
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
+
+
 class Signals:
-    """Notes the first SIGINT, SIGTERM or SIGHUP; `check` raises Stopped where the program can end.
+    """Notes the first signal; `check` raises Stopped where the program can end.
 
     A second signal, at least a second later, has its usual effect.
     """
@@ -26,18 +41,15 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.since = 0.0
-        self.previous: dict[int, Any] = {}  # handlers
+        self.previous: dict[int, Any] = {}
+        self.handlers = ExitStack()
 
     def __enter__(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # Under nohup, SIGHUP stays ignored.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self.previous[number] = signal.signal(number, self._note)
+        self.previous = self.handlers.enter_context(handled(self._note))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        self.handlers.close()
 
     def _note(self, number: int, frame: object) -> None:
         if self.received is None:

@@ -32,9 +32,10 @@ import torch
 import train
 from checkpoint.checkpoint import read_checkpoint
 from common import cli as options
+from common.lock import LOCK
 from tests import conftest
 from training import resume
-from training.resume import BEST, LOCK, NEWEST
+from training.resume import BEST, NEWEST
 
 log = logging.getLogger("chaos")
 
@@ -42,14 +43,8 @@ STEPS, SAVE_STEP, VAL_STEP = 40, 3, 7  # an epoch has 10 steps, or 9 where the l
 MORE_MEMORY = 2**25  # bytes that a program without memory may still take, at most
 LONGEST = 120.0  # seconds; a program that takes longer hangs
 WAYS = {"SIGKILL": 12, "SIGTERM": 3, "SIGINT": 3, "worker": 3, "memory": 2, "disk": 2}
-EXPECTED = {
-    "SIGKILL": {-9},
-    "SIGTERM": {143, -15},  # the latter before training has begun
-    "SIGINT": {130},
-    "worker": {2},
-    "memory": {2},
-    "disk": {2},
-}
+# Exit statuses; of the other ways it is 2. SIGTERM gives -15 before training has begun.
+EXPECTED = {"SIGKILL": {-9}, "SIGTERM": {143, -15}, "SIGINT": {130}}
 TIMES = ("batch_time", "data_time", "pairs_per_s")
 FORK = multiprocessing.get_context("forkserver")  # torch is imported once for all cycles
 FORK.set_forkserver_preload(["tests.conftest", "training.loop"])
@@ -147,6 +142,7 @@ class Report:
     """Results of the cycles."""
 
     cycles: int = 0
+    survived: int = 0
     runs_completed: int = 0
     save_step: int = SAVE_STEP
     steps_done_twice: int = 0
@@ -154,10 +150,6 @@ class Report:
     ways: Counter[str] = field(default_factory=Counter)
     exits: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-
-    @property
-    def survived(self) -> int:
-        return self.cycles - len(self.failures)
 
     def add(self, way: str, status: str, twice: int) -> None:
         """Count a cycle, and the steps that have to be done again after it."""
@@ -169,22 +161,15 @@ class Report:
         self.most_steps_done_twice = max(self.most_steps_done_twice, twice)
 
 
-def workers_of(pid: int) -> list[int]:
-    try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
 def strike(way: str, pid: int, chance: random.Random) -> bool:
     """End a process in one of the WAYS. Returns False if it had ended already."""
     try:
         if way == "worker":
-            workers = workers_of(pid)
-            if workers:
-                os.kill(chance.choice(workers), signal.SIGKILL)
-            return bool(workers)
-        if way == "memory":
+            workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            if not workers:
+                return False
+            os.kill(int(chance.choice(workers)), signal.SIGKILL)
+        elif way == "memory":
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
             most = pages * resource.getpagesize() + chance.randrange(MORE_MEMORY)
             resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
@@ -210,32 +195,29 @@ def cut_off(process: BaseProcess, run: Path, way: str, most: float, chance: rand
     if process.exitcode is None:
         process.kill()
         return "hangs"
-    if process.exitcode not in {0} | (EXPECTED[way] if struck else set()):
+    if process.exitcode not in {0} | (EXPECTED.get(way, {2}) if struck else set()):
         return f"unexpected {process.exitcode}"
     return str(process.exitcode)
 
 
-def newest_of(run: Path) -> tuple[Path | None, int]:
-    """Return the newest checkpoint of a run and its step."""
-    path = run / NEWEST
-    return (path, read_checkpoint(path).state["step"]) if path.exists() else (None, 0)
+def step_of(run: Path) -> int:
+    """Return the step of a run's newest checkpoint."""
+    return read_checkpoint(run / NEWEST).state["step"] if (run / NEWEST).exists() else 0
 
 
-def problem_of(run: Path, uncut: Uncut, status: str, output: str) -> tuple[str, int]:
-    """Return a problem of the files that a program left, or "", and the number of steps lost."""
-    newest, step = newest_of(run)
-    twice = max([event["step"] for event in events(run)], default=0) - step
+def problem_of(run: Path, uncut: Uncut, status: str, output: str, lost: int) -> str:
+    """Return a problem of the files that a program left, or ""."""
     if not status.lstrip("-").isdecimal():
-        return status, twice
+        return status
     if status == "2" and not output.splitlines()[-1].startswith("train.py: error: "):
-        return "the last line is not an error", twice
-    if newest and digest(newest) not in uncut.states:
-        return "another state than that of the uncut run", twice
-    if twice > SAVE_STEP:
-        return f"{twice} steps lost", twice
+        return "the last line is not an error"
+    if (run / NEWEST).exists() and digest(run / NEWEST) not in uncut.states:
+        return "another state than that of the uncut run"
+    if lost > SAVE_STEP:
+        return f"{lost} steps lost"
     if status == "0" and (digest(run / BEST) != uncut.best or events(run) != uncut.events):
-        return "another best model or other logs than the uncut run's", twice
-    return "", twice
+        return "another best model or other logs than the uncut run's"
+    return ""
 
 
 def cycles(options: Options, folder: Path) -> Iterator[Report]:
@@ -250,10 +232,12 @@ def cycles(options: Options, folder: Path) -> Iterator[Report]:
         before = written_at(run)
         process = FORK.Process(target=program, args=(arguments(folder, direction), output))
         process.start()
-        most = expected.seconds * (1 - newest_of(run)[1] / STEPS)
+        most = expected.seconds * (1 - step_of(run) / STEPS)
         status = cut_off(process, run, way, most, chance)
-        problem, twice = problem_of(run, expected, status, output.read_text())
-        report.add(way, status, twice if written_at(run) != before else 0)
+        lost = max([event["step"] for event in events(run)], default=0) - step_of(run)
+        problem = problem_of(run, expected, status, output.read_text(), lost)
+        report.add(way, status, lost if written_at(run) != before else 0)
+        report.survived += not problem
         if problem:
             tail = output.read_text()[-2000:]
             report.failures.append(f"cycle {report.cycles}, {direction} {way}: {problem}: {tail}")
@@ -279,7 +263,7 @@ def main() -> None:
             if report.cycles % 10 == 0:
                 log.info("%d cycles, %d survived", report.cycles, report.survived)
     seconds = round(time.monotonic() - since, 1)
-    results = vars(report) | {"survived": report.survived, "seconds": seconds, "steps": STEPS}
+    results = vars(report) | {"seconds": seconds, "steps": STEPS}
     log.info("%s", results)
     if chosen.json:
         conftest.report("chaos", results, Path(chosen.json))

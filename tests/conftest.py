@@ -28,6 +28,7 @@ from model import DIME
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+Run = Callable[..., int]  # runs a program in this process and returns its exit status
 CASES = ("i2t", "t2i", "i2t_no_extra", "i2t_variant", "t2i_variant", "thresholds")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub for anything

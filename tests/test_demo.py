@@ -186,21 +186,13 @@ def demo(out: Path, **settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-RECORDER = """#!/usr/bin/env bash
-echo "$@" >>"$RECORD"
-"""
-
-
 def test_demo_trains_with_the_options_of_the_registry(tmp_path: Path) -> None:
     """All options but the folders; a recorder stands in for Python."""
     python = tmp_path / "python"
-    python.write_text(RECORDER)
+    python.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/record"\n')
     python.chmod(0o755)
-    done = demo(
-        tmp_path / "demo",
-        **{"DIME_PYTHON": python, "RECORD": tmp_path / "record"},
-        **{"TRAIN": "", "DEV": "", "TEST": "", "STEPS": "", "BATCH": "", "LEAST": ""},  # defaults
-    )
+    defaults = dict.fromkeys(("TRAIN", "DEV", "TEST", "STEPS", "BATCH", "LEAST"), "")
+    done = demo(tmp_path / "demo", DIME_PYTHON=python, **defaults)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "record").read_text().splitlines()
     recorded = [line.split()[1:] for line in lines if line.startswith("train.py ")]

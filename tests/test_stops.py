@@ -14,11 +14,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, same, tiny_train
+from conftest import ROOT, Run, same, tiny_train
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
 from test_files import largest_file
 from test_train import events, last_line, state
 
 from common.errors import InputError
+from common.lock import only_writer
 from common.signals import Signals, Stopped
 from common.workers import load
 from data import Batch, TrainingBatches
@@ -26,7 +28,7 @@ from evaluation import Retrieval
 from model import DIME, Output
 from training import loop, resume
 from training.loop import Trainer
-from training.resume import BEST, NEWEST, own_folder
+from training.resume import BEST, NEWEST
 from training.step import TrainStep
 
 STATE = ("weights", "optimizer", "random", "epoch", "position", "step", "best_rsum", "best_r1")
@@ -74,7 +76,7 @@ class Running:
         return self.process.returncode
 
 
-def current_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+def current_step(monkeypatch: MonkeyPatch) -> Callable[[], int]:
     """Returns a function that gives the step in progress."""
     trainers, train = [], Trainer.train
 
@@ -86,7 +88,7 @@ def current_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     return lambda: trainers[-1].state.step + 1
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+def at_step(monkeypatch: MonkeyPatch, number: int, act: Callable[[], None]) -> None:
     """Do something in the middle of a step."""
     current, step = current_step(monkeypatch), TrainStep.step
 
@@ -125,7 +127,7 @@ def test_signal_finishes_the_step_and_saves(tiny: Path, name: str, closed: bool)
 
 
 def test_run_stopped_by_a_signal_resumes_to_the_same_bits(
-    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch
 ) -> None:
     """In a step, and in a validation, which is made again."""
     argv = tiny_train(tiny, "--extra_stc", "1", "--max_steps", "14", "--val_step", "4")
@@ -185,7 +187,7 @@ def test_nohup_is_respected() -> None:
 # Kills
 
 
-def test_killed_run_resumes_to_the_same_bits(tiny: Path, run_train: Callable[..., int]) -> None:
+def test_killed_run_resumes_to_the_same_bits(tiny: Path, run_train: Run) -> None:
     argv = tiny_train(tiny, "--extra_stc", "1", "--val_step", "7", "--save_step", "3")
     argv += ["--log_step", "1", "--workers", "2", "--num_epochs", "100000"]
     running = Running(argv, "step 17/")
@@ -203,7 +205,7 @@ def test_killed_run_resumes_to_the_same_bits(tiny: Path, run_train: Callable[...
 
 
 def test_validation_cut_off_before_its_checkpoint_is_logged_once(
-    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch
 ) -> None:
     argv = tiny_train(tiny, "--max_steps", "6", "--val_step", "3")
     write, written = resume.write_checkpoint, []
@@ -235,7 +237,7 @@ def damage(path: Path) -> None:
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_best_model(
-    trained: Path, run_train: Callable[..., int], caplog: pytest.LogCaptureFixture
+    trained: Path, run_train: Run, caplog: LogCaptureFixture
 ) -> None:
     argv, folder = tiny_train(trained, "--max_steps", "4"), trained / "runs/i2t"
     damage(folder / NEWEST)
@@ -254,7 +256,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_best_model(
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
 def test_checkpoint_that_cannot_be_read_for_now_is_not_replaced(
-    error: Exception, trained: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    error: Exception, trained: Path, run_train: Run, monkeypatch: MonkeyPatch
 ) -> None:
     """A run does not start again if a disk fails or is not mounted."""
     argv, path = tiny_train(trained, "--max_steps", "3"), trained / "runs/i2t" / NEWEST
@@ -270,10 +272,7 @@ def test_checkpoint_that_cannot_be_read_for_now_is_not_replaced(
 
 
 def test_best_model_of_a_later_step_is_discarded(
-    tiny: Path,
-    run_train: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     argv, folder = tiny_train(tiny), tiny / "runs/i2t"
 
@@ -297,7 +296,7 @@ def test_best_model_of_a_later_step_is_discarded(
 
 
 def test_finished_run_without_its_best_model_is_validated_again(
-    trained: Path, run_train: Callable[..., int]
+    trained: Path, run_train: Run
 ) -> None:
     folder = trained / "runs/i2t"
     before, best = events(folder), state(folder / BEST)
@@ -313,7 +312,7 @@ def test_finished_run_without_its_best_model_is_validated_again(
 
 @LINUX
 def test_second_run_is_refused_while_the_first_one_lives(
-    tiny: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+    tiny: Path, run_train: Run, capsys: CaptureFixture
 ) -> None:
     """The lock of a killed program is free at once, even if its workers still live."""
     argv = tiny_train(tiny, *LONG, "--workers", "2", "--save_step", "1")
@@ -336,10 +335,10 @@ def test_second_run_is_refused_while_the_first_one_lives(
 
 
 def test_folder_without_locks_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(fcntl, "lockf", fail(OSError(38, "Function not implemented")))
-    with own_folder(tmp_path / "run"):
+    with only_writer(tmp_path / "run/lock"):
         assert "Function not implemented" in caplog.text
 
 
@@ -410,7 +409,7 @@ def test_bug_in_a_dataset_keeps_its_traceback(workers: int) -> None:
 
 
 def test_out_of_memory_is_one_line_that_names_what_needs_less(
-    trained: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys
+    trained: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
 ) -> None:
     argv = tiny_train(trained, "--resume", "auto", "--max_steps", "9")
     with monkeypatch.context() as patch:
@@ -426,7 +425,7 @@ def test_out_of_memory_is_one_line_that_names_what_needs_less(
 
 
 def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
-    trained: Path, run_train: Callable[..., int], capsys: pytest.CaptureFixture
+    trained: Path, run_train: Run, capsys: CaptureFixture
 ) -> None:
     folder = trained / "runs/i2t"
     with largest_file((folder / NEWEST).stat().st_size // 2):
@@ -437,7 +436,7 @@ def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
 
 
 def test_error_in_a_validation_names_the_checkpoint(
-    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys
+    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
 ) -> None:
     assert run_train(*tiny_train(tiny, "--learning_rate", "1e30", "--max_steps", "1")) == 2
     line = last_line(capsys)
@@ -452,7 +451,7 @@ def test_error_in_a_validation_names_the_checkpoint(
 
 
 def test_bad_batches_are_skipped_up_to_a_number(
-    tiny: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys
+    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
 ) -> None:
     forward, current = DIME.forward, current_step(monkeypatch)
 
@@ -478,7 +477,7 @@ def test_bad_batches_are_skipped_up_to_a_number(
 
 
 def test_infinite_gradient_is_a_bad_batch_and_changes_nothing(
-    trained: Path, run_train: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys
+    trained: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
 ) -> None:
     argv, path = tiny_train(trained, "--max_steps", "3"), trained / "runs/i2t" / NEWEST
     before, forward = state(path), DIME.forward

@@ -185,13 +185,15 @@ def _keep_lines(path: Path, keep: Callable[[bytes], bool]) -> None:
 
 
 def _is_event_until(line: bytes, step: int, validated: bool) -> bool:
-    """Return whether a line of metrics.jsonl is an event of the steps up to `step`."""
+    """Return whether a line of metrics.jsonl is an event of the steps up to `step`.
+
+    The last event of a step is its validation, which counts only if the step is `validated`.
+    """
     try:
         event = json.loads(line)
-        at, validation = event["step"], "rsum" in event
+        return (event["step"], "rsum" in event) <= (step, validated)
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
-    return type(at) is int and (at < step or (at == step and (validated or not validation)))
 
 
 def _is_log_until(line: bytes, step: int) -> bool:

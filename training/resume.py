@@ -5,9 +5,9 @@ a killed run leaves whole files.
 """
 
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from checkpoint.weights import load_state_dict_strict
 from common import provenance
 from common.errors import InputError, brief_repr, require
 from common.files import explain_os_errors
-from common.lock import LOCK, only_writer
 from common.torch_files import Damaged
 from data import Split, TrainingBatches
 from training.config import FREE, TrainConfig
@@ -38,7 +37,6 @@ log = logging.getLogger(__name__)
 
 NEWEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 STATES = "text_states_{}.npy"  # BERT's hidden states, see text_cache.py
-LARGEST = 2**62  # of any number in TrainState
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,9 @@ class TrainState:
         values: dict[str, Any] = {each.name: content.get(each.name) for each in fields(cls)}
         for each in fields(cls):
             value = values[each.name]
-            if type(value) is not each.type or not abs(value) <= LARGEST:
+            if type(value) is not each.type or not math.isfinite(value):
                 raise ValueError(f"{each.name} is {brief_repr(value)}")
         return cls(**values)
-
-
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Make a run's folder and be the only program that writes there. Raises InputError."""
-    with explain_os_errors(folder, "a folder to write to"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder / LOCK):
-        yield
 
 
 def find_checkpoint(folder: Path, resume: str, overwrite: bool) -> Checkpoint | None:
