@@ -31,7 +31,6 @@ from training.config import FREE, TrainConfig
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
-RUN_JSON = "run.json"
 # Of the options that a resumed training may change, those that change its result.
 LENGTH = {"num_epochs", "max_steps", "val_step", "skip_bad_batches"}
 
@@ -128,19 +127,23 @@ def evaluate(
     run_program([*registry.evaluate(each, seed, paths), "--json", str(temporary)])
     evaluation = EvaluationResult.from_json(read_json(temporary, "a result"), temporary)
     temporary.unlink()
-    trainings: list[dict[str, Any] | None] = []
     if parts:  # saved scores do not say what their models read
         inputs = [one for part in parts for one in part.fingerprints]
         evaluation = replace(evaluation, fingerprints=inputs)
-        trainings = [training for part in parts for training in part.trainings]
-        matrices = {name: digest for part in parts for name, digest in part.matrices.items()}
-    else:
-        beside = each.model(seed).with_name(RUN_JSON)  # which a model from elsewhere may lack
-        session = read_json(beside, "how a model was trained") if beside.exists() else None
-        trainings = [session and {k: v for k, v in session.items() if k != "options"}]
-        matrices = scores_digest(each, seed)
+    trainings: list[dict[str, Any] | None] = []
+    matrices: dict[str, str] = {}
+    for member in registry.members(each):
+        session = read_session(member, seed)
+        trainings.append(session and {k: v for k, v in session.items() if k != "options"})
+        matrices |= scores_digest(member, seed)
     about = registry.digest(each), registry.commands(each, seed, paths), trainings, matrices
     return RunResult(*about, evaluation, **provenance.surroundings())
+
+
+def read_session(each: Run, seed: int) -> dict[str, Any] | None:
+    """Return the run.json beside a model, which a model from elsewhere may lack."""
+    path = each.model(seed).with_name("run.json")
+    return read_json(path, "how a model was trained") if path.exists() else None
 
 
 def scores_digest(each: Run, seed: int) -> dict[str, str]:
@@ -153,27 +156,22 @@ def check_model(registry: Registry, each: Run, seed: int) -> None:
     """Raise InputError if a model was trained with other options, or not to its end."""
     from checkpoint.checkpoint import read_checkpoint
 
-    path = each.model(seed)
     wanted = asdict(parse(TrainConfig, registry.train(each, seed, {})[1:], ""))
     # Paths may differ, and the width of the features is that of the data.
-    lasting = {k: v for k, v in wanted.items() if k not in {*FREE, "data_name", "img_dim"}}
-    check_options(path, read_checkpoint(path).options, lasting)
-    beside = path.with_name(RUN_JSON)
-    if beside.exists():
-        session = read_json(beside, "how a model was trained")
-        unfinished = f"{beside}: the training did not finish; resume it (train.py --resume auto)"
+    lasting = [name for name in wanted if name not in {*FREE, "data_name", "img_dim"}]
+    path = each.model(seed)
+    options = read_checkpoint(path).options
+    trained = [(path, name, options) for name in lasting]
+    if session := read_session(each, seed):
+        unfinished = f"{path}: its training did not finish; resume it (train.py --resume auto)"
         require(session.get("complete") is not False, unfinished)
         # The best model may be older than the last resume, run.json has the newest options.
-        length = {name: wanted[name] for name in LENGTH}
-        check_options(beside, session.get("options", {}), lasting | length)
-
-
-def check_options(path: Path, options: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise InputError if the options of a training are other ones than `wanted`."""
-    for name, value in wanted.items():
-        if name in options and options[name] != value:
-            trained = f"{path}: was trained with --{name} {brief_repr(options[name])}"
-            raise InputError(f"{trained}; expected {brief_repr(value)}")
+        beside, options = path.with_name("run.json"), session.get("options", {})
+        trained += [(beside, name, options) for name in (*lasting, *LENGTH)]
+    for file, name, options in trained:
+        if name in options and options[name] != wanted[name]:
+            problem = f"{file}: was trained with --{name} {brief_repr(options[name])}"
+            raise InputError(f"{problem}; expected {brief_repr(wanted[name])}")
 
 
 def run_program(command: list[str]) -> None:

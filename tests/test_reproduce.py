@@ -188,7 +188,7 @@ def test_a_model_trained_with_other_options_or_not_to_its_end_is_refused(
     beside = one.model(0).with_name("run.json")
     session = json.loads(beside.read_text())
     beside.write_text(json.dumps(session | {"complete": False}))
-    assert "run.json: the training did not finish" in program(*refused, "0", status=2)
+    assert "its training did not finish" in program(*refused, "0", status=2)
     for model in (one.model(1), other.model(0)):
         model.parent.mkdir(parents=True)
         shutil.copy(one.model(0), model)
@@ -289,14 +289,9 @@ def test_damaged_results_are_refused(
     assert str(path) in program("table", status=2)
 
 
-def test_bad_command_lines(small: Registry, program: Callable[..., str]) -> None:
-    for argv, expected in (
-        (["run", "four"], "four: no such run"),
-        (["dance"], "dance"),
-        (["run", "one", "--seeds", "0", "-1"], "--seeds -1"),
-    ):
-        assert expected in program(*argv, status=2)
-    assert "f30k_ensemble" in program("--help")
+@pytest.mark.parametrize("argv", [["run", "four"], ["dance"], ["run", "one", "--seeds", "-1"]])
+def test_bad_command_lines(argv: list[str], small: Registry, program: Callable[..., str]) -> None:
+    assert argv[-1] in program(*argv, status=2)
 
 
 @pytest.mark.parametrize(
@@ -322,22 +317,20 @@ def test_a_slip_in_the_registry_is_refused_before_a_training(
 
 LONG_WORK = """
 import signal, sys, time
-from pathlib import Path
 def save(number, frame):
     time.sleep(1)
-    Path("saved").write_text(str(number))
+    open("saved", "w").write(str(number))
     sys.exit(128 + number)
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, save)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
 print("at work", flush=True)
 time.sleep(60)
 """
 DRIVER = """
-import sys
 from pathlib import Path
 from common.cli import run
 from scripts import reproduce
-reproduce.ROOT = Path(sys.argv[1])
+reproduce.ROOT = Path()
 run(lambda: reproduce.run_program(["train.py"]))
 """
 
@@ -348,10 +341,12 @@ def test_signals_reach_the_training_and_let_it_save(
 ) -> None:
     """As Ctrl-C, which the whole group gets, and as `kill`, which reproduce alone gets."""
     (tmp_path / "train.py").write_text(LONG_WORK)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", DRIVER, tmp_path]
     driver = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, start_new_session=True
+        [sys.executable, "-c", DRIVER],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     assert driver.stdout.readline() == b"at work\n"
     (os.killpg if group else os.kill)(driver.pid, number)
@@ -365,9 +360,8 @@ def test_a_cell_holds_the_interval_of_one_seed_or_the_deviation_of_several(
 ) -> None:
     save(small, "other", evaluation={"whole": protocol(), "fold5": protocol(4)})
     cells = "1.0 [1.0, 6.5] | 20.0 [20.0, 25.5] | 30.0 [30.0, 35.5]"
-    assert f"| Other | 1 | {cells} | {cells} | 102.0 [9.0, 21.2] |" in markdown_tables(
-        small, ["first"]
-    )
+    text = markdown_tables(small, ["first"])
+    assert f"| Other | 1 | {cells} | {cells} | 102.0 [9.0, 21.2] |" in text
     for seed, r1 in ((0, 2), (2, 4)):
         save(small, "one", seed, evaluation={"whole": protocol(r1)})
     save(small, "other", 1)
