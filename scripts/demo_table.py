@@ -61,8 +61,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def chance(images: int) -> list[float]:
     """Return R@1 R@5 R@10 of both directions of a random order, in percent."""
-    captions = images * CAPTIONS_PER_IMAGE
-    others = captions - CAPTIONS_PER_IMAGE
+    captions, others = images * CAPTIONS_PER_IMAGE, (images - 1) * CAPTIONS_PER_IMAGE
     # An image misses if all of its first k captions are others': one minus that share.
     i2t = [100 * (1 - math.comb(others, k) / math.comb(captions, k)) for k in CUTS]
     return i2t + [100 * min(1, k / images) for k in CUTS]

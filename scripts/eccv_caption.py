@@ -73,25 +73,16 @@ def compute(metrics: Any, scores: "np.ndarray", captions: "np.ndarray") -> dict[
     """
     import numpy as np
 
-    caption_of = captions.ravel()
-    image_of = np.array([metrics.coco_gts["t2i"][int(c)][0] for c in captions[:, 0]])
-    figures = metrics.compute_all_metrics(
-        _best(scores, image_of, caption_of),
-        _best(scores.T, caption_of, image_of),
-        target_metrics=FIGURES,
-        verbose=False,
-    )
-    return {k: {way: 100 * float(v) for way, v in ways.items()} for k, ways in figures.items()}
-
-
-def _best(scores: "np.ndarray", queries: "np.ndarray", items: "np.ndarray") -> dict[int, list[int]]:
-    """Return the ids of each query's best items, best first."""
-    import numpy as np
-
     from evaluation import best_items
 
-    best = np.concatenate([items[columns] for _, columns in best_items(scores, BEST)])
-    return dict(zip(queries.tolist(), best.tolist(), strict=True))
+    caption_of = captions.ravel()
+    image_of = np.array([metrics.coco_gts["t2i"][int(c)][0] for c in captions[:, 0]])
+    best = []  # by direction: the ids of each query's best items, best first
+    for matrix, queries, items in (scores, image_of, caption_of), (scores.T, caption_of, image_of):
+        ids = np.concatenate([items[columns] for _, columns in best_items(matrix, BEST)])
+        best.append(dict(zip(queries.tolist(), ids.tolist(), strict=True)))
+    figures = metrics.compute_all_metrics(*best, target_metrics=FIGURES, verbose=False)
+    return {k: {way: 100 * float(v) for way, v in ways.items()} for k, ways in figures.items()}
 
 
 def main() -> None:

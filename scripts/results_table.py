@@ -57,10 +57,10 @@ def training(direction: str) -> str:
     session = read_json(folder / RUN, REPORT)
     validations = [event for event in events(folder) if "rsum" in event]
     lines = [[str(e["step"]), *(f"{e[tag]:.1f}" for tag in TAGS)] for e in validations]
-    images = session["options"]["val_captions"] // CAPTIONS_PER_IMAGE
+    options = session["options"]
     return (
-        f"`{session['command']}`\n\n"
-        f"First {images} dev images; {session['options']['precision']}, {session['device']}, "
+        f"`{session['command']}`\n\nFirst {options['val_captions'] // CAPTIONS_PER_IMAGE} dev "
+        f"images; {options['precision']}, {session['device']}, "
         f"{session['seconds'] / 60:.0f} minutes, {session['peak_memory_bytes'] / 1e9:.1f} GB at "
         f"most; commit {short_commit(session)}; all figures in `{folder}`.\n\n"
         f"{markdown(['step', *COLUMNS], lines)}"
@@ -71,15 +71,12 @@ def chaos() -> str:
     """Return how many interrupted trainings resumed."""
     report = read_json(RESULTS / "reliability.json", REPORT)["chaos"]
     ways = ", ".join(f"{count} {way}" for way, count in sorted(report["ways"].items()))
-    ended = sum(count for end, count in report["exits"].items() if end.endswith(" 0"))
     return (
         f"{origin(report)}: after {report['survived']} of {report['cycles']} cycles ({ways}) the "
-        f"state was that of an uninterrupted run, bit for bit. {report['cycles'] - ended} of them "
-        f"interrupted the program, in the others it ended first. {report['runs_completed']} runs "
-        f"were completed, each with the logs and the best model of an uninterrupted one. Steps "
-        f"done twice: {report['steps_done_twice']}, at most {report['most_steps_done_twice']} "
-        f"after one interruption (`--save_step {report['save_step']}`). "
-        f"{report['seconds'] / 60:.0f} minutes.\n"
+        f"state was that of an uninterrupted run, bit for bit. {report['runs_completed']} runs "
+        f"were completed, each with the logs and the best model of an uninterrupted one. At most "
+        f"{report['most_steps_done_twice']} steps were done twice after one interruption "
+        f"(`--save_step {report['save_step']}`). {report['seconds'] / 60:.0f} minutes.\n"
     )
 
 
