@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from common.errors import require
-from common.files import read_text
+from common.layout import read_lines
 
 # Captions are tokenised in the loader's workers. A thread pool of the parent does not survive the
 # fork, and one thread tokenises 25,000 captions in about a second.
@@ -51,8 +51,7 @@ class Vocabulary:
         Raises InputError if it is missing, not UTF-8 or lacks a special entry.
         """
         path = Path(folder) / "vocab.txt"
-        text = read_text(path, "the vocabulary of BERT, in the folder of --bert_path")
-        entries = tuple(line.strip() for line in text.removesuffix("\n").split("\n"))
+        entries = read_lines(path, "the vocabulary of BERT, in the folder of --bert_path")
         for special in (PAD, UNK, CLS, SEP):
             require(special in entries, f"{path}: no entry {special}; a BERT vocabulary has one")
         require(entries[0] == PAD, f"{path}: first entry {entries[0]!r}, expected {PAD} (id 0)")

@@ -28,10 +28,10 @@ def explain_os_errors(path: Path, wanted: str) -> Iterator[None]:
     """Turn an OSError into an InputError that names the file and what was expected."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not found; expected {wanted}") from error
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; expected {wanted}") from error
+        is_missing = isinstance(error, FileNotFoundError)
+        reason = "not found" if is_missing else error.strerror or error
+        raise InputError(f"{path}: {reason}; expected {wanted}") from error
 
 
 def require_regular_file(path: Path, wanted: str) -> int:
@@ -41,9 +41,9 @@ def require_regular_file(path: Path, wanted: str) -> int:
             info = path.stat()
         except ValueError as error:  # a name with a NUL character or half a surrogate pair
             raise InputError(f"{path}: {error}; expected {wanted}") from error
-    require(not stat.S_ISDIR(info.st_mode), f"{path}: Is a directory; expected {wanted}")
     # opening a pipe would wait forever
-    require(stat.S_ISREG(info.st_mode), f"{path}: is a pipe or a device; expected {wanted}")
+    kind = "Is a directory" if stat.S_ISDIR(info.st_mode) else "is a pipe or a device"
+    require(stat.S_ISREG(info.st_mode), f"{path}: {kind}; expected {wanted}")
     return info.st_size
 
 
@@ -53,9 +53,7 @@ def require_regular_file(path: Path, wanted: str) -> int:
 def read_text(path: Path, wanted: str) -> str:
     """Return the content of a UTF-8 file. Raises InputError with the first line that is not."""
     size = require_regular_file(path, wanted)
-    require(
-        size <= LONGEST_TEXT, f"{path}: {size} bytes; expected {wanted}, at most {LONGEST_TEXT}"
-    )
+    require(size <= LONGEST_TEXT, f"{path}: {size} bytes; expected at most {LONGEST_TEXT}")
     with explain_os_errors(path, wanted):
         data = path.read_bytes()
     try:

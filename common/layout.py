@@ -73,21 +73,12 @@ def read_lines(path: Path, wanted: str) -> tuple[str, ...]:
 def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     """Return the captions of a file, one a line."""
     captions = read_lines(path, "captions, one a line")
-    too_long = [c for c, caption in enumerate(captions) if len(caption) > LONGEST_CAPTION]
-    if too_long:
-        length = len(captions[too_long[0]])
-        raise InputError(
-            f"{path}: line {_line_numbers(too_long)} has {length} characters; expected a caption "
-            f"of at most {LONGEST_CAPTION}"
-        )
-    empty = [c for c, caption in enumerate(captions) if not caption]
-    if empty and not allow_empty:
-        raise InputError(f"{path}: line {_line_numbers(empty)} is empty; expected a caption")
+    for line, caption in enumerate(captions, 1):
+        length = len(caption)
+        if length > LONGEST_CAPTION or (length == 0 and not allow_empty):
+            expected = f"expected a caption of 1 to {LONGEST_CAPTION} characters"
+            raise InputError(f"{path}: line {line} has {length} characters; {expected}")
     return captions
-
-
-def _line_numbers(places: Sequence[int]) -> str:
-    return summarise([str(place + 1) for place in places])
 
 
 def count_images(path: Path, captions: Sequence[str]) -> int:
@@ -109,16 +100,12 @@ def read_ids(path: Path, images: int) -> tuple[str, ...]:
         )
     if "" in lines:
         raise InputError(f"{path}: line {lines.index('') + 1} is empty; expected an id")
-    ids = lines
-    if len(lines) > images:
-        ids = lines[::CAPTIONS_PER_IMAGE]
-        for number, line in enumerate(lines):
-            expected = ids[number // CAPTIONS_PER_IMAGE]
-            if line != expected:
-                raise InputError(
-                    f"{path}: line {number + 1} is {brief_repr(line)}; expected "
-                    f"{brief_repr(expected)}, the id of the image's other captions"
-                )
+    ids = lines if len(lines) == images else lines[::CAPTIONS_PER_IMAGE]
+    for number, line in enumerate(lines):
+        expected = ids[number * images // len(lines)]
+        if line != expected:
+            problem = f"{path}: line {number + 1} is {brief_repr(line)}"
+            raise InputError(f"{problem}; expected {brief_repr(expected)}, the same image's id")
     repeated = [key for key, count in Counter(ids).items() if count > 1]
     require(not repeated, f"{path}: {summarise(repeated)} is there twice; expected each image once")
     return ids
@@ -194,7 +181,6 @@ def read_rows(features: np.memmap, rows: np.ndarray) -> np.ndarray:
 
 def check_finite_rows(path: Path, values: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
     """Raise InputError if `values` `[rows, L, n]`, rows `rows` of `path`, hold NaN or infinity."""
-    bad = np.unique(np.asarray(rows)[~np.isfinite(values).all((1, 2))])
+    bad = np.asarray(rows)[~np.isfinite(values).all((1, 2))]
     if len(bad):
-        numbers = summarise([str(row) for row in bad])
-        raise InputError(f"{path}: row {numbers} holds NaN or infinite numbers")
+        raise InputError(f"{path}: row {bad.min()} holds NaN or infinite numbers")

@@ -107,19 +107,15 @@ BAD = {
     "missing": (lambda p: (p / "dev_ims.npy").unlink(), "dev_ims.npy: not found"),
     "no captions": (lambda p: (p / "dev_caps.txt").unlink(), "dev_caps.txt: not found"),
     "truncated": (truncate, "dev_ims.npy: not a complete .npy"),
-    "header cut": (lambda p: os.truncate(p / "dev_ims.npy", 20), "not a complete .npy"),
     "empty": (raw(b""), "not a complete .npy"),
-    "open bracket": (header(b"{'descr': '<f4', 'shape': (1, \n"), "not a complete .npy"),
     "an expression": (header(b"{'descr': __import__('os').getcwd()}"), "not a complete .npy"),
     "huge header": (raw(b"\x93NUMPY\x02\0" + b"\xff" * 4), "not a complete .npy"),
     "huge shape": (header(HUGE), "not a complete .npy"),
     "objects": (lambda p: save(p, np.array([[[{}]]], dtype=object)), "not a complete .npy"),
     "integers": (lambda p: save(p, np.zeros((4, 7, 13), dtype=np.int32)), "int32"),
-    "doubles": (lambda p: save(p, np.zeros((4, 7, 13))), "float64"),
     "flat": (lambda p: save(p, np.zeros((4, 13), dtype=np.float32)), "shape (4, 13)"),
     "rows": (lambda p: save(p, np.zeros((9, 7, 13), np.float32)), "9 rows for 20 captions"),
     "width": (lambda p: save(p, np.zeros((4, 7, 12), np.float32)), "12 wide; expected 13"),
-    "nan": (spoil(np.nan), "row 2"),
     "infinite": (spoil(-np.inf), "row 2"),
     "latin": (lambda p: (p / "dev_caps.txt").write_bytes(b"a\n\xe9\n" * 10), "line 2"),
     "no lines": (captions(""), "dev_caps.txt: is empty"),
@@ -143,14 +139,14 @@ def test_small_file_is_searched_for_nan_when_opened(tmp_path: Path) -> None:
     write_split(tmp_path, "dev", 101, repeat=True)
     features = np.load(tmp_path / "dev_ims.npy")
     features[504, 0, 0] = np.nan
-    np.save(tmp_path / "dev_ims.npy", features)
+    save(tmp_path, features)
     with pytest.raises(InputError, match="row 504"):
         Split.open(tmp_path, "dev", IMG_DIM)
 
 
 def test_empty_caption_is_allowed_in_evaluation(tmp_path: Path) -> None:
     write_split(tmp_path, "dev", 4)
-    (tmp_path / "dev_caps.txt").write_text("a\n" * 6 + "\n" + "a\n" * 13)
+    captions("a\n" * 6 + "\n" + "a\n" * 13)(tmp_path)
     assert Split.open(tmp_path, "dev", IMG_DIM).captions[6] == ""
 
 
@@ -194,33 +190,23 @@ def test_batch_is_a_function_of_seed_epoch_and_position(
     whole = list(some.epoch(1, 0, pin=False))
     for workers in (0, 1, 2):
         again = replace(some, config=replace(some.config, workers=workers))
-        torch.manual_seed(workers)  # the global generator is not used
+        before = torch.get_rng_state()
         for start in (0, 4):
             rest = list(again.epoch(1, start, pin=False))
             assert all(equal(a, b) for a, b in zip(rest, whole[start:], strict=True))
+        assert torch.equal(torch.get_rng_state(), before)  # the global generator is not used
     assert not equal(some[0, 2], some[1, 2])
     other = replace(some, config=replace(some.config, seed=1))
     assert not equal(some[0, 2], other[0, 2])
 
 
-def test_reading_leaves_the_global_generator_alone(split: Split) -> None:
-    before = torch.get_rng_state()
-    list(batches(split, workers=1).epoch(0, 0, pin=False))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_extra_captions_follow_the_pairs(split: Split) -> None:
+def test_extras_follow_the_pairs(split: Split) -> None:
     batch = batches(split, extra_stc=2)[0, 0]
     assert batch.pairs == 6 and len(batch.regions) == 6 and len(batch.ids) == len(batch.mask) == 18
     assert torch.equal(batch.captions[:6], batches(split)[0, 0].captions)
-
-
-def test_extra_images_follow_the_pairs(split: Split) -> None:
     batch = batches(split, extra_img=2)[0, 0]
     assert batch.pairs == 6 and len(batch.regions) == 18 and len(batch.ids) == 6
-    every = split.regions(np.arange(split.images))
-    for row in batch.regions[6:]:
-        assert any(torch.equal(row, image) for image in every)
+    assert torch.equal(batch.regions[:6], batches(split)[0, 0].regions)
 
 
 def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:
@@ -250,13 +236,14 @@ def test_extras_depend_on_the_seed(split: Split, monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(first.captions[6:], second.captions[6:])
 
 
-def test_last_batch_of_one_is_kept_or_skipped(split: Split) -> None:
-    assert len(batches(split)) == 10
-    assert len(batches(split, skip_single=True)) == 9
-    assert len(batches(split, skip_single=True, batch_size=7)) == 8  # 55 = 7 * 7 + 6
-    assert len(batches(split, skip_single=True, batch_size=100)) == 1
-    assert len(batches(split, skip_single=True, batch_size=1)) == 0
-    assert len(batches(split, batch_size=1)) == 55
+@pytest.mark.parametrize(
+    ("skip", "size", "count"),
+    [(False, 6, 10), (True, 6, 9), (True, 7, 8), (True, 100, 1), (True, 1, 0), (False, 1, 55)],
+)
+def test_last_batch_of_one_is_kept_or_skipped(
+    split: Split, skip: bool, size: int, count: int
+) -> None:
+    assert len(batches(split, skip_single=skip, batch_size=size)) == count  # of 55 captions
 
 
 @pytest.mark.parametrize("option", ["batch_size", "extra_stc", "extra_img", "workers", "seed"])

@@ -100,11 +100,6 @@ def test_long_caption_is_cut_and_short_one_padded() -> None:
     assert ids[1].tolist() == [cls, sep, 0, 0, 0, 0, 0]
 
 
-def test_no_captions_give_no_rows() -> None:
-    ids, mask = Vocabulary.load(GOLDEN / "i2t/bert").encode([], 7)
-    assert ids.shape == mask.shape == (0, 7)
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
