@@ -105,8 +105,7 @@ class Extraction:
         self.record = extraction_file(folder, split)
         features, captions = split_files(folder, split)
         ids = ids_file(folder, split)
-        self.arrays_paths = (features, boxes_file(folder, split))
-        self.text_paths = (captions, ids)
+        self.arrays, self.texts = (features, boxes_file(folder, split)), (captions, ids)
         self.files: list[tuple[Path, tuple[int, int], np.dtype]] = []  # shape and type of a row
         self.state: dict[str, Any] = {}
         if self.record.exists():
@@ -134,16 +133,16 @@ class Extraction:
         """
         about = about | {"ids": images_digest(self.ids, self.names)}
         if self.overwrite or not self.state:
-            there = [str(path) for path in self.arrays_paths if path.exists()]
+            there = [str(path) for path in self.arrays if path.exists()]
             problem = f"{', '.join(there)}: is there already; --overwrite replaces it"
             require(self.overwrite or not there, problem)
-            for path in (*self.arrays_paths, *self.text_paths):
+            for path in (*self.arrays, *self.texts):
                 _new(path).unlink(missing_ok=True)
             self.state = {"about": about, "rows": 0, "left_out": [], "complete": False}
         else:
             self._check_record(about)
         if not self.complete:
-            features, boxes = self.arrays_paths
+            features, boxes = self.arrays
             self._begin_file(_new(features), (REGIONS, width), np.dtype(about["dtype"]))
             self._begin_file(_new(boxes), (REGIONS, 4), np.dtype("float32"))
             self.save()
@@ -156,7 +155,7 @@ class Extraction:
         require(not changed, f"{problem}; --overwrite begins again")
         if self.complete:
             expected = f"{len(self.ids)} rows, as {self.record.name} says; --overwrite makes them"
-            for path in self.arrays_paths:
+            for path in self.arrays:
                 count = len(map_array(path, expected))
                 require(count == len(self.ids), f"{path}: {count} rows; expected {expected}")
             return
@@ -218,11 +217,11 @@ class Extraction:
         """
         left_out = set(self.state["left_out"])
         kept = [row for row in range(len(self.ids)) if row not in left_out]
-        require(bool(kept), f"{self.text_paths[1]}: none of its {len(self.ids)} images can be read")
+        require(bool(kept), f"{self.texts[1]}: none of its {len(self.ids)} images can be read")
         if left_out:
             n, ids = CAPTIONS_PER_IMAGE, [self.ids[row] for row in kept]
             captions = [c for row in kept for c in self.captions[n * row : n * (row + 1)]]
-            for path, lines in zip(self.text_paths, (captions, ids), strict=True):
+            for path, lines in zip(self.texts, (captions, ids), strict=True):
                 write_lines(_new(path), lines)
             self.state["about"]["ids"] = images_digest(ids, self.names)
         self._rename()
@@ -231,7 +230,7 @@ class Extraction:
     def _rename(self) -> None:
         """Give the files their names. If the run is killed here, the next one does it."""
         write_json(self.record, self.state | {"renaming": True})
-        for path in (*self.arrays_paths, *self.text_paths):
+        for path in (*self.arrays, *self.texts):
             if _new(path).exists():
                 _new(path).replace(path)
         self.state |= {"renaming": False, "complete": True}

@@ -124,8 +124,6 @@ def test_boxes_of_a_detector(
     monkeypatch.setattr(regions, "SHORT_SIDE", 32)
     save_detector(tmp_path / "detector.pth")
     how = ["--model", "fasterrcnn", "--images", tmp_path / "images", "--splits", "test"]
-    other = GOLDEN / "i2t/checkpoint.pth.tar"
-    assert "checkpoint.pth.tar" in extract(*how, "--weights", other, status=2)
     extract(*how, "--weights", tmp_path / "detector.pth")
     features, boxes = np.load(drawn / "test_ims.npy"), np.load(drawn / "test_boxes.npy")
     assert features.shape == (2, 36, 1024) and features.std(1).max() > 0
@@ -134,8 +132,8 @@ def test_boxes_of_a_detector(
     weights = torch.load(tmp_path / "detector.pth")
     weights["rpn.head.cls_logits.bias"][0] = torch.nan
     torch.save(weights, tmp_path / "nan.pth")
-    error = extract(*how, "--weights", tmp_path / "nan.pth", "--overwrite", status=2)
-    assert "nan.pth: rpn.head.cls_logits.bias" in error
+    for path in (tmp_path / "nan.pth", GOLDEN / "i2t/checkpoint.pth.tar"):
+        assert path.name in extract(*how, "--weights", path, "--overwrite", status=2)
 
 
 def save_noise(path: Path, width: int, height: int) -> Image.Image:
@@ -451,16 +449,6 @@ def test_images_that_cannot_be_read(
     assert "1.png" in extract(*how, status=2)
     assert "ids 1, 2" in extract(*how, "--skip_broken", "--workers", 1)
     assert (drawn / "train_ids.txt").read_text().split() == ["0", "5", "6", "7"]
-
-
-def test_file_name_that_leaves_the_folder(
-    drawn: Path, extract: Callable[..., str], tmp_path: Path
-) -> None:
-    path = drawn / "id_mapping.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"5": "../images/5.png"}))
-    how = ["--model", "efficientnet_lite2", "--images", tmp_path / "images"]
-    assert "'../images/5.png'" in extract(*how, status=2)
-    assert not list(drawn.glob("*.npy*"))
 
 
 # Images
