@@ -86,9 +86,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     try:
         model.load_state_dict(arrays)
     except (RuntimeError, TypeError, AttributeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = " ".join(lines[1:2] or lines)[:300]
-        raise InputError(f"{path}: not the weights of this model: {reason}") from error
+        raise InputError(f"{path}: not the weights of this model: {str(error)[:300]}") from error
     check_finite(model.state_dict(), path)
     return model.eval().requires_grad_(False)
 
