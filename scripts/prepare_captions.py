@@ -5,7 +5,7 @@
     python -m scripts.prepare_captions captions_train2014.json captions_val2014.json --out data/coco
 
 JSON is Karpathy's (dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json, or your own
-images in that form) or MSCOCO's annotations (captions_*.json).
+images in that form) or MSCOCO's annotations (captions_*.json, through pycocotools).
 
 Splits. Karpathy's: train and restval become train, val becomes dev, test becomes test. MSCOCO's
 annotations: captions_train* becomes train; of captions_val*, ordered by image id, the first 5,000
@@ -17,10 +17,11 @@ Output: {split}_caps.txt, five lines an image (its first five sentences, each on
 id_mapping.json, id to file name. An image with fewer than five sentences is an error.
 """
 
+import io
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -104,14 +105,16 @@ def read_karpathy(path: Path, content: dict[str, Any]) -> Iterator[CaptionedImag
 
 def read_annotations(path: Path, content: dict[str, Any]) -> Iterator[CaptionedImage]:
     """Yield the images of MSCOCO's annotations, by id. Raises InputError."""
+    from pycocotools.coco import COCO
+
     is_val = path.name.startswith("captions_val")
     expected = "expected a name that begins with captions_train or captions_val"
     require(is_val or path.name.startswith("captions_train"), f"{path}: {expected}")
     subfolder = path.stem.removeprefix("captions_")  # train2014, for example
-    sentences: dict[Any, list[str]] = defaultdict(list)
-    with explain_errors(str(path)):
-        for annotation in sorted(content["annotations"], key=lambda a: a["id"]):
-            sentences[annotation["image_id"]].append(annotation["caption"])
+    coco = COCO()
+    coco.dataset = content
+    with explain_errors(str(path)), redirect_stdout(io.StringIO()):  # it prints what it does
+        coco.createIndex()
         images = sorted(content["images"], key=lambda image: image["id"])
     held_out = min(HELD_OUT, len(images) // 2) if is_val else 0
     for number, image in enumerate(images):
@@ -121,7 +124,8 @@ def read_annotations(path: Path, content: dict[str, Any]) -> Iterator[CaptionedI
         with explain_errors(f"{path}: image {brief_repr(image['id'])}"):
             name = file_name([subfolder, image["file_name"]], str(path))
             what = f"{path}: {name}"
-            captions = first_five(sentences[image["id"]], what)
+            annotations = sorted(coco.imgToAnns[image["id"]], key=lambda a: a["id"])
+            captions = first_five([a["caption"] for a in annotations], what)
             yield CaptionedImage(image_id(image["id"], what), name, split, captions, True)
 
 
