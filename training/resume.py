@@ -206,7 +206,7 @@ class CheckpointManager:
             best = read_checkpoint(path).state.get("step") if os.path.lexists(path) else None
             if type(best) is int and best <= state.step:
                 return state
-            reason = f"{path}: missing"
+            reason = f"{path}: missing, or of no step"
             if best is not None:
                 reason, validated = f"{path}: is of step {best}, discarded", state.validated
         except Damaged as error:
