@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from model import DIME
-    from router import Modality
     from training.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -163,23 +161,14 @@ def new_learner(case: Case) -> "TrainStep":
     return learner
 
 
-def encode_random(model: "DIME", images: int, captions: int) -> tuple["Modality", "Modality"]:
-    """Return random images and captions of usual lengths, encoded."""
+def random_inputs(images: int, captions: int) -> tuple["Tensor", "Tensor", "Tensor"]:
+    """Return regions `[images, REGIONS, WIDTH]`, ids and mask `[captions, WORDS]`."""
     import torch
 
-    device = model.text.fc.weight.device
-    hidden = torch.randn(captions, WORDS, HIDDEN).to(device)
-    with torch.no_grad():
-        regions = torch.rand(images, REGIONS, WIDTH).to(device)
-        return model.encode_images(regions), model.text(hidden, random_mask(captions).to(device))
-
-
-def random_mask(captions: int) -> "Tensor":
-    """Return masks `[captions, WORDS]` of captions of usual lengths."""
-    import torch
-
-    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions,))
-    return torch.arange(WORDS) < lengths[:, None]
+    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions, 1))
+    mask = torch.arange(WORDS) < lengths
+    ids = torch.where(mask, torch.randint(1, ENTRIES, mask.shape), 0)
+    return torch.rand(images, REGIONS, WIDTH), ids, mask
 
 
 def scoring(learner: "TrainStep") -> tuple[int, Work]:
@@ -188,7 +177,9 @@ def scoring(learner: "TrainStep") -> tuple[int, Work]:
 
     model = learner.model.eval()
     sizes = (QUERIES, CONTEXTS) if model.direction == "i2t" else (CONTEXTS, QUERIES)
-    images, captions = encode_random(model, *sizes)
+    regions, ids, mask = (tensor.to(learner.device) for tensor in random_inputs(*sizes))
+    with torch.no_grad():
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
     return math.prod(sizes), torch.no_grad()(lambda: model.score(images, captions))
 
 
@@ -199,12 +190,9 @@ def training(learner: "TrainStep") -> tuple[int, Work]:
     from data import Batch
 
     i2t = learner.model.direction == "i2t"
-    images, captions = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
-    mask = random_mask(captions)
-    ids = torch.where(mask, torch.randint(1, ENTRIES, mask.shape), 0)
-    regions = torch.rand(images, REGIONS, WIDTH)
-    batch = Batch(regions, ids, mask, torch.arange(captions), BATCH).to(learner.device)
-    return images * captions, lambda: learner.step(batch)
+    sizes = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
+    batch = Batch(*random_inputs(*sizes), torch.arange(sizes[1]), BATCH).to(learner.device)
+    return math.prod(sizes), lambda: learner.step(batch)
 
 
 WORK: dict[Kind, Callable[["TrainStep"], tuple[int, Work]]] = {
