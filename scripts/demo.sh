@@ -65,4 +65,4 @@ echo "== draw curves and example retrievals"
 "$python" -m scripts.show_retrievals --scores "$out/ensemble.npy" --data "$data" \
     --images "$images" --out "$out/retrievals.png"
 echo "== results; checkpoints, curves.png and retrievals.png are in $out"
-"$python" -m scripts.demo_table "$out" --least "$least" --json "$out/demo.json"
+"$python" -m scripts.demo_table "$out" --least "$least"

@@ -1,9 +1,9 @@
 """demo_table.py — the results of the demonstration beside chance.
 
     python -m scripts.demo_table runs/demo --least 320
-    python -m scripts.demo_table runs/demo --json results/demo.json
 
-Reads the files of `bash scripts/demo.sh`. Exits with 2 if the ensemble's rsum is below --least.
+Reads the files of `bash scripts/demo.sh` and writes demo.json beside them; results/demo.json is a
+copy. Exits with 2 if the ensemble's rsum is below --least.
 """
 
 import math
@@ -14,13 +14,11 @@ from typing import Annotated, Any
 from common import provenance
 from common.cli import parse, print_line, run
 from common.errors import require
-from common.files import check_writable, read_json, read_text, write_json
+from common.files import read_json, read_text, write_json
 from common.layout import CAPTIONS_PER_IMAGE
 from common.results import EvaluationResult
-from scripts.parts.tables import demo_rows, origin, recalls_and_rsum
+from scripts.parts.tables import demo_table, recalls_and_rsum
 
-RUNS = ("i2t/run.json", "t2i/run.json")
-MODELS = ("i2t.json", "t2i.json", "ensemble.json")
 CUTS = (1, 5, 10)
 
 
@@ -28,17 +26,14 @@ CUTS = (1, 5, 10)
 class Options:
     folder: Annotated[str, "folder that demo.sh wrote", "FOLDER"]
     least: Annotated[float, "rsum that the ensemble must reach"] = 0.0
-    json: Annotated[str | None, "write the results here, with command, machine and commit"] = None
 
 
 def main() -> None:
     options = parse(Options, None, __doc__ or "")
     folder = Path(options.folder)
     report = read_report(folder)
-    if options.json:
-        check_writable(Path(options.json), [folder / name for name in (*RUNS, *MODELS, "settings")])
-        write_json(Path(options.json), report)
-    print_line(f"{origin(report)}\n\n{demo_rows(report)}")
+    write_json(folder / "demo.json", report)
+    print_line(demo_table(report))
     rsum = sum(report["rows"]["ensemble"])
     require(rsum >= options.least, f"rsum {rsum:.1f}; expected {options.least:.0f} or more")
 
@@ -46,10 +41,11 @@ def main() -> None:
 def read_report(folder: Path) -> dict[str, Any]:
     """Return all figures of a demonstration. Raises InputError if a file of it is missing."""
     recalls = {}
-    for path in (folder / name for name in MODELS):
+    for name in ("i2t", "t2i", "ensemble"):
+        path = folder / f"{name}.json"
         result = EvaluationResult.from_json(read_json(path, "a result of demo.sh"), path)
-        recalls[path.stem] = recalls_and_rsum(result.metrics.to_json())[:-1]
-    i2t, t2i = (read_json(folder / name, "a run of demo.sh") for name in RUNS)
+        recalls[name] = recalls_and_rsum(result.metrics.to_json())[:-1]
+    i2t, t2i = (read_json(folder / way / "run.json", "a run of demo.sh") for way in ("i2t", "t2i"))
     return provenance.of("bash scripts/demo.sh") | {
         "settings": read_text(folder / "settings", "the settings of demo.sh").strip(),
         "width": i2t["options"]["embed_size"],

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 
 from common.cli import parse, print_line, run
 from common.errors import InputError, brief_repr, raise_first, require
-from common.files import read_json, sha256_of
+from common.files import read_json, sha256_of, write_json
 from common.results import EvaluationResult
 from common.signals import Stopped, handled
-from scripts.parts.experiments import REGISTRY, Registry, Run, as_typed
-from scripts.parts.run_results import RunResult, legend, markdown_tables, problems
+from scripts.parts.experiments import REGISTRY, Run, as_typed, read_registry
+from scripts.parts.run_results import RunResult, legend, problems, read_result, recall_table
 from training.config import FREE, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -43,107 +43,57 @@ class RunOptions:
     bert_path: Annotated[str | None, "in place of the registry's"] = None
     train: Annotated[bool, "--no-train only evaluates models that are in runs/reproduce"] = True
 
-    def __post_init__(self) -> None:
-        require(min(self.seeds) >= 0, f"--seeds {min(self.seeds)}: expected 0 or more")
 
-    @property
-    def paths(self) -> dict[str, str]:
-        """The folders that take the place of the registry's."""
-        given = {"data_path": self.data_path, "bert_path": self.bert_path}
-        return {name: path for name, path in given.items() if path is not None}
-
-
-def overview(registry: Registry) -> str:
-    """Return every run with its state, data and commands."""
-    lines = []
-    for each in registry.runs.values():
-        states = [f"seed {seed} {state(registry, each, seed)}" for seed in each.results()]
-        data = registry.data_of(each)
-        lines.append(f"{each.name}: {each.title}; {', '.join(states) or 'not run'}")
-        lines.append(f"  needs: {'; '.join([*each.of, data.needs])}")
-        lines += [f"  {command}" for command in registry.commands(each, 0, {})]
-    return "\n".join(lines) + "\n"
+def overview(each: Run) -> str:
+    """Return a run's state, data and commands."""
+    states = [
+        f"seed {seed} {next(problems(each, read_result(path)), 'is done')}"
+        for seed, path in each.results().items()
+    ]
+    needs = "; ".join([*(model.name for model in each.of), each.needs])
+    lines = [f"{each.name}: {each.title}; {', '.join(states) or 'not run'}", f"needs: {needs}"]
+    return "\n  ".join([*lines, *each.commands(0)])
 
 
-def state(registry: Registry, each: Run, seed: int) -> str:
-    """Return whether a run is done, or what is wrong with its result."""
-    try:
-        return next(problems(registry, each, RunResult.read(each.result(seed))), "is done")
-    except InputError as error:
-        return f"is damaged ({error})"
-
-
-def reproduce(
-    registry: Registry, each: Run, seed: int, options: RunOptions, with_scores: bool = False
-) -> RunResult:
-    """Return the result of a run; first do what is missing: its members, training, evaluation.
+def reproduce(each: Run, seed: int, train: bool, with_scores: bool = False) -> RunResult:
+    """Return the result of a run; first do what is missing: its models, training, evaluation.
 
     `with_scores` evaluates a model again if the scores behind its result are gone.
     """
     path = each.result(seed)
     if path.exists():
-        result = RunResult.read(path)
-        against = problems(registry, each, result)
-        raise_first(f"{path}: {problem}; delete it to run it again" for problem in against)
+        result = read_result(path)
+        raise_first(f"{path}: {why}; delete it to run it again" for why in problems(each, result))
         if not with_scores or result.matrices == scores_digest(each, seed):
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return result
-    parts = []
-    if each.of:
-        members = registry.members(each)
-        parts = [reproduce(registry, part, seed, options, with_scores=True) for part in members]
-    else:
-        if options.train:
-            check_split(registry, each, options.paths)
-            run_program(registry.train(each, seed, options.paths))
-        check_model(registry, each, seed)
-    result = evaluate(registry, each, seed, options.paths, parts)
-    raise_first(f"{path}: not written: {problem}" for problem in problems(registry, each, result))
-    result.write(path)
+    models = [reproduce(model, seed, train, with_scores=True) for model in each.of]
+    if not models and train:
+        run_program(each.train_command(seed))
+    trainings = [training for model in models for training in model.trainings]
+    result = evaluate(each, seed, trainings or [check_model(each, seed)])
+    if models:  # saved scores do not say what their models read
+        inputs = [one for model in models for one in model.fingerprints]
+        result = replace(result, evaluation=replace(result.evaluation, fingerprints=inputs))
+    raise_first(f"{path}: not written: {problem}" for problem in problems(each, result))
+    write_json(path, vars(result) | {"evaluation": result.evaluation.to_json()})
     log.info("%s, seed %d: %s", each.name, seed, path)
     return result
 
 
-def check_split(registry: Registry, each: Run, paths: dict[str, str]) -> None:
-    """Raise InputError before the training if the split to be evaluated does not fit."""
-    from data import Split
-
-    data = registry.data_of(each)
-    folder = Path(paths.get("data_path", data.data_path)) / data.data_name
-    split = Split.open(folder, data.split, None)
-    wrong = f"{split.path}: {split.images} images; expected {data.images}"
-    require(split.images == data.images, wrong)
-
-
-def evaluate(
-    registry: Registry, each: Run, seed: int, paths: dict[str, str], parts: list[RunResult]
-) -> RunResult:
-    """Evaluate a model, or an ensemble whose models have the results `parts`."""
+def evaluate(each: Run, seed: int, trainings: list[dict[str, Any] | None]) -> RunResult:
+    """Evaluate a model, or an ensemble from the scores of its models."""
     from common import provenance
 
-    path = each.result(seed)
+    path = each.scores(seed).with_name("evaluation.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    run_program([*registry.evaluate(each, seed, paths), "--json", str(temporary)])
-    evaluation = EvaluationResult.from_json(read_json(temporary, "a result"), temporary)
-    temporary.unlink()
-    if parts:  # saved scores do not say what their models read
-        inputs = [one for part in parts for one in part.fingerprints]
-        evaluation = replace(evaluation, fingerprints=inputs)
-    trainings: list[dict[str, Any] | None] = []
+    run_program([*each.evaluate_command(seed), "--json", str(path)])
+    evaluation = EvaluationResult.from_json(read_json(path, "an evaluation"), path)
     matrices: dict[str, str] = {}
-    for member in registry.members(each):
-        session = read_session(member, seed)
-        trainings.append(session and {k: v for k, v in session.items() if k != "options"})
-        matrices |= scores_digest(member, seed)
-    about = registry.digest(each), registry.commands(each, seed, paths), trainings, matrices
+    for model in each.models:
+        matrices |= scores_digest(model, seed)
+    about = each.digest(), each.commands(seed), trainings, matrices
     return RunResult(*about, evaluation, **provenance.surroundings())
-
-
-def read_session(each: Run, seed: int) -> dict[str, Any] | None:
-    """Return the run.json beside a model, which a model from elsewhere may lack."""
-    path = each.model(seed).with_name("run.json")
-    return read_json(path, "how a model was trained") if path.exists() else None
 
 
 def scores_digest(each: Run, seed: int) -> dict[str, str]:
@@ -152,25 +102,34 @@ def scores_digest(each: Run, seed: int) -> dict[str, str]:
     return {str(path): sha256_of(path)} if path.exists() else {}
 
 
-def check_model(registry: Registry, each: Run, seed: int) -> None:
-    """Raise InputError if a model was trained with other options, or not to its end."""
+def check_model(each: Run, seed: int) -> dict[str, Any] | None:
+    """Return how a model was trained, without its options; None if it came without run.json.
+
+    Raises InputError if it was trained with other options, or not to its end.
+    """
     from checkpoint.checkpoint import read_checkpoint
 
-    wanted = asdict(parse(TrainConfig, registry.train(each, seed, {})[1:], ""))
+    wanted = asdict(parse(TrainConfig, each.train_command(seed)[1:], ""))
     # Paths may differ, and the width of the features is that of the data.
-    lasting = [name for name in wanted if name not in {*FREE, "data_name", "img_dim"}]
+    lasting = wanted.keys() - {*FREE, "data_name", "img_dim"}
     path = each.model(seed)
-    options = read_checkpoint(path).options
-    trained = [(path, name, options) for name in lasting]
-    if session := read_session(each, seed):
-        unfinished = f"{path}: its training did not finish; resume it (train.py --resume auto)"
-        require(session.get("complete") is not False, unfinished)
-        # The best model may be older than the last resume, run.json has the newest options.
-        beside, options = path.with_name("run.json"), session.get("options", {})
-        trained += [(beside, name, options) for name in (*lasting, *LENGTH)]
-    for file, name, options in trained:
-        if name in options and options[name] != wanted[name]:
-            problem = f"{file}: was trained with --{name} {brief_repr(options[name])}"
+    check_options(path, read_checkpoint(path).options, {k: wanted[k] for k in lasting})
+    beside = path.with_name("run.json")
+    if not beside.exists():
+        return None
+    training = read_json(beside, "how a model was trained")
+    unfinished = f"{path}: its training did not finish; resume it (train.py --resume auto)"
+    require(training.get("complete") is not False, unfinished)
+    # The best model may be older than the last resume, run.json has the newest options.
+    check_options(beside, training.pop("options", {}), {k: wanted[k] for k in lasting | LENGTH})
+    return training
+
+
+def check_options(path: Path, options: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise InputError if a model was trained with other options; one that is unknown fits."""
+    for name in sorted(wanted.keys() & options.keys()):
+        if options[name] != wanted[name]:
+            problem = f"{path}: was trained with --{name} {brief_repr(options[name])}"
             raise InputError(f"{problem}; expected {brief_repr(wanted[name])}")
 
 
@@ -197,15 +156,20 @@ def run_program(command: list[str]) -> None:
 def main() -> None:
     action, *rest = sys.argv[1:] or ["--help"]
     if action == "list":
-        print_line(overview(Registry(REGISTRY)))
+        runs, _ = read_registry(REGISTRY)
+        print_line("\n".join(map(overview, runs.values())))
     elif action == "table":
-        registry = Registry(REGISTRY)
-        print_line(f"{markdown_tables(registry, registry.tables)}\n{legend()}")
+        _, tables = read_registry(REGISTRY)
+        print_line("\n".join([*map(recall_table, tables.values()), legend()]))
     elif action == "run":
-        options, registry = parse(RunOptions, rest, __doc__, "reproduce.py run"), Registry(REGISTRY)
-        for each in [registry.run(name) for name in options.names]:
+        options = parse(RunOptions, rest, __doc__, "reproduce.py run")
+        given = {"data_path": options.data_path, "bert_path": options.bert_path}
+        runs, _ = read_registry(REGISTRY, {name: path for name, path in given.items() if path})
+        for name in options.names:
+            require(name in runs, f"{name}: no such run; expected {', '.join(runs)}")
+        for name in options.names:
             for seed in options.seeds:
-                reproduce(registry, each, seed, options)
+                reproduce(runs[name], seed, options.train)
     elif action in ("-h", "--help"):
         print_line(__doc__)
     else:

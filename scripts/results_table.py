@@ -8,22 +8,24 @@ A figure that was not measured is `not run`.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from common.cli import parse, print_line, run
 from common.errors import require
 from common.files import read_json, read_text, write_text
-from common.layout import CAPTIONS_PER_IMAGE
-from scripts.parts.experiments import REGISTRY, RESULTS, Registry
-from scripts.parts.run_results import legend, markdown_tables, rows
-from scripts.parts.tables import COLUMNS, demo_rows, markdown, origin, short_commit, speed_tables
+from scripts.parts.experiments import REGISTRY, RESULTS, read_registry
+from scripts.parts.run_results import legend, recall_table, table_rows
+from scripts.parts.tables import demo_table, markdown, origin, short_commit, speed_tables
 
 REPORT = "a report under results/"
-TAGS = ("r1", "r5", "r10", "r1i", "r5i", "r10i", "rsum")  # of a validation in metrics.jsonl
-PAPER_TABLES = ("flickr30k_1k", "mscoco_1k_fold5", "mscoco_5k")
-NAMES = ("Flickr30K, 1K", "MSCOCO, 5 folds of 1K", "MSCOCO, 5K", "Flickr8k")
+PAPER_TABLES = {
+    "flickr30k_1k": "Flickr30K, 1K",
+    "mscoco_1k_fold5": "MSCOCO, 5 folds of 1K",
+    "mscoco_5k": "MSCOCO, 5K",
+}
+NAMES = PAPER_TABLES | {"flickr8k": "Flickr8k"}  # in the README's table
 SHORT = {0: "R@1 i2t", 3: "R@1 t2i", 6: "rsum"}  # columns of the README's table
 
 
@@ -34,37 +36,23 @@ class Options:
 
 def paper() -> str:
     """Return the README's table: the paper's figures and ours."""
-    registry, lines = Registry(REGISTRY), []
-    for table, name in zip((*PAPER_TABLES, "flickr8k"), NAMES, strict=True):
-        for row in rows(registry, table):
-            theirs = [f"{row.paper[k]:.1f}" if row.paper else "" for k in SHORT]
-            ours = [replace(row, paper=[], intervals=[]).cell(k) for k in SHORT]
-            lines.append([name, row.run.title, *theirs, *ours])
+    _, every = read_registry(REGISTRY)
+    lines = [
+        [
+            *(name, row.run.title, *(f"{row.paper[k]:.1f}" if row.paper else "" for k in SHORT)),
+            *map(row.ours, SHORT),
+        ]
+        for table, name in NAMES.items()
+        for row in table_rows(every[table])
+    ]
     columns = [f"{whose} {column}" for whose in ("paper", "ours") for column in SHORT.values()]
     return markdown(["data", "model", *columns], lines)
 
 
 def tables(*names: str) -> str:
     """Return tables of the registry."""
-    return markdown_tables(Registry(REGISTRY), names)
-
-
-def training(direction: str) -> str:
-    """Return how a model of Flickr8k was trained, and its validations."""
-    from training.log import RUN, events
-
-    folder = RESULTS / "flickr8k" / direction
-    session = read_json(folder / RUN, REPORT)
-    validations = [event for event in events(folder) if "rsum" in event]
-    lines = [[str(e["step"]), *(f"{e[tag]:.1f}" for tag in TAGS)] for e in validations]
-    options = session["options"]
-    return (
-        f"`{session['command']}`\n\nFirst {options['val_captions'] // CAPTIONS_PER_IMAGE} dev "
-        f"images; {options['precision']}, {session['device']}, "
-        f"{session['seconds'] / 60:.0f} minutes, {session['peak_memory_bytes'] / 1e9:.1f} GB at "
-        f"most; commit {short_commit(session)}; all figures in `{folder}`.\n\n"
-        f"{markdown(['step', *COLUMNS], lines)}"
-    )
+    _, every = read_registry(REGISTRY)
+    return "\n".join(recall_table(every[name]) for name in names)
 
 
 def chaos() -> str:
@@ -97,21 +85,14 @@ def fuzz() -> str:
     return f"`{command}` ({report['machine']}):\n\n{markdown([*head, 'commit', 'torch'], lines)}"
 
 
-def demo() -> str:
-    """Return the table of the demonstration."""
-    report = read_json(RESULTS / "demo.json", REPORT)
-    minutes = sum(report["seconds"].values()) / 60
-    return (
-        f"{origin(report)}, {minutes:.1f} minutes of training, width {report['width']} instead of "
-        f"256; {report['settings']}:\n\n{demo_rows(report)}"
-    )
-
-
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"paper": paper, "demo": demo},
+    "README.md": {
+        "paper": paper,
+        "demo": lambda: demo_table(read_json(RESULTS / "demo.json", REPORT)),
+    },
     "docs/results.md": {
         "paper_full": lambda: f"{tables(*PAPER_TABLES)}\n{legend()}",
-        "flickr8k": lambda: "\n".join([tables("flickr8k"), training("i2t"), training("t2i")]),
+        "flickr8k": lambda: tables("flickr8k"),
         "demo_seeds": lambda: tables("demo"),
         "ablations": lambda: tables("ablations"),
     },

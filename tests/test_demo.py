@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.cli import parse
 from scripts import demo_table, draw_scenes, show_retrievals
-from scripts.parts.experiments import REGISTRY, Registry
+from scripts.parts.experiments import REGISTRY, read_registry
 from training.config import TrainConfig
 
 SCENES = {"train": 12, "dev": 3, "test": 8}
@@ -154,17 +154,10 @@ def test_a_drawing_is_not_written_over_an_image(
     assert image.read_bytes() == before
 
 
-def test_a_table_is_not_written_over_a_result(tmp_path: Path, monkeypatch, capsys) -> None:
-    for name in (*demo_table.MODELS, *demo_table.RUNS):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
+def test_a_damaged_result_is_refused(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "i2t.json").write_text("{}")
     assert run_here(monkeypatch, demo_table.main, [tmp_path]) == 2
-    assert "i2t.json: not the result" in capsys.readouterr().err
-    monkeypatch.setattr(demo_table, "read_report", lambda folder: {})
-    argv = [tmp_path, "--json", tmp_path / "ensemble.json"]
-    assert run_here(monkeypatch, demo_table.main, argv) == 2
-    assert "ensemble.json" in capsys.readouterr().err
-    assert (tmp_path / "ensemble.json").read_text() == "{}"
+    assert "i2t.json" in capsys.readouterr().err
 
 
 def test_chance() -> None:
@@ -197,9 +190,9 @@ def test_demo_trains_with_the_options_of_the_registry(tmp_path: Path) -> None:
     lines = (tmp_path / "record").read_text().splitlines()
     recorded = [line.split()[1:] for line in lines if line.startswith("train.py ")]
     folders = dict.fromkeys(("data_path", "bert_path", "logger_name"), "elsewhere")
-    registry = Registry(REGISTRY)
+    runs, _ = read_registry(REGISTRY)
     for argv, direction in zip(recorded, ("i2t", "t2i"), strict=True):
-        command = registry.train(registry.run(f"demo_{direction}"), 0, {})[1:]
+        command = runs[f"demo_{direction}"].train_command(0)[1:]
         ours, wanted = (replace(parse(TrainConfig, a, ""), **folders) for a in (argv, command))
         assert ours == wanted
 

@@ -30,13 +30,19 @@ def short_commit(report: dict[str, Any]) -> str:
     return commit[:12] + "+" * commit.endswith("+")
 
 
-def demo_rows(report: dict[str, Any]) -> str:
-    """Return the table of the demonstration: recalls beside chance."""
+def demo_table(report: dict[str, Any]) -> str:
+    """Return the table of the demonstration, recalls beside chance, and how it was made."""
     rows = [
         [name, *(f"{recall:.1f}" for recall in recalls), f"{sum(recalls):.1f}"]
         for name, recalls in report["rows"].items()
     ]
-    return markdown([f"{report['images']} unseen scenes", *COLUMNS], rows)
+    minutes = sum(report["seconds"].values()) / 60
+    head = f"{report['images']} unseen scenes"
+    return (
+        f"{origin(report)}, {minutes:.1f} minutes of training, width {report['width']} instead of "
+        f"256; {report['settings']}:\n\n"
+        f"{markdown([head, *COLUMNS], rows)}"
+    )
 
 
 def speed_tables(report: dict[str, Any]) -> str:
