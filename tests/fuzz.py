@@ -35,6 +35,7 @@ from checkpoint.bert import load_bert
 from checkpoint.checkpoint import build_model, json_beside, load_model, read_checkpoint
 from common import cli, provenance
 from common.errors import InputError
+from common.files import write_array
 from common.layout import images_digest, read_ids, read_names
 from common.memory import is_oom
 from common.torch_files import read_torch
@@ -289,19 +290,22 @@ def read_tsv(path: Path) -> None:
 def extraction(folder: Path) -> Reader:
     about = {"dtype": "float16", "model": "tsv"}
     known = about | {"ids": images_digest(list(NAMES), NAMES)}
-    record = {"about": known, "rows": 0, "complete": False}
-    seeds = [json.dumps(record | {"left_out": rows}).encode() for rows in ([], [1])]
+    record = {"about": known, "rows": 1, "complete": False}
+    seeds = [json.dumps(record | {"left_out": rows}).encode() for rows in ([], [0])]
 
     def read(path: Path) -> None:
         """Resume from a record, without the files of the input before."""
-        for old in path.parent.glob("dev_*.npy*"):
+        for old in path.parent.glob("dev_*.npy"):
             old.unlink()
+        write_array(path.parent / "dev_ims.npy.new", np.zeros((1, 36, 3), np.float16))
+        write_array(path.parent / "dev_boxes.npy.new", np.zeros((1, 36, 4), np.float32))
         (path.parent / "dev_caps.txt").write_text("a man\n" * 10)
         (path.parent / "dev_ids.txt").write_text("a\nb\n")
         resumed = Extraction(path.parent, "dev", NAMES)
         resumed.begin(about, 3, overwrite=False)
         if not resumed.complete:
-            resumed.put(2 - resumed.done, [np.zeros((2, 36, 3)), np.zeros((2, 36, 4))], [])
+            left = 2 - resumed.done
+            resumed.put(left, [np.zeros((left, 36, 3)), np.zeros((left, 36, 4))], [])
             resumed.finish()
 
     return by_bytes("dev_regions.json", seeds, read)
