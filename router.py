@@ -333,12 +333,6 @@ class RoutingSpace(nn.Module):
         """Whether the routing is compiled (or will be at its first use)."""
         return self.compiled is not None and not self.compiled.failed
 
-    def gates(self, paths: Tensor) -> list[Tensor]:
-        """Return the gates `[..., O, N]` of each layer from path vectors `[..., K]`."""
-        count = len(self.merge.cells)
-        *dense, last = paths.split([count * count] * len(self.layers) + [count], -1)
-        return [*(layer.unflatten(-1, (count, count)) for layer in dense), last.unsqueeze(-2)]
-
     def embed_paths(self, paths: Tensor) -> Tensor:
         """Return path embeddings `[Q, PATH_SIZE]` of path vectors `[Q, C, K]`, unit length."""
         return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)

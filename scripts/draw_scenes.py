@@ -9,7 +9,7 @@ white, grey or black ground. Captions come from a small grammar; each names ever
 images share one. The same seed and the same version of Pillow give the same files.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import cos, pi, sin
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Annotated
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.cli import parse, progress, run
-from common.errors import InputError, check_range
+from common.cli import parse, run
+from common.errors import check_range
 from common.files import explain_os_errors, write_json
 
 SIDE = 260  # pixels, what EfficientNet-Lite2 takes
@@ -52,7 +52,6 @@ SYNONYMS = {
     "below": ("below", "under"),
 }
 CAPTIONS = 5  # of an image
-TRIES = 1000  # scenes drawn in search of one with new captions
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,26 @@ class Shape:
     column: int
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Two or three shapes on a ground."""
-
-    ground: str
-    shapes: tuple[Shape, ...]
-
-
 def choose(rng: np.random.Generator, options: Iterable[str]) -> str:
     """Return one of `options`, all equally likely."""
     options = tuple(options)
     return options[rng.integers(len(options))]
 
 
-def new_scene(rng: np.random.Generator) -> Scene:
-    """Return a random scene; its shapes differ in colour and in cell."""
+def new_shapes(rng: np.random.Generator) -> list[Shape]:
+    """Return two or three random shapes, which differ in colour and in cell."""
     count = int(rng.integers(2, 4))
     colours = rng.permutation(list(COLOURS))[:count]
     cells = rng.permutation(CELLS * CELLS)[:count]
-    shapes = tuple(
+    return [
         Shape(choose(rng, SHAPES), str(colour), choose(rng, SIZES), *divmod(int(cell), CELLS))
         for colour, cell in zip(colours, cells, strict=True)
-    )
-    return Scene(choose(rng, GROUNDS), shapes)
+    ]
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
+def caption(ground: str, shapes: Sequence[Shape], rng: np.random.Generator) -> str:
     """Return a sentence of the grammar that names every shape of a scene."""
-    a, b, *others = (scene.shapes[i] for i in rng.permutation(len(scene.shapes)))
+    a, b, *others = (shapes[i] for i in rng.permutation(len(shapes)))
     r = relation(a, b, rng)
     text = choose(
         rng, ("{a} {r} {b}", "{a} is {r} {b}", "there is {a} {r} {b}", "{b} and {a} {r} it")
@@ -116,7 +106,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     for c in others:
         more = choose(rng, (" and {c}", ", and {c} {r} the {b}", ", with {c} {r} the {b}"))
         text += more.format(c=describe(c, rng), r=relation(c, b, rng), b=f"{b.colour} one")
-    return text + choose(rng, ("", " on {g}", " on {g}")).format(g=scene.ground)
+    return text + choose(rng, ("", " on {g}", " on {g}")).format(g=ground)
 
 
 def describe(shape: Shape, rng: np.random.Generator) -> str:
@@ -141,11 +131,11 @@ def synonym(word: str, rng: np.random.Generator) -> str:
     return choose(rng, SYNONYMS.get(word, (word,)))
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
+def draw(ground: str, shapes: Sequence[Shape], rng: np.random.Generator) -> Image.Image:
     """Return the image of a scene, SIDE pixels wide and high."""
-    image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), GROUNDS[scene.ground])
+    image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), GROUNDS[ground])
     pen = ImageDraw.Draw(image)
-    for shape in scene.shapes:
+    for shape in shapes:
         x, y = (
             SCALE * (CELL * place + CELL // 2 + int(rng.integers(-JITTER, JITTER + 1)))
             for place in (shape.column, shape.row)
@@ -178,21 +168,19 @@ def corners(kind: str, x: int, y: int, size: int) -> Iterator[tuple[float, float
         yield x + radius * sin(angle), y - radius * cos(angle)
 
 
-def scenes(count: int, rng: np.random.Generator) -> Iterator[tuple[Scene, list[str]]]:
-    """Yield scenes with five captions, which no two share. Raises InputError if none are left."""
+def scenes(
+    count: int, rng: np.random.Generator
+) -> Iterator[tuple[str, Sequence[Shape], list[str]]]:
+    """Yield ground, shapes and five captions of each scene; no two scenes share a caption."""
     taken: set[str] = set()
-    for _ in range(count):
-        for _ in range(TRIES):
-            scene = new_scene(rng)
-            captions: dict[str, None] = {}  # different ones, in their order
-            while len(captions) < CAPTIONS:
-                captions[caption(scene, rng)] = None
-            if taken.isdisjoint(captions):
-                break
-        else:
-            raise InputError(f"{count} images: no new captions after {len(taken) // CAPTIONS}")
-        taken.update(captions)
-        yield scene, list(captions)
+    while len(taken) < CAPTIONS * count:
+        shapes, ground = new_shapes(rng), choose(rng, GROUNDS)
+        captions: dict[str, None] = {}  # different ones, in their order
+        while len(captions) < CAPTIONS:
+            captions[caption(ground, shapes, rng)] = None
+        if taken.isdisjoint(captions):
+            taken.update(captions)
+            yield ground, shapes, list(captions)
 
 
 def main() -> None:
@@ -202,18 +190,14 @@ def main() -> None:
     # Two generators, so that a change of the drawing does not change the captions.
     words, places = (np.random.default_rng((options.seed, part)) for part in range(2))
     entries = []
-    with (
-        explain_os_errors(out, "a folder to write to"),
-        progress("drawing", len(splits), "image") as bar,
-    ):
+    with explain_os_errors(out, "a folder to write to"):
         (out / "images").mkdir(parents=True, exist_ok=True)
-        for number, (scene, captions) in enumerate(scenes(len(splits), words)):
+        for number, (ground, shapes, captions) in enumerate(scenes(len(splits), words)):
             name = f"scene_{number:05d}.png"
-            draw(scene, places).save(out / "images" / name)
+            draw(ground, shapes, places).save(out / "images" / name)
             sentences = [{"raw": f"{text[0].upper()}{text[1:]}."} for text in captions]
             about = {"filename": name, "imgid": number, "split": splits[number]}
             entries.append(about | {"sentences": sentences})
-            bar.update()
     write_json(out / "dataset_scenes.json", {"dataset": "scenes", "images": entries})
 
 

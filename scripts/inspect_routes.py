@@ -33,10 +33,9 @@ from scripts.parts.images import read_image
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from data import Split
-    from scripts.parts.routes import Clusters, Pairs
+    from scripts.parts.routes import Pairs
 
 log = logging.getLogger(__name__)
 
@@ -93,38 +92,35 @@ def open_pairs(options: Options) -> Pairs:
 def region_boxes(path: Path, split: Split, image: int, file: Path) -> np.ndarray:
     """Return the boxes `[regions, 4]` of an image's regions, in pixels of its thumbnail.
 
-    Raises InputError if they do not fit the split or are not finite.
+    Raises InputError if they do not fit the split.
     """
     import numpy as np
 
     boxes = map_array(path, "boxes of the regions, a .npy file")
     wanted = (split.images, split.regions_per_image, 4)
     require(boxes.shape == wanted, f"{path}: shape {boxes.shape}; expected {wanted}")
-    require(bool(np.isfinite(boxes[image]).all()), f"{path}: row {image} holds NaN")
     scale = np.array(thumbnail(file).size) / read_image(file).size
     return boxes[image] * np.tile(scale, 2)
 
 
-def draw(
-    options: Options, pairs: Pairs, paths: Tensor, files: Sequence[Path], clusters: Clusters | None
+def draw_pair(
+    options: Options,
+    pairs: Pairs,
+    gates: np.ndarray,
+    image: int,
+    caption: int,
+    file: Path | None,
 ) -> dict[str, Figure]:
-    """Return the figures by name."""
-    from scripts.parts.route_figures import Drawings
+    """Return the figures of a pair by name: its route, and its words if there are boxes."""
+    from scripts.parts.route_figures import draw_route, draw_words
 
-    title = f"{options.model_path} ({pairs.model.direction})"
-    drawings = Drawings(pairs, paths, files, f"{title}, {len(paths)} pairs of {options.split}")
-    figures = {"space": drawings.space()}
-    if clusters:
-        figures["clusters"] = drawings.clusters(clusters)
-    if options.pair:
-        image, caption = options.pair
-        figures[f"pair_{image}_{caption}"] = drawings.route(image, caption)
-        path = boxes_file(pairs.split.path.parent, options.split)
-        if files and path.exists() and "CMRC" in pairs.cells and pairs.words(caption):
-            boxes = region_boxes(path, pairs.split, image, files[image])
-            figures[f"words_{image}_{caption}"] = drawings.words(image, caption, boxes)
-        else:
-            log.info("no drawing of words, which needs --images, boxes, CMRC and a caption")
+    figures = {f"pair_{image}_{caption}": draw_route(pairs, gates, image, caption, file)}
+    path = boxes_file(pairs.split.path.parent, options.split)
+    if file and path.exists() and "CMRC" in pairs.cells and pairs.words(caption):
+        boxes = region_boxes(path, pairs.split, image, file)
+        figures[f"words_{image}_{caption}"] = draw_words(pairs, image, caption, file, boxes)
+    else:
+        log.info("no drawing of words, which needs --images, boxes, CMRC and a caption")
     return figures
 
 
@@ -134,6 +130,7 @@ def main() -> None:
     installed = not options.clusters or importlib.util.find_spec("sklearn") is not None
     require(installed, "--clusters: pip install scikit-learn, or --clusters 0")
     check_new_folder("--out", out)
+    from scripts.parts.route_figures import draw_clusters, draw_space
     from scripts.parts.routes import cluster, write_tables
 
     pairs = open_pairs(options)
@@ -141,15 +138,23 @@ def main() -> None:
     files: Sequence[Path] = ()
     if options.images:
         files = image_files(split.path.parent, options.split, split.images, Path(options.images))
-    paths = pairs.paths(min(options.count, split.images))
-    clusters = cluster(paths, options.clusters) if options.clusters else None
-    figures = draw(options, pairs, paths, files, clusters)
+    gates = pairs.routes(min(options.count, split.images))
+    clusters = cluster(gates, options.clusters) if options.clusters else None
+    model = f"{options.model_path} ({pairs.model.direction})"
+    title = f"{model}, {len(gates)} pairs of {options.split}"
+    figures = {"space": draw_space(pairs, gates, title)}
+    if clusters:
+        figures["clusters"] = draw_clusters(pairs, gates, *clusters, title)
+    if options.pair:
+        image, caption = options.pair
+        file = files[image] if files else None
+        figures |= draw_pair(options, pairs, gates, image, caption, file)
     with explain_os_errors(out, "a folder to write to"):
         out.mkdir(parents=True, exist_ok=True)
-    write_tables(pairs, paths, clusters, out)
+    write_tables(pairs, gates, clusters, out)
     for name, figure in figures.items():
         write_figure(figure, out / f"{name}.png")
-    print_line(f"{len(paths)} pairs of {split.path}: see {out}\n")
+    print_line(f"{len(gates)} pairs of {split.path}: see {out}\n")
 
 
 if __name__ == "__main__":

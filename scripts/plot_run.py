@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
 from common.errors import require
-from common.files import check_writable
-from scripts.parts.figures import COLOURS, write_figure
+from scripts.parts.figures import COLOURS, check_figure, new_figure, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,12 +50,8 @@ def labels(folders: Sequence[str]) -> list[str]:
 
 def figure(runs: Mapping[str, Events]) -> "Figure":
     """Draw the loss on the left and the recalls on dev on the right."""
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    drawing = Figure(figsize=(12, 4.5), layout="constrained")
+    drawing = new_figure(12, 4.5)
     loss, recall = drawing.subplots(1, 2)
-    handles = []
     for number, (name, events) in enumerate(runs.items()):
         style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
@@ -64,34 +59,31 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
             "linewidth": 1.3,
         }
         steps, values = curve(events, "Le")
-        loss.plot(steps, values, **style, marker="." if len(steps) == 1 else "")
+        loss.plot(steps, values, **style, label=name, marker="." if len(steps) == 1 else "")
         for tag, marker in MARKERS.items():
             recall.plot(*curve(events, tag), **style, marker=marker, markersize=5)
-        handles.append(Line2D([], [], **style, label=name))
+    for tag, marker in MARKERS.items():
+        recall.plot([], [], "k", linestyle="", marker=marker, label=RECALLS[tag])
     loss.set(title="Training loss, mean since the last point", xlabel="step", ylabel=LOSS)
     recall.set(title="Recall on dev", xlabel="step", ylabel="recall, %", ylim=(0, 102))
     loss.set_ylim(bottom=0)
     for axes in (loss, recall):
         axes.grid(alpha=0.3)
-    markers = [
-        Line2D([], [], color="black", linestyle="", marker=marker, label=RECALLS[tag])
-        for tag, marker in MARKERS.items()
-    ]
-    drawing.legend(handles=handles, loc="outside right upper", title="run", fontsize="small")
-    drawing.legend(handles=markers, loc="outside right lower", title="recall", fontsize="small")
+    style = {"fontsize": "small"}
+    lines, points = (axes.get_legend_handles_labels() for axes in (loss, recall))
+    drawing.legend(*lines, loc="outside right upper", title="run", **style)
+    drawing.legend(*points, loc="outside right lower", title="recall", **style)
     return drawing
 
 
 def main() -> None:
     options = parse(Options, None, __doc__ or "")
-    out = Path(options.out)
-    require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
-    check_writable(out)
-    names = labels(options.runs)
+    check_figure(Path(options.out))
     from training.log import events
 
+    names = labels(options.runs)
     logs = [events(Path(folder)) for folder in options.runs]
-    write_figure(figure(dict(zip(names, logs, strict=True))), out)
+    write_figure(figure(dict(zip(names, logs, strict=True))), Path(options.out))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
-from common.errors import InputError, check_range, require
-from common.files import check_writable
-from common.layout import SplitName, files_of, read_captions, split_files
-from scripts.parts.figures import COLOURS, image_files, thumbnail, write_figure
+from common.errors import check_range, require
+from common.layout import (
+    CAPTIONS_PER_IMAGE,
+    SplitName,
+    files_of,
+    read_captions,
+    split_files,
+)
+from scripts.parts.figures import (
+    COLOURS,
+    check_figure,
+    image_files,
+    new_figure,
+    thumbnail,
+    write_figure,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +40,7 @@ if TYPE_CHECKING:
 
 WORD = {True: "right", False: "wrong"}
 COLOUR = {True: COLOURS[0], False: COLOURS[1]}
-TEXT: dict[str, Any] = {"va": "center", "fontsize": 9, "parse_math": False}
+TEXT: dict[str, Any] = {"va": "center", "fontsize": 9}
 ANSWERS = 5  # of a query
 
 
@@ -45,65 +57,42 @@ class Options:
         check_range(self, ("queries",), 1, 50)
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A split with its scores."""
-
-    scores: np.ndarray  # [I, T]
-    owner: np.ndarray  # [T] image of each caption
-    captions: Sequence[str]
-    files: Sequence[Path]
-
-
-def read_scored(options: Options) -> Scored:
-    """Read scores, captions and the images' files. Raises InputError if they do not fit."""
-    from evaluation import image_of_caption, map_scores
-
-    folder, path = Path(options.data), Path(options.scores)
-    captions = read_captions(split_files(folder, options.split)[1])
-    scores = map_scores(path)
-    if scores.shape[1] != len(captions):
-        raise InputError(
-            f"{path}: shape {scores.shape}; expected {len(captions)} captions of {folder}"
-        )
-    files = image_files(folder, options.split, len(scores), Path(options.images))
-    return Scored(scores, image_of_caption(len(captions)), captions, files)
-
-
 def draw_image(axes: Axes, path: Path, right: bool | None = None) -> None:
     """Draw an image; right answers get a thick blue frame, wrong ones a thin dashed orange one."""
     axes.axis("on")
     axes.imshow(thumbnail(path))
     axes.set(xticks=[], yticks=[])
     if right is not None:
-        for side in axes.spines.values():
-            side.set(color=COLOUR[right], linewidth=4 if right else 1.5)
-            side.set_linestyle("-" if right else "--")
+        width, dashes = (4, "-") if right else (1.5, "--")
+        axes.spines[:].set(color=COLOUR[right], linewidth=width, linestyle=dashes)
         axes.set_xlabel(WORD[right], fontsize=8)
 
 
-def draw(scored: Scored, queries: int) -> Figure:
-    """Return rows of captions with images, then rows of images with captions."""
-    from matplotlib.figure import Figure
+def draw(
+    scores: np.ndarray, captions: Sequence[str], files: Sequence[Path], queries: int
+) -> Figure:
+    """Return rows of captions with images, then rows of images with captions.
 
-    figure = Figure(figsize=(13, 4.2 * queries), layout="constrained")
+    `scores` are `[I, T]`, `files` the images.
+    """
+    figure = new_figure(13, 4.2 * queries)
     above, below = figure.subfigures(2, 1)  # type: ignore[misc]  # an array of two
     above.suptitle("Captions, and the best images of each")
     below.suptitle("Images, and the best captions of each")
     rows = above.subplots(queries, 1 + ANSWERS, width_ratios=[1.6] + [1] * ANSWERS, squeeze=False)
-    for row, caption in zip(rows, spread(len(scored.captions), queries), strict=True):
+    for row, caption in zip(rows, spread(len(captions), queries), strict=True):
         for axes in row:
             axes.axis("off")
-        row[0].text(0, 0.5, textwrap.fill(scored.captions[caption], 30), **TEXT)
-        for axes, image in zip(row[1:], best(scored.scores[:, caption]), strict=False):
-            draw_image(axes, scored.files[image], bool(image == scored.owner[caption]))
+        row[0].text(0, 0.5, textwrap.fill(captions[caption], 30), **TEXT)
+        for axes, image in zip(row[1:], best(scores[:, caption]), strict=False):
+            draw_image(axes, files[image], image == caption // CAPTIONS_PER_IMAGE)
     rows = below.subplots(queries, 2, width_ratios=[1, 5.6], squeeze=False)
-    for row, image in zip(rows, spread(len(scored.files), queries), strict=True):
-        draw_image(row[0], scored.files[image])
+    for row, image in zip(rows, spread(len(files), queries), strict=True):
+        draw_image(row[0], files[image])
         row[1].axis("off")
-        for place, caption in enumerate(best(scored.scores[image])):
-            right = bool(scored.owner[caption] == image)
-            text = f"{WORD[right]}: {scored.captions[caption][:140]}"
+        for place, caption in enumerate(best(scores[image])):
+            right = image == caption // CAPTIONS_PER_IMAGE
+            text = f"{WORD[right]}: {captions[caption][:140]}"
             row[1].text(0, 1 - (place + 0.5) / ANSWERS, text, color=COLOUR[right], **TEXT)
     return figure
 
@@ -120,11 +109,17 @@ def spread(count: int, queries: int) -> list[int]:
 
 def main() -> None:
     options = parse(Options, None, __doc__)
-    out = Path(options.out)
-    require(out.suffix == ".png", f"--out {out}: expected a name that ends in .png")
-    scored = read_scored(options)
-    check_writable(out, [*scored.files, options.scores, *files_of(options.data, options.split)])
-    write_figure(draw(scored, min(options.queries, len(scored.files))), out)
+    from evaluation import map_scores
+
+    path, folder = Path(options.scores), Path(options.data)
+    captions = read_captions(split_files(folder, options.split)[1])
+    scores = map_scores(path)
+    count = len(captions)
+    problem = f"{path}: shape {scores.shape}; expected {count} captions of {folder}"
+    require(scores.shape[1] == count, problem)
+    files = image_files(folder, options.split, len(scores), Path(options.images))
+    check_figure(Path(options.out), [*files, path, *files_of(folder, options.split)])
+    write_figure(draw(scores, captions, files, min(options.queries, len(files))), Path(options.out))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """figures.py — what drawings share: colours, the images of a data set, files written at once.
 
-matplotlib is imported when a figure is written, so that `--help` answers at once.
+matplotlib is imported when a figure is made, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.files import write_bytes
+from common.errors import require
+from common.files import check_writable, write_bytes
 from common.layout import SplitName, check_named, ids_file, read_ids, read_names
 from scripts.parts.images import find_images, read_image
 
@@ -36,6 +38,21 @@ def thumbnail(path: Path) -> Image.Image:
     image = read_image(path)
     image.thumbnail((SIDE, SIDE))
     return image
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of inches; no text is read as a formula, since captions may hold $."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_figure(path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise InputError if `path` is no .png, cannot be written or is one of `inputs`."""
+    require(path.suffix == ".png", f"--out {path}: expected a name that ends in .png")
+    check_writable(path, inputs)
 
 
 def write_figure(figure: Figure, path: Path) -> None:

@@ -1,10 +1,9 @@
 """route_figures.py — drawings of the routing space, of a pair's route, and of where words attend.
 
-Gates are `[O, N]` a layer: of cell n on its path to cell o of the next layer; one row in the last.
+Gates are `[P, N]`: of the N cells that each of P paths comes from (see routes.py).
 """
 
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from torch import Tensor
 
 from common.config import CELLS
-from scripts.parts.figures import COLOURS, thumbnail
-from scripts.parts.routes import Clusters, Pairs
+from scripts.parts.figures import COLOURS, new_figure, thumbnail
+from scripts.parts.routes import Pairs
 
 FAINTEST = 0.02  # smaller gates are not drawn
 LEGEND_GATES = (0.1, 0.25, 0.5, 1.0)
@@ -36,150 +34,143 @@ UNITS = {
     "t2i": "share of this word's attention that is on a region, %",
 }
 
-Values = Sequence[np.ndarray]  # `[O, N]` a layer
-Layers = Sequence[tuple[np.ndarray, np.ndarray]]  # gates and bypasses `[O, N]` of each
+
+def draw_space(pairs: Pairs, gates: np.ndarray, title: str) -> Figure:
+    """Return the routing space with the mean of gates `[pairs, P, N]`.
+
+    Below it stand the means as numbers, with the shares of pairs for which a gate is closed.
+    """
+    means, closed = gates.mean(0), 100 * (gates == 0).mean(0)
+    figure = _routing(pairs, f"mean gates: {title}", means, pairs.bypasses(gates).mean(0), None)
+    texts = np.char.mod("%.2f\n", means) + np.char.mod("%.0f %%", closed)
+    label = "mean gate; below it the\nshare of pairs it is closed for"
+    _draw_gates(pairs, figure, means, texts, label, cmap="Blues", vmin=0, vmax=1)
+    return figure
 
 
-class Drawings:
-    """Draws the routes of matching pairs; `files` are the images, if they are known."""
+def draw_route(
+    pairs: Pairs, gates: np.ndarray, image: int, caption: int, file: Path | None
+) -> Figure:
+    """Return the route of a pair, below it by how much it differs from the mean of the gates."""
+    route = pairs.route(image, [caption])
+    changes = route[0] - gates.mean(0)
+    bypasses = pairs.bypasses(route)[0]
+    figure = _routing(pairs, _name(pairs, image, caption), route[0], bypasses, file)
+    limit = max(0.01, np.abs(changes).max())  # smaller differences are not worth a colour
+    texts, label = np.char.mod("%+.2f", changes), "gate minus the mean gate"
+    _draw_gates(pairs, figure, changes, texts, label, cmap="PuOr", vmin=-limit, vmax=limit)
+    return figure
 
-    def __init__(self, pairs: Pairs, paths: Tensor, files: Sequence[Path], title: str) -> None:
-        config = pairs.model.config
-        self.pairs, self.paths, self.files, self.title = pairs, paths, files, title
-        self.cells, self.query = pairs.cells, QUERIES[config.direction]
-        self.colours = [COLOURS[CELLS.index(cell)] for cell in config.cell_names]
-        self.layers = pairs.layers(paths)
-        self.means = [(gates.mean(0).numpy(), on.mean(0).numpy()) for gates, on in self.layers]
 
-    def space(self) -> Figure:
-        """Return the routing space with mean gates, below it as numbers with closed shares."""
-        means = [gates for gates, _ in self.means]
-        closed = [(gates == 0).float().mean(0).numpy() for gates, _ in self.layers]
-        texts = [
-            np.char.mod("%.2f\n", mean) + np.char.mod("%.0f %%", 100 * share)
-            for mean, share in zip(means, closed, strict=True)
-        ]
-        figure = self._routing(f"mean gates: {self.title}", self.means, None)
-        label = "mean gate; below it the\nshare of pairs it is closed for"
-        self._draw_gates(figure, means, texts, label, cmap="Blues", vmin=0, vmax=1)
-        return figure
+def _routing(
+    pairs: Pairs, title: str, gates: np.ndarray, bypasses: np.ndarray, file: Path | None
+) -> Figure:
+    """Return a drawing of the routing space, beside an image, with its lower half free."""
+    layers = pairs.model.config.num_layer_routing
+    figure = new_figure(2.4 * layers + 2, 6.5)
+    figure.suptitle(textwrap.fill(title, 30 * layers + 30), fontsize=10)
+    halves: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
+    if file:
+        beside, axes = halves[0].subplots(1, 2, width_ratios=[1, layers])
+        beside.imshow(thumbnail(file))
+        beside.axis("off")
+    else:
+        axes = halves[0].subplots()
+    _draw_lines(pairs, axes, gates, bypasses)
+    lines = [Line2D([], [], color=GREY, label=f"gate {g:g}", **_line(g)) for g in LEGEND_GATES]
+    bypass = {"label": "input goes on", "dashes": DASHES, **_line(0.5)}
+    lines.append(Line2D([], [], color=GREY, **bypass))
+    title = "A dashed line is the input of a closed cell, which goes on unchanged or rectified"
+    _legend_below(figure, title, "center", handles=lines, ncols=len(lines))
+    return figure
 
-    def route(self, image: int, caption: int) -> Figure:
-        """Return the route of a pair, below it by how much its gates differ from the mean gates."""
-        path = self.pairs.route(image, [caption])
-        route = [(gates[0].numpy(), on[0].numpy()) for gates, on in self.pairs.layers(path)]
-        changes = [own - mean for (own, _), (mean, _) in zip(route, self.means, strict=True)]
-        texts = [np.char.mod("%+.2f", change) for change in changes]
-        # Differences below 0.01 are not worth a colour.
-        limit = max(0.01, *(np.abs(change).max() for change in changes))
-        figure = self._routing(self._name(image, caption), route, image)
-        label = "gate minus the mean gate"
-        self._draw_gates(figure, changes, texts, label, cmap="PuOr", vmin=-limit, vmax=limit)
-        return figure
 
-    def _routing(self, title: str, layers: Layers, image: int | None) -> Figure:
-        """Return a drawing of the routing space, beside an image, with its lower half free."""
-        figure = Figure(figsize=(2.4 * len(layers) + 2, 6.5), layout="constrained")
-        title = textwrap.fill(title, 30 * len(layers) + 30)
-        figure.suptitle(title, fontsize=10, parse_math=False)
-        halves: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
-        above = halves[0]
-        if image is not None and self.files:
-            beside, axes = above.subplots(1, 2, width_ratios=[1, len(layers)])
-            beside.imshow(thumbnail(self.files[image]))
-            beside.axis("off")
-        else:
-            axes = above.subplots()
-        self._draw_space(axes, layers)
-        lines = [Line2D([], [], color=GREY, label=f"gate {g:g}", **_line(g)) for g in LEGEND_GATES]
-        bypass = {"label": "input goes on", "dashes": DASHES, **_line(0.5)}
-        lines.append(Line2D([], [], color=GREY, **bypass))
-        title = "A dashed line is the input of a closed cell, which goes on unchanged or rectified"
-        _legend_below(figure, title, "center", handles=lines, ncols=len(lines))
-        return figure
+def _draw_lines(pairs: Pairs, axes: Axes, gates: np.ndarray, bypasses: np.ndarray) -> None:
+    """Draw a column of cells a layer; lines are as wide as gates, dashed ones bypass cells."""
+    cells, last = pairs.cells, pairs.model.config.num_layer_routing
+    colours = [COLOURS[CELLS.index(cell.lower())] for cell in cells]
+    heights = np.arange(len(cells))[::-1].astype(float)  # the first cell is on top
+    middle = heights.mean()
+    height_of = dict(zip(cells, heights, strict=True)) | {"score": middle}
+    for height in heights:
+        axes.plot([ENTRY, 0], [middle, height], color=GREY, lw=0.6, zorder=0)
+    for values, dashes, below in ((gates, (), 0.0), (bypasses, DASHES, BELOW)):
+        for p, n in np.argwhere(values >= FAINTEST):
+            layer, end = pairs.path_ends[p]
+            ends = [heights[n] - below, height_of[end] - below]
+            style = _line(float(values[p, n])) | {"color": colours[n], "dashes": dashes}
+            axes.plot([layer - 1, layer], ends, **style)
+    for layer in range(last):
+        for height, name, colour in zip(heights, cells, colours, strict=True):
+            _node(axes, layer, height, name, colour)
+        axes.text(layer, len(cells) - 0.35, f"layer {layer + 1}", ha="center", fontsize=8)
+    _node(axes, ENTRY, middle, QUERIES[pairs.model.direction], GREY)
+    _node(axes, last, middle, "score", GREY)
+    axes.set(xlim=(-1.1, last + 0.3), ylim=(-0.5, len(cells) - 0.1))
+    axes.axis("off")
 
-    def _draw_gates(
-        self, figure: Figure, values: Values, texts: Values, label: str, **scale: Any
-    ) -> None:
-        """Draw a value and a text for each gate, `[O, N]` a layer, in the figure's lower half."""
-        below: Any = figure.subfigs[1]
-        panels = below.subplots(1, len(values), squeeze=False)[0]
-        for layer, axes in enumerate(panels, 1):
-            shade = axes.imshow(values[layer - 1], aspect="auto", **scale)
-            targets = self.cells if layer < len(values) else ["score"]
-            axes.set_xticks(range(len(self.cells)), self.cells, fontsize=7)
-            axes.set_yticks(range(len(targets)), [f"to {name}" for name in targets], fontsize=7)
-            axes.set_title(f"layer {layer}", fontsize=8)
-            for (o, n), text in np.ndenumerate(texts[layer - 1]):
-                is_dark = abs(values[layer - 1][o, n]) > 0.6 * scale["vmax"]
-                style = {"fontsize": 6.5, "color": "white" if is_dark else "black"}
-                axes.text(n, o, text, ha="center", va="center", **style)
-        _bar(below, shade, panels, label)
 
-    def _draw_space(self, axes: Axes, layers: Layers) -> None:
-        """Draw a column of cells a layer; lines are as wide as gates, dashed ones bypass cells."""
-        heights = np.arange(len(self.cells))[::-1].astype(float)  # the first cell is on top
-        middle, last = heights.mean(), len(layers) - 1
-        for height in heights:
-            axes.plot([ENTRY, 0], [middle, height], color=GREY, lw=0.6, zorder=0)
-        for layer, (gates, bypasses) in enumerate(layers):
-            ends = heights if layer < last else [middle]
-            for values, dashes, below in ((gates, (), 0.0), (bypasses, DASHES, BELOW)):
-                for (o, n), weight in np.ndenumerate(values):
-                    if weight >= FAINTEST:
-                        style = _line(float(weight)) | {"color": self.colours[n], "dashes": dashes}
-                        axes.plot(
-                            [layer, layer + 1], [heights[n] - below, ends[o] - below], **style
-                        )
-            for height, name, colour in zip(heights, self.cells, self.colours, strict=True):
-                _node(axes, layer, height, name, colour)
-            axes.text(layer, len(heights) - 0.35, f"layer {layer + 1}", ha="center", fontsize=8)
-        _node(axes, ENTRY, middle, self.query, GREY)
-        _node(axes, last + 1, middle, "score", GREY)
-        axes.set(xlim=(-1.1, last + 1.3), ylim=(-0.5, len(heights) - 0.1))
+def _draw_gates(
+    pairs: Pairs, figure: Figure, values: np.ndarray, texts: np.ndarray, label: str, **scale: Any
+) -> None:
+    """Draw a value and a text for each gate, `[P, N]`, in the figure's lower half."""
+    below: Any = figure.subfigs[1]
+    panels = below.subplots(1, pairs.model.config.num_layer_routing, squeeze=False)[0]
+    for layer, axes in enumerate(panels, 1):
+        paths = [p for p, (own, _) in enumerate(pairs.path_ends) if own == layer]
+        shade = axes.imshow(values[paths], aspect="auto", **scale)
+        ends = [f"to {pairs.path_ends[p][1]}" for p in paths]
+        axes.set_xticks(range(len(pairs.cells)), pairs.cells, fontsize=7)
+        axes.set_yticks(range(len(paths)), ends, fontsize=7)
+        axes.set_title(f"layer {layer}", fontsize=8)
+        for (o, n), text in np.ndenumerate(texts[paths]):
+            is_dark = abs(values[paths][o, n]) > 0.6 * scale["vmax"]
+            style = {"fontsize": 6.5, "color": "white" if is_dark else "black"}
+            axes.text(n, o, text, ha="center", va="center", **style)
+    _bar(below, shade, panels, label)
+
+
+def draw_clusters(
+    pairs: Pairs, gates: np.ndarray, points: np.ndarray, labels: np.ndarray, title: str
+) -> Figure:
+    """Return the path vectors in a plane, by cluster, each with the pair closest to its mean."""
+    names = np.unique(labels)
+    figure = new_figure(7, 6 + 0.25 * len(names))
+    axes = figure.subplots()
+    for number in names:
+        members = np.flatnonzero(labels == number)
+        vectors = gates[members].reshape(len(members), -1)
+        central = members[np.linalg.norm(vectors - vectors.mean(0), axis=1).argmin()]
+        example = textwrap.shorten(pairs.split.captions[central], 85)
+        label = f"{len(members)} pairs: {example}"
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number]
+        style: dict[str, Any] = {"s": 22, "alpha": 0.8, "linewidths": 0}
+        axes.scatter(*points[members].T, color=colour, marker=marker, label=label, **style)
+    axes.set(xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
+    axes.set_title(textwrap.fill(f"path vectors: {title}", 90), fontsize=9)
+    _legend_below(figure, "spectral clusters, each with a pair from its middle", "left")
+    return figure
+
+
+def draw_words(pairs: Pairs, image: int, caption: int, file: Path, boxes: np.ndarray) -> Figure:
+    """Return where each word attends; boxes `[regions, 4]` are in the thumbnail's pixels."""
+    words, percent = pairs.words(caption), 100 * pairs.attention(image, caption)
+    picture = thumbnail(file)
+    columns = min(COLUMNS, len(words) + 1)
+    rows = -(-(len(words) + 1) // columns)
+    figure = new_figure(2 * columns + 1.2, 2.1 * rows + 1)
+    figure.suptitle(textwrap.fill(_name(pairs, image, caption), 24 * columns), fontsize=9)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
         axes.axis("off")
-
-    def clusters(self, clusters: Clusters) -> Figure:
-        """Return the path vectors in a plane, by cluster, each with an example."""
-        examples = [self.pairs.split.captions[k] for k in clusters.central_pairs(self.paths)]
-        figure = Figure(figsize=(7, 6 + 0.25 * len(examples)), layout="constrained")
-        axes = figure.subplots()
-        for number, example in enumerate(examples):
-            own = clusters.points[clusters.labels == number]
-            label = f"{len(own)} pairs: {textwrap.shorten(example, 85)}".replace("$", r"\$")
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number]
-            style: dict[str, Any] = {"s": 22, "alpha": 0.8, "linewidths": 0}
-            axes.scatter(*own.T, color=colour, marker=marker, label=label, **style)
-        axes.set(xlabel="t-SNE, first axis (no unit)", ylabel="t-SNE, second axis (no unit)")
-        title = textwrap.fill(f"path vectors: {self.title}", 90)
-        axes.set_title(title, fontsize=9, parse_math=False)
-        title = "spectral clusters, each with a pair from its middle"
-        _legend_below(figure, title, "left")
-        return figure
-
-    def words(self, image: int, caption: int, boxes: np.ndarray) -> Figure:
-        """Return where each word attends; boxes `[regions, 4]` are in the thumbnail's pixels."""
-        words, percent = self.pairs.words(caption), 100 * self.pairs.attention(image, caption)
-        picture = thumbnail(self.files[image])
-        columns = min(COLUMNS, len(words) + 1)
-        rows = -(-(len(words) + 1) // columns)
-        figure = Figure(figsize=(2 * columns + 1.2, 2.1 * rows + 1), layout="constrained")
-        title = textwrap.fill(self._name(image, caption), 24 * columns)
-        figure.suptitle(title, fontsize=9, parse_math=False)
-        panels = figure.subplots(rows, columns, squeeze=False)
-        for axes in panels.flat:
-            axes.axis("off")
-        panels.flat[0].imshow(picture)
-        scale = {"vmin": percent.min(), "vmax": percent.max()}  # the same for all words
-        for axes, word, row in zip(panels.flat[1:], words, percent, strict=False):
-            axes.imshow(picture, alpha=PALE)  # on white
-            shade = axes.imshow(heat_map(row, boxes, picture.size[::-1]), cmap=VEIL, **scale)
-            axes.set_title(word, fontsize=9, parse_math=False)
-        _bar(figure, shade, panels, UNITS[self.pairs.model.direction], fraction=0.04, shrink=0.7)
-        return figure
-
-    def _name(self, image: int, caption: int) -> str:
-        return f"image {image}, caption {caption}: {self.pairs.split.captions[caption]}"
+    panels.flat[0].imshow(picture)
+    scale = {"vmin": percent.min(), "vmax": percent.max()}  # the same for all words
+    for axes, word, row in zip(panels.flat[1:], words, percent, strict=False):
+        axes.imshow(picture, alpha=PALE)  # on white
+        shade = axes.imshow(heat_map(row, boxes, picture.size[::-1]), cmap=VEIL, **scale)
+        axes.set_title(word, fontsize=9)
+    _bar(figure, shade, panels, UNITS[pairs.model.direction], fraction=0.04, shrink=0.7)
+    return figure
 
 
 def heat_map(weights: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -190,6 +181,10 @@ def heat_map(weights: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]) -> 
         part = heat[int(y1) : int(y2), int(x1) : int(x2)]
         np.fmax(part, weight, out=part)
     return heat
+
+
+def _name(pairs: Pairs, image: int, caption: int) -> str:
+    return f"image {image}, caption {caption}: {pairs.split.captions[caption]}"
 
 
 def _line(gate: float) -> dict[str, Any]:

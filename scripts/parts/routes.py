@@ -1,20 +1,20 @@
-"""routes.py — the routes of matching pairs: path vectors, attention, clusters, tables.
+"""routes.py — the routes of matching pairs: gates, attention, clusters, tables.
 
-scripts/inspect_routes.py writes the tables, scripts/parts/route_figures.py draws.
+A layer has N cells, and a path leads to each cell of the next layer; one leads from the last layer
+to the score. A path vector is the gates `[P, N]` of all P paths, layer by layer: those of the cells
+that a path comes from. scripts/inspect_routes.py writes the tables, parts/route_figures.py draws.
 """
 
 import csv
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from cells import CrossModalRefinement
 from common.cli import progress
@@ -46,26 +46,32 @@ class Pairs:
         """The names of a layer's cells."""
         return [name.upper() for name in self.model.config.cell_names]
 
-    def paths(self, images: int) -> Tensor:
-        """Return path vectors `[pairs, K]` of the first images, each with its five captions."""
-        vectors = []
+    @property
+    def path_ends(self) -> list[tuple[int, str]]:
+        """The layer, from 1, and the end of each of the P paths: a cell, or the score."""
+        layers = self.model.config.num_layer_routing
+        dense = [(layer, cell) for layer in range(1, layers) for cell in self.cells]
+        return [*dense, (layers, "score")]
+
+    def route(self, image: int, captions: Sequence[int]) -> np.ndarray:
+        """Return gates `[captions, P, N]` of an image with some captions."""
+        with evaluation_mode(self.model):
+            _, paths = self.model.score(*self._modalities(image, captions), len(captions))
+        return paths.reshape(len(captions), -1, len(self.cells)).cpu().numpy()
+
+    def routes(self, images: int) -> np.ndarray:
+        """Return gates `[pairs, P, N]` of the first images, each with its five captions."""
+        gates = []
         with progress("routing", images, "images") as bar:
             for image in range(images):
                 first = image * CAPTIONS_PER_IMAGE
-                vectors.append(self.route(image, range(first, first + CAPTIONS_PER_IMAGE)))
+                gates.append(self.route(image, range(first, first + CAPTIONS_PER_IMAGE)))
                 bar.update()
-        return torch.cat(vectors)
+        return np.concatenate(gates)
 
-    def route(self, image: int, captions: Sequence[int]) -> Tensor:
-        """Return path vectors `[captions, K]` of an image with some captions."""
-        with evaluation_mode(self.model):
-            _, paths = self.model.score(*self._modalities(image, captions), len(captions))
-        return paths.flatten(0, 1).cpu()
-
-    def layers(self, paths: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return gates and bypasses, both `[pairs, O, N]`, of each layer of path vectors."""
-        gates = self.model.space.gates(paths)
-        return [*zip(gates, bypasses(gates, self.model.config.routing == "hard"), strict=True)]
+    def bypasses(self, gates: np.ndarray) -> np.ndarray:
+        """Return which cells' inputs bypass closed cells (SPEC §6), `[pairs, P, N]`, 0 or 1."""
+        return bypasses(gates, self.model.config.routing == "hard")
 
     def attention(self, image: int, caption: int) -> np.ndarray:
         """Return weights `[words, regions]` of the first layer's CMRC, without `[CLS]`, `[SEP]`.
@@ -98,45 +104,32 @@ class Pairs:
         return images.to(device), self.encoded.captions[text].to(device)
 
 
-def bypasses(gates: Sequence[Tensor], hard: bool) -> list[Tensor]:
-    """Return which cells' inputs bypass closed cells (SPEC §6), `[pairs, O, N]` a layer, 0 or 1.
+def bypasses(gates: np.ndarray, hard: bool) -> np.ndarray:
+    """Return which cells' inputs bypass closed cells (SPEC §6), `[pairs, P, N]`, 0 or 1.
 
     A path whose gates are all closed carries the first cell's input, rectified. In the last layer
     the input of a closed cell counts with a weight of 1; with `hard` routing only the chosen cell's
     does. Path vectors hold normalised gates, hence the normalised threshold of the dense layers.
     """
-    *dense, last = gates
-    count = last.shape[-1]
-    weights = []
-    for layer in dense:
-        dead = layer.sum(-1, keepdim=True) < CLOSED / (CLOSED + EPSILON)
-        weights.append(F.pad(dead.float(), (0, count - 1)))
-    closed = last < CLOSED / count
+    weights, last = np.zeros_like(gates), gates[:, -1]
+    weights[:, :-1, 0] = gates[:, :-1].sum(-1) < CLOSED / (CLOSED + EPSILON)
+    weights[:, -1] = last < CLOSED / last.shape[-1]
     if hard:
-        closed &= F.one_hot(last.argmax(-1), count).bool()
-    return [*weights, closed.float()]
+        weights[:, -1] *= np.arange(last.shape[-1]) == last.argmax(-1)[:, None]
+    return weights
 
 
-@dataclass(frozen=True)
-class Clusters:
-    """Path vectors in a plane and in clusters."""
+def cluster(gates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return t-SNE `[pairs, 2]` and spectral clusters `[pairs]` of gates `[pairs, P, N]`.
 
-    points: np.ndarray  # [pairs, 2]
-    labels: np.ndarray  # [pairs] from 0
-
-    def central_pairs(self, paths: Tensor) -> list[int]:
-        """Return the pair of each cluster that is the closest to the cluster's mean."""
-        members = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
-        return [int(m[(paths[m] - paths[m].mean(0)).norm(dim=-1).argmin()]) for m in members]
-
-
-def cluster(paths: Tensor, count: int) -> Clusters | None:
-    """Return t-SNE and spectral clusters of path vectors `[pairs, K]`; None if too few differ."""
+    None if too few pairs differ.
+    """
     from sklearn.cluster import SpectralClustering
     from sklearn.manifold import TSNE
 
     # Pairs with the same route are one point, otherwise they would be each other's neighbours.
-    vectors, same = np.unique(paths.double().numpy().round(DIGITS), axis=0, return_inverse=True)
+    rounded = gates.reshape(len(gates), -1).astype(np.float64).round(DIGITS)
+    vectors, same = np.unique(rounded, axis=0, return_inverse=True)
     if len(vectors) < count + 2:
         log.warning("no clusters: there are only %d different path vectors", len(vectors))
         return None
@@ -151,35 +144,34 @@ def cluster(paths: Tensor, count: int) -> Clusters | None:
     init = "pca" if vectors.shape[1] > 1 else "random"  # one number has no second component
     points = TSNE(2, perplexity=perplexity, init=init, random_state=0).fit_transform(vectors)
     same = same.reshape(-1)  # numpy 2.0 returns a second axis
-    return Clusters(points[same], labels[same])
+    return points[same], labels[same]
 
 
-def write_tables(pairs: Pairs, paths: Tensor, clusters: Clusters | None, out: Path) -> None:
+def write_tables(
+    pairs: Pairs, gates: np.ndarray, clusters: tuple[np.ndarray, np.ndarray] | None, out: Path
+) -> None:
     """Write gates.csv and routes.csv."""
-    means: list[list[object]] = []
-    layers = pairs.layers(paths)
-    for layer, (gates, bypass) in enumerate(layers, 1):
-        for o, target in enumerate(pairs.cells if layer < len(layers) else ["score"]):
-            for n, cell in enumerate(pairs.cells):
-                parts = gates[:, o, n], (gates[:, o, n] == 0).float(), bypass[:, o, n]
-                means.append([layer, target, cell, *_rounded([part.mean() for part in parts])])
+    paths = [(*path, cell) for path in pairs.path_ends for cell in pairs.cells]
+    shares = [part.mean(0).ravel() for part in (gates, gates == 0, pairs.bypasses(gates))]
     head = ["layer", "path", "cell", "mean gate", "share closed", "share bypassed"]
-    _write_csv(out / "gates.csv", head, means)
-    columns = [f"{layer} {cell}>{target}" for layer, target, cell, *_ in means]
-    head = ["image", "caption", "text", *columns, *(["cluster", "x", "y"] if clusters else [])]
-    rows: list[list[object]] = []
-    for k, vector in enumerate(paths):
-        rows.append([k // CAPTIONS_PER_IMAGE, k, pairs.split.captions[k], *_rounded(vector)])
-        if clusters:
-            rows[-1] += [int(clusters.labels[k]), *_rounded(clusters.points[k])]
-    _write_csv(out / "routes.csv", head, rows)
+    rows = zip(paths, np.stack(shares, 1), strict=True)
+    _write_csv(out / "gates.csv", head, ([*path, *_rounded(row)] for path, row in rows))
+    head = ["image", "caption", "text", *(f"{layer} {cell}>{end}" for layer, end, cell in paths)]
+    numbers = [_rounded(row.ravel()) for row in gates]
+    if clusters:
+        head += ["cluster", "x", "y"]
+        for row, point, label in zip(numbers, *clusters, strict=True):
+            row += [int(label), *_rounded(point)]
+    captions = pairs.split.captions
+    routes = ([k // CAPTIONS_PER_IMAGE, k, captions[k], *row] for k, row in enumerate(numbers))
+    _write_csv(out / "routes.csv", head, routes)
 
 
-def _rounded(numbers: Sequence | Tensor | np.ndarray) -> list[float]:
+def _rounded(numbers: np.ndarray) -> list[float]:
     return [round(float(number), DIGITS) for number in numbers]
 
 
-def _write_csv(path: Path, head: list[str], rows: list[list]) -> None:
+def _write_csv(path: Path, head: list[str], rows: Iterable[list]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     write_text(path, text.getvalue())
