@@ -63,7 +63,6 @@ def find_checkpoint(folder: Path) -> Path:
 
     Raises InputError if there is not exactly one, or if its data is not in one file.
     """
-    require(os.path.isdir(folder), f"{folder}: no such folder; expected a TensorFlow checkpoint's")
     indices = sorted(folder.glob("*.index"))
     names = summarise([path.name for path in indices]) or "none"
     require(len(indices) == 1, f"{folder}: expected one checkpoint, *.ckpt.index; found {names}")
@@ -78,8 +77,7 @@ def open_checkpoint(prefix: Path) -> Any:
     try:
         from tensorflow.train import load_checkpoint
     except ImportError as error:
-        command = "pip install tensorflow-cpu"
-        raise InputError(f"TensorFlow reads its checkpoints and is missing: {command}") from error
+        raise InputError("TensorFlow is missing: pip install tensorflow-cpu") from error
     return load_checkpoint(str(prefix))
 
 

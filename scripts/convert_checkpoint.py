@@ -25,7 +25,6 @@ from common.errors import InputError, require
 from common.files import check_new_folder, check_writable, write_json
 
 if TYPE_CHECKING:
-    from checkpoint.bert import Bert
     from checkpoint.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,15 @@ def main() -> None:
     options = parse(Options, None, __doc__)
     check_outputs(options)
     from checkpoint.bert import load_bert, write_bert
-    from checkpoint.checkpoint import bert_of, build_model, read_checkpoint, write_checkpoint
+    from checkpoint.checkpoint import (
+        FORMAT,
+        bert_of,
+        build_model,
+        json_beside,
+        read_checkpoint,
+        write_checkpoint,
+    )
+    from common.torch_files import write_safetensors
 
     checkpoint, out = read_checkpoint(options.checkpoint), Path(options.out)
     if options.half:
@@ -64,7 +71,10 @@ def main() -> None:
             lost = f"{folder}: holds another BERT than the checkpoint, which would be lost"
             raise InputError(f"{lost}; write the checkpoint's to a new folder with --bert_out")
     if out.suffix == ".safetensors":
-        write_arrays(out, checkpoint, bert)
+        # The JSON holds the SHA-256 of the weights: the two cannot be mixed up.
+        about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
+        digest = write_safetensors(out, checkpoint.weights)
+        write_json(json_beside(out), about | _run_of(checkpoint) | {"sha256": digest})
     else:
         write_checkpoint(out, model, checkpoint.options, bert, **_run_of(checkpoint))
     log.info("%s: written", out)
@@ -84,16 +94,6 @@ def check_outputs(options: Options) -> None:
         check_writable(path, taken)
     if options.bert_out:
         check_new_folder("--bert_out", Path(options.bert_out))
-
-
-def write_arrays(path: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
-    """Write weights, then the JSON that holds their SHA-256: the two cannot be mixed up."""
-    from checkpoint.checkpoint import FORMAT, json_beside
-    from common.torch_files import write_safetensors
-
-    about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
-    digest = write_safetensors(path, checkpoint.weights)
-    write_json(json_beside(path), about | _run_of(checkpoint) | {"sha256": digest})
 
 
 def halve(checkpoint: "Checkpoint") -> "Checkpoint":

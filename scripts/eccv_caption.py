@@ -35,14 +35,12 @@ class Options:
 
 def load_metrics() -> Any:
     """Return the package's metrics. Raises InputError if it is not installed."""
+    warnings.filterwarnings("ignore", module="eccv_caption")  # it recommends a faster JSON reader
     try:
-        with warnings.catch_warnings():  # it recommends a faster JSON reader
-            warnings.simplefilter("ignore")
-            from eccv_caption import Metrics
-
-            return Metrics()
+        from eccv_caption import Metrics
     except ImportError as error:
         raise InputError(f"missing package: pip install eccv_caption ({error})") from error
+    return Metrics()
 
 
 def caption_ids(metrics: Any, folder: Path, split: SplitName, images: int) -> "np.ndarray":

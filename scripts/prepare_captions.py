@@ -21,19 +21,18 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from common.cli import parse, print_line, run
 from common.errors import InputError, brief_repr, check_range, require, summarise
-from common.files import explain_os_errors, read_json, write_json, write_lines
+from common.files import check_writable, explain_os_errors, read_json, write_json, write_lines
 from common.layout import (
     CAPTIONS_PER_IMAGE,
     LONGEST_CAPTION,
     SplitName,
-    files_of,
     ids_file,
     names_file,
     read_lines,
@@ -75,36 +74,31 @@ def read(path: Path) -> list[CaptionedImage]:
     content = read_json(path, EXPECTED)
     require(isinstance(content.get("images"), list), f"{path}: no images; expected {EXPECTED}")
     reader = read_annotations if "annotations" in content else read_karpathy
-    return list(reader(path, content))
-
-
-@contextmanager
-def explain_errors(what: str) -> Iterator[None]:
-    """Turn the exceptions of a value that is missing or of another type into an InputError."""
+    images: list[CaptionedImage] = []
     try:
-        yield
+        for image in reader(path, content):
+            images.append(image)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{what}: {reason[:200]}; expected {EXPECTED}") from error
+        # A value is missing or of another type; annotations are counted in the order of ids.
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise InputError(f"{path}: image {len(images)}: {reason}; expected {EXPECTED}") from error
+    return images
 
 
 def read_karpathy(path: Path, content: dict[str, Any]) -> Iterator[CaptionedImage]:
-    """Yield the images of Karpathy's JSON, in its order. Raises InputError."""
-    for number, image in enumerate(content["images"]):
-        with explain_errors(f"{path}: image {number}"):
-            name = file_name([image.get("filepath", ""), image["filename"]], str(path))
-            what = f"{path}: {name}"
-            if image["split"] not in SPLITS:
-                expected = f"expected one of {', '.join(SPLITS)}"
-                raise InputError(f"{what}: split {brief_repr(image['split'])}; {expected}")
-            of_coco = "cocoid" in image
-            key = image_id(image["cocoid" if of_coco else "imgid"], what)
-            captions = first_five([sentence["raw"] for sentence in image["sentences"]], what)
-            yield CaptionedImage(key, name, SPLITS[image["split"]], captions, of_coco)
+    """Yield the images of Karpathy's JSON, in its order."""
+    for image in content["images"]:
+        name = "/".join(part for part in (image.get("filepath"), image["filename"]) if part)
+        problem = f"{path}: {name}: split {brief_repr(image['split'])}"
+        require(image["split"] in SPLITS, f"{problem}; expected one of {', '.join(SPLITS)}")
+        of_coco = "cocoid" in image
+        key, sentences = image["cocoid" if of_coco else "imgid"], image["sentences"]
+        texts = [sentence["raw"] for sentence in sentences]
+        yield captioned_image(path, key, name, SPLITS[image["split"]], texts, of_coco)
 
 
 def read_annotations(path: Path, content: dict[str, Any]) -> Iterator[CaptionedImage]:
-    """Yield the images of MSCOCO's annotations, by id. Raises InputError."""
+    """Yield the images of MSCOCO's annotations, by id."""
     from pycocotools.coco import COCO
 
     is_val = path.name.startswith("captions_val")
@@ -113,49 +107,41 @@ def read_annotations(path: Path, content: dict[str, Any]) -> Iterator[CaptionedI
     subfolder = path.stem.removeprefix("captions_")  # train2014, for example
     coco = COCO()
     coco.dataset = content
-    with explain_errors(str(path)), redirect_stdout(io.StringIO()):  # it prints what it does
+    with redirect_stdout(io.StringIO()):  # it prints what it does
         coco.createIndex()
-        images = sorted(content["images"], key=lambda image: image["id"])
+    images = sorted(content["images"], key=lambda image: image["id"])
     held_out = min(HELD_OUT, len(images) // 2) if is_val else 0
     for number, image in enumerate(images):
         split: SplitName = "train"
         if number < 2 * held_out:
             split = "dev" if number < held_out else "test"
-        with explain_errors(f"{path}: image {brief_repr(image['id'])}"):
-            name = file_name([subfolder, image["file_name"]], str(path))
-            what = f"{path}: {name}"
-            annotations = sorted(coco.imgToAnns[image["id"]], key=lambda a: a["id"])
-            captions = first_five([a["caption"] for a in annotations], what)
-            yield CaptionedImage(image_id(image["id"], what), name, split, captions, True)
+        annotations = sorted(coco.imgToAnns[image["id"]], key=lambda a: a["id"])
+        texts = [a["caption"] for a in annotations]
+        name = f"{subfolder}/{image['file_name']}"
+        yield captioned_image(path, image["id"], name, split, texts, True)
 
 
-def image_id(value: Any, what: str) -> str:
-    """Return an id as a line of {split}_ids.txt. Raises InputError if it is not one."""
-    text = str(value)
-    is_line = isinstance(value, int | str) and text.isprintable() and text == text.strip() != ""
-    require(is_line, f"{what}: id {brief_repr(value)}; expected a number or a line of text")
-    return text
+def captioned_image(
+    path: Path, key: Any, name: str, split: SplitName, sentences: Sequence[str], of_coco: bool
+) -> CaptionedImage:
+    """Return an image with its first five sentences, each on one line.
 
-
-def file_name(parts: Sequence[str], what: str) -> str:
-    """Return a relative file name. Raises InputError if it leaves the folder of the images."""
-    name = "/".join(part for part in parts if part)
-    problem = f"{what}: file name {name!r}; expected one inside the folder of the images"
-    require(stays_inside(name), problem)
-    return name
-
-
-def first_five(sentences: Sequence[str], what: str) -> tuple[str, ...]:
-    """Return the first five sentences, each on one line. Raises InputError if one is unusable."""
-    n = CAPTIONS_PER_IMAGE
+    Raises InputError if the id is no line of text, the name leaves the folder of the images, or a
+    sentence is unusable.
+    """
+    expected = "expected a name inside the folder of the images"
+    require(stays_inside(name), f"{path}: file name {name!r}; {expected}")
+    what, n = f"{path}: {name}", CAPTIONS_PER_IMAGE
+    is_line = isinstance(key, int | str) and str(key).isprintable() and str(key).strip() == str(key)
+    require(is_line and key != "", f"{what}: id {brief_repr(key)}; expected a line of text")
     require(len(sentences) >= n, f"{what}: {len(sentences)} sentences; expected {n}")
-    lines = tuple(" ".join(sentence.split()) for sentence in sentences[:n])
-    for number, line in enumerate(lines, 1):
+    captions = tuple(" ".join(sentence.split()) for sentence in sentences[:n])
+    for number, line in enumerate(captions, 1):
         problem = f"{what}, sentence {number}: {line[:40]!r}, {len(line)} characters"
         expected = f"expected text of 1 to {LONGEST_CAPTION} characters"
         require(0 < len(line) <= LONGEST_CAPTION, f"{problem}; {expected}")
         line.encode()  # raises ValueError for half a surrogate pair, which UTF-8 cannot hold
-    return lines
+    return CaptionedImage(str(key), name, split, captions, of_coco)
 
 
 def group_by_split(
@@ -186,15 +172,21 @@ def check_existing(folder: Path, splits: Mapping[SplitName, Sequence[CaptionedIm
             require([(key, names.get(key)) for key in ids] == images, problem)
 
 
-def write(folder: Path, splits: Mapping[SplitName, Sequence[CaptionedImage]]) -> None:
-    """Write captions, ids and file names."""
+def write(
+    folder: Path, splits: Mapping[SplitName, Sequence[CaptionedImage]], inputs: Sequence[str]
+) -> None:
+    """Write captions, ids and file names. Raises InputError if that would overwrite an input."""
+    texts = {}
+    for name, images in splits.items():
+        texts[split_files(folder, name)[1]] = [text for image in images for text in image.captions]
+        texts[ids_file(folder, name)] = [image.key for image in images]
+    for path in (names_file(folder), *texts):
+        check_writable(path, inputs)
     every = [image for images in splits.values() for image in images]
     write_json(names_file(folder), {image.key: image.name for image in every})
-    for name, images in splits.items():
-        captions = [caption for image in images for caption in image.captions]
-        write_lines(split_files(folder, name)[1], captions)
-        write_lines(ids_file(folder, name), [image.key for image in images])
-        print_line(f"{name}: {len(images)} images, {len(captions)} captions")
+    for path, lines in texts.items():
+        write_lines(path, lines)
+        print_line(f"{path}: {len(lines)} lines")
 
 
 def main() -> None:
@@ -205,15 +197,11 @@ def main() -> None:
     problem = f"{summarise(options.json)}: id {key} belongs to {count} images; expected one"
     require(count == 1, problem)
     folder, splits = Path(options.out), group_by_split(images, options.train)
-    outputs = {os.path.realpath(path) for name in splits for path in files_of(folder, name)}
-    for path in options.json:
-        problem = f"--out {folder}: would overwrite {path}; expected another folder"
-        require(os.path.realpath(path) not in outputs, problem)
     with explain_os_errors(folder, "a folder to write to"):
         folder.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / LOCK):
         check_existing(folder, splits)
-        write(folder, splits)
+        write(folder, splits, options.json)
 
 
 if __name__ == "__main__":
