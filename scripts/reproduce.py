@@ -15,17 +15,16 @@ is evaluated from the scores of its models.
 import logging
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from common.cli import parse, print_line, run
-from common.errors import InputError, brief_repr, raise_first, require
+from common.errors import brief_repr, raise_first, require
 from common.files import read_json, sha256_of, write_json
-from common.results import EvaluationResult
 from common.signals import Stopped, handled
 from scripts.parts.experiments import REGISTRY, Run, as_typed, read_registry
-from scripts.parts.run_results import RunResult, legend, problems, read_result, recall_table
+from scripts.parts.run_results import fingerprints, legend, problems, read_result, recall_table
 from training.config import FREE, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def overview(each: Run) -> str:
     return "\n  ".join([*lines, *each.commands(0)])
 
 
-def reproduce(each: Run, seed: int, train: bool, with_scores: bool = False) -> RunResult:
+def reproduce(each: Run, seed: int, train: bool, with_scores: bool = False) -> dict[str, Any]:
     """Return the result of a run; first do what is missing: its models, training, evaluation.
 
     `with_scores` evaluates a model again if the scores behind its result are gone.
@@ -64,36 +63,39 @@ def reproduce(each: Run, seed: int, train: bool, with_scores: bool = False) -> R
     if path.exists():
         result = read_result(path)
         raise_first(f"{path}: {why}; delete it to run it again" for why in problems(each, result))
-        if not with_scores or result.matrices == scores_digest(each, seed):
+        if not with_scores or result["matrices"] == scores_digest(each, seed):
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return result
     models = [reproduce(model, seed, train, with_scores=True) for model in each.of]
     if not models and train:
         run_program(each.train_command(seed))
-    trainings = [training for model in models for training in model.trainings]
+    trainings = [training for model in models for training in model["trainings"]]
     result = evaluate(each, seed, trainings or [check_model(each, seed)])
     if models:  # saved scores do not say what their models read
-        inputs = [one for model in models for one in model.fingerprints]
-        result = replace(result, evaluation=replace(result.evaluation, fingerprints=inputs))
+        inputs = [one for model in models for one in fingerprints(model)]
+        result["evaluation"]["fingerprints"] = inputs
     raise_first(f"{path}: not written: {problem}" for problem in problems(each, result))
-    write_json(path, vars(result) | {"evaluation": result.evaluation.to_json()})
+    write_json(path, result)
     log.info("%s, seed %d: %s", each.name, seed, path)
     return result
 
 
-def evaluate(each: Run, seed: int, trainings: list[dict[str, Any] | None]) -> RunResult:
+def evaluate(each: Run, seed: int, trainings: list[dict[str, Any] | None]) -> dict[str, Any]:
     """Evaluate a model, or an ensemble from the scores of its models."""
     from common import provenance
 
     path = each.scores(seed).with_name("evaluation.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     run_program([*each.evaluate_command(seed), "--json", str(path)])
-    evaluation = EvaluationResult.from_json(read_json(path, "an evaluation"), path)
-    matrices: dict[str, str] = {}
-    for model in each.models:
-        matrices |= scores_digest(model, seed)
-    about = each.digest(), each.commands(seed), trainings, matrices
-    return RunResult(*about, evaluation, **provenance.surroundings())
+    digests = [scores_digest(model, seed) for model in each.models]
+    return {
+        "entry": each.digest(),
+        "commands": each.commands(seed),  # of a model from elsewhere only the last one was run
+        "trainings": trainings,
+        "matrices": {file: digest for files in digests for file, digest in files.items()},
+        "evaluation": read_json(path, "an evaluation"),
+        **provenance.surroundings(),
+    }
 
 
 def scores_digest(each: Run, seed: int) -> dict[str, str]:
@@ -113,24 +115,20 @@ def check_model(each: Run, seed: int) -> dict[str, Any] | None:
     # Paths may differ, and the width of the features is that of the data.
     lasting = wanted.keys() - {*FREE, "data_name", "img_dim"}
     path = each.model(seed)
-    check_options(path, read_checkpoint(path).options, {k: wanted[k] for k in lasting})
     beside = path.with_name("run.json")
-    if not beside.exists():
-        return None
-    training = read_json(beside, "how a model was trained")
+    training = read_json(beside, "how a model was trained") if beside.exists() else {}
     unfinished = f"{path}: its training did not finish; resume it (train.py --resume auto)"
     require(training.get("complete") is not False, unfinished)
     # The best model may be older than the last resume, run.json has the newest options.
-    check_options(beside, training.pop("options", {}), {k: wanted[k] for k in lasting | LENGTH})
-    return training
-
-
-def check_options(path: Path, options: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise InputError if a model was trained with other options; one that is unknown fits."""
-    for name in sorted(wanted.keys() & options.keys()):
-        if options[name] != wanted[name]:
-            problem = f"{path}: was trained with --{name} {brief_repr(options[name])}"
-            raise InputError(f"{problem}; expected {brief_repr(wanted[name])}")
+    for file, options, names in (
+        (path, read_checkpoint(path).options, lasting),
+        (beside, training.pop("options", {}), lasting | LENGTH),
+    ):
+        for name in sorted(names & options.keys()):
+            problem = f"{file}: was trained with --{name} {brief_repr(options[name])}"
+            expected = f"{problem}; expected {brief_repr(wanted[name])}"
+            require(options[name] == wanted[name], expected)
+    return training or None
 
 
 def run_program(command: list[str]) -> None:
@@ -170,10 +168,9 @@ def main() -> None:
         for name in options.names:
             for seed in options.seeds:
                 reproduce(runs[name], seed, options.train)
-    elif action in ("-h", "--help"):
-        print_line(__doc__)
     else:
-        raise InputError(f"{action}: expected list, run or table (see --help)")
+        require(action in ("-h", "--help"), f"{action}: expected list, run or table (see --help)")
+        print_line(__doc__)
 
 
 if __name__ == "__main__":

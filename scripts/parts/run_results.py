@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import require
 from common.files import read_json
 from common.results import EvaluationResult
 from scripts.parts.experiments import RESULTS, Run, Table
@@ -19,58 +19,47 @@ from scripts.parts.tables import COLUMNS, markdown, recalls_and_rsum
 
 log = logging.getLogger(__name__)
 
-LEGEND = (
-    "A cell: the paper's figure, if there is one · ours, mean ± standard deviation over seeds, or, "
-    "for one seed, with its 95 % interval over images · the difference."
-)
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return the result of a run. Raises InputError if it is damaged.
+
+    Its keys: "entry", the digest of the run; "commands"; "trainings", the run.json of each model
+    or None; "matrices", the SHA-256 of each model's scores by file; "evaluation", the JSON of an
+    EvaluationResult; and the machine, torch and commit that evaluated it.
+    """
+    result = read_json(path, "the result of a run")
+    missing = {"entry", "trainings", "matrices", "evaluation"} - result.keys()
+    require(not missing, f"{path}: not the result of a run: lacks {', '.join(missing)}")
+    EvaluationResult.from_json(result["evaluation"], path)
+    return result
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """The evaluation of a run, and how its models came about."""
-
-    entry: str  # SHA-256 of the run's entry in the registry
-    commands: list[str]  # of the registry; of a model from elsewhere only the last ones were run
-    trainings: list[dict[str, Any] | None]  # of run.json, one a model; None if it came without
-    matrices: dict[str, str]  # SHA-256 of each model's scores, by file
-    evaluation: EvaluationResult
-    machine: str
-    torch: str
-    commit: str | None
-
-    @property
-    def fingerprints(self) -> list[dict[str, str | None]]:
-        """What each model read: SHA-256 of "data", "bert" and "training", None if not known."""
-        return [each for each in self.evaluation.fingerprints or () if each]
-
-
-def read_result(path: Path) -> RunResult:
-    """Read a results file. Raises InputError if it is damaged."""
-    content = read_json(path, "the result of a run")
-    evaluation = EvaluationResult.from_json(content.get("evaluation", {}), path)
-    try:
-        return RunResult(**content | {"evaluation": evaluation})
-    except TypeError as error:  # a key is missing or unknown
-        raise InputError(f"{path}: not the result of a run: {error}") from error
-
-
-def problems(run: Run, result: RunResult, others: Sequence[RunResult] = ()) -> Iterator[str]:
+def problems(
+    run: Run, result: dict[str, Any], others: Sequence[dict[str, Any]] = ()
+) -> Iterator[str]:
     """Yield why a result must not stand in a table, together with `others`."""
-    if result.entry != run.digest():
+    if result["entry"] != run.digest():
         yield "is stale: scripts/experiments.toml lists other options now"
-    if any(training and training.get("complete") is False for training in result.trainings):
+    if any(training and training.get("complete") is False for training in result["trainings"]):
         yield "its training did not finish"
-    if result.evaluation.images != run.images:
-        yield f"is of {result.evaluation.images} images; expected {run.images}"
-    scores = {*result.matrices.values()}
+    images = result["evaluation"]["images"]
+    if images != run.images:
+        yield f"is of {images} images; expected {run.images}"
+    scores = {*result["matrices"].values()}
     if len(scores) != len(run.models):
         yield "its models do not have different scores"
-    if any(each.entry == result.entry and scores & {*each.matrices.values()} for each in others):
-        yield "is of the same scores as another seed"
-    every = [inputs for each in (result, *others) for inputs in each.fingerprints]
+    for other in others:
+        if other["entry"] == result["entry"] and scores & {*other["matrices"].values()}:
+            yield "is of the same scores as another seed"
+    every = [inputs for each in (result, *others) for inputs in fingerprints(each)]
     for name in ("data", "bert", "training"):
         if len({inputs.get(name) for inputs in every} - {None}) > 1:  # an unknown one fits
             yield f"its models, or the results before it, read different inputs ({name})"
+
+
+def fingerprints(result: dict[str, Any]) -> list[dict[str, str | None]]:
+    """Return what each model read: SHA-256 of "data", "bert" and "training", None if not known."""
+    return [inputs for inputs in result["evaluation"]["fingerprints"] or () if inputs]
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def table_rows(table: Table) -> list[Row]:
     averaged and compared.
     """
     papers = read_json(RESULTS / "paper.json", "the paper's figures").get(table.name, {})
-    accepted: list[RunResult] = []
+    accepted: list[dict[str, Any]] = []
     rows = []
     for run in table.runs:
         seeds, intervals = {}, []
@@ -119,11 +108,10 @@ def table_rows(table: Table) -> list[Row]:
                 log.warning("%s: %s; left out", path, problem)
                 continue
             accepted.append(result)
-            protocol = result.evaluation.fold5 if table.fold5 else result.evaluation.whole
-            if protocol is None:
-                raise InputError(f"{path}: has no recalls of five folds")
-            seeds[seed] = recalls_and_rsum(protocol.metrics.to_json())
-            intervals = recalls_and_rsum(protocol.intervals) if protocol.intervals else []
+            protocol = result["evaluation"]["fold5" if table.fold5 else "whole"]
+            require(protocol is not None, f"{path}: has no recalls of five folds")
+            seeds[seed] = recalls_and_rsum(protocol["metrics"])
+            intervals = recalls_and_rsum(protocol["intervals"]) if protocol["intervals"] else []
         theirs = papers.get(run.paper, [])
         paper = [*theirs, sum(theirs)] if theirs else []
         rows.append(Row(run, paper, seeds, intervals if len(seeds) == 1 else []))
@@ -133,7 +121,11 @@ def table_rows(table: Table) -> list[Row]:
 def legend() -> str:
     """Return what a cell holds, and where the paper's figures are from."""
     source = read_json(RESULTS / "paper.json", "the paper's figures")["source"]
-    return f"{LEGEND}\nThe paper's: {source}\n"
+    return (
+        "A cell: the paper's figure, if there is one · ours, mean ± standard deviation over seeds, "
+        "or, for one seed, with its 95 % interval over images · the difference.\n"
+        f"The paper's: {source}\n"
+    )
 
 
 def recall_table(table: Table) -> str:
