@@ -493,3 +493,17 @@ def test_infinite_gradient_is_a_bad_batch_and_changes_nothing(
     assert after["step"] == 3 and after["skipped"] == 1
     assert same(after["weights"], before["weights"])
     assert same(after["optimizer"], before["optimizer"])
+
+
+class Unsendable:
+    """A dataset whose second item cannot be pickled."""
+
+    def __getitem__(self, key: int) -> object:
+        return key if key == 0 else lambda: key
+
+
+def test_an_item_that_cannot_be_sent_ends_the_program() -> None:
+    items = load(Unsendable(), [0, 1], workers=1)
+    assert next(items) == 0
+    with pytest.raises(InputError, match="--workers 1"):
+        next(items)
