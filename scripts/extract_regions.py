@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DTYPE = np.dtype("float32")  # of features and boxes
 OPTIONS_OF = {
     "fasterrcnn": ("images", "weights"),
     "efficientnet_lite2": ("images",),
@@ -72,7 +73,6 @@ class Options:
     tsv_key: Annotated[
         Literal["id", "name"], "tsv: image_id is the id, or the file's name without its ending"
     ] = "id"
-    dtype: Annotated[Literal["float16", "float32"], "type of the features"] = "float32"
     batch_size: Annotated[int, "images at a time"] = 16
     workers: Annotated[int, "processes that read images; 0 reads in the program itself"] = 2
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
@@ -103,7 +103,7 @@ class Extraction:
         features, captions = split_files(folder, split)
         ids = ids_file(folder, split)
         self.arrays, self.texts = (features, boxes_file(folder, split)), (captions, ids)
-        self.files: list[tuple[Path, tuple[int, int], np.dtype]] = []  # shape and type of a row
+        self.files: dict[Path, tuple[int, int]] = {}  # shape of a row
         self.state: dict[str, Any] = {}
         if self.record.exists():
             self.state = read_json(self.record, "a record of what was extracted")
@@ -125,29 +125,28 @@ class Extraction:
     def begin(self, about: dict[str, Any], width: int, overwrite: bool) -> None:
         """Begin new files, or check and resume those of an earlier run.
 
-        `about` is all that the rows depend on, `dtype` among it. Raises InputError if the files are
-        of another run, or damaged.
+        `about` is all that the rows depend on. Raises InputError if the files are of another run,
+        or damaged.
         """
         about = about | {"ids": images_digest(self.ids, self.names)}
         features, boxes = self.arrays
-        self.files = [
-            (_new(features), (REGIONS, width), np.dtype(about["dtype"])),
-            (_new(boxes), (REGIONS, 4), np.dtype("float32")),
-        ]
+        self.files = {_new(features): (REGIONS, width), _new(boxes): (REGIONS, 4)}
         if overwrite or not self.state:
             there = [str(path) for path in self.arrays if path.exists()]
             problem = f"{', '.join(there)}: is there already; --overwrite replaces it"
             require(overwrite or not there, problem)
             for path in self.texts:
                 _new(path).unlink(missing_ok=True)
-            for path, shape, dtype in self.files:
-                write_bytes(path, _header(0, shape, dtype))
+            for path, shape in self.files.items():
+                write_bytes(path, _header(0, shape))
             self.state = {"about": about, "rows": 0, "left_out": [], "complete": False}
             write_json(self.record, self.state)
         self._check_record(about)
-        for path, shape, dtype in () if self.complete else self.files:
-            rows = self.done - len(self.state["left_out"])
-            size = len(_header(0, shape, dtype)) + rows * np.empty(shape, dtype).nbytes
+        if self.complete:
+            return
+        rows = self.done - len(self.state["left_out"])
+        for path, shape in self.files.items():
+            size = len(_header(0, shape)) + rows * np.empty(shape, DTYPE).nbytes
             expected = f"{rows} rows, as {self.record.name} says; --overwrite begins again"
             is_whole = require_regular_file(path, expected) >= size
             require(is_whole, f"{path}: is cut off; expected {expected}")
@@ -168,24 +167,20 @@ class Extraction:
             return
         rows: Any = self.state.get("rows")
         left_out: Any = self.state.get("left_out")
-        is_count = type(rows) is int and 0 <= rows <= len(self.ids)
-        are_ints = isinstance(left_out, list) and all(type(row) is int for row in left_out)
-        is_whole = is_count and are_ints and left_out == sorted(set(left_out) & set(range(rows)))
+        is_whole = type(rows) is int and 0 <= rows <= len(self.ids) and isinstance(left_out, list)
+        is_whole = is_whole and left_out == [row for row in range(rows) if row in left_out]
         require(is_whole, f"{self.record}: is damaged; --overwrite begins again")
 
     def put(self, count: int, arrays: Sequence[np.ndarray], left_out: Sequence[int]) -> None:
         """Append the next `count` images, and save how many are done.
 
         `arrays` are features `[n, 36, width]` and boxes `[n, 36, 4]` of those that are not
-        `left_out`, or nothing if all are. Raises InputError if float16 cannot hold them, or the
-        disk is full.
+        `left_out`, or nothing if all are. Raises InputError if they hold NaN, or the disk is full.
         """
-        for (path, _, dtype), values in zip(self.files, arrays, strict=bool(arrays)):
-            with np.errstate(over="ignore"):
-                values = np.ascontiguousarray(values, dtype)
-            end = f"behind image {self.done}"
-            require(bool(np.isfinite(values).all()), f"{path}: {end}: not finite as {dtype}")
-            _write(path, os.SEEK_END, values.data)
+        for path, values in zip(self.files, arrays, strict=bool(arrays)):
+            problem = f"{path}: behind image {self.done}: NaN or infinite numbers"
+            require(bool(np.isfinite(values).all()), problem)
+            _write(path, os.SEEK_END, np.ascontiguousarray(values, DTYPE).data)
         self.state["rows"] += count
         self.state["left_out"] += left_out
         write_json(self.record, self.state)
@@ -198,8 +193,8 @@ class Extraction:
         left_out = set(self.state["left_out"])
         kept = [row for row in range(len(self.ids)) if row not in left_out]
         require(bool(kept), f"{self.texts[1]}: none of its {len(self.ids)} images can be read")
-        for path, shape, dtype in self.files:
-            _write(path, os.SEEK_SET, _header(len(kept), shape, dtype))
+        for path, shape in self.files.items():
+            _write(path, os.SEEK_SET, _header(len(kept), shape))
         if left_out:
             n, ids = CAPTIONS_PER_IMAGE, [self.ids[row] for row in kept]
             captions = [c for row in kept for c in self.captions[n * row : n * (row + 1)]]
@@ -223,10 +218,10 @@ def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def _header(rows: int, shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+def _header(rows: int, shape: tuple[int, int]) -> bytes:
     """Header of a .npy file. numpy leaves space, so that it is as long for any number of rows."""
-    header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows, *shape)}
     file = io.BytesIO()
+    header = {"descr": DTYPE.str, "fortran_order": False, "shape": (rows, *shape)}
     npy.write_array_header_1_0(file, header)
     return file.getvalue()
 
@@ -260,7 +255,7 @@ def extract(extraction: Extraction, source: "Source", options: Options) -> None:
     from scripts.parts.regions import Batches
 
     # The last bits of features depend on how many images are encoded at a time.
-    about = source.about | {"dtype": options.dtype, "batch_size": options.batch_size}
+    about = source.about | {"dtype": str(DTYPE), "batch_size": options.batch_size}
     extraction.begin(about, source.width, options.overwrite)
     split, ids, size = extraction.split, extraction.ids, options.batch_size
     if extraction.complete:

@@ -288,7 +288,7 @@ def read_tsv(path: Path) -> None:
 
 
 def extraction(folder: Path) -> Reader:
-    about = {"dtype": "float16", "model": "tsv"}
+    about = {"model": "tsv"}
     known = about | {"ids": images_digest(list(NAMES), NAMES)}
     record = {"about": known, "rows": 1, "complete": False}
     seeds = [json.dumps(record | {"left_out": rows}).encode() for rows in ([], [0])]
@@ -297,7 +297,7 @@ def extraction(folder: Path) -> Reader:
         """Resume from a record, without the files of the input before."""
         for old in path.parent.glob("dev_*.npy"):
             old.unlink()
-        write_array(path.parent / "dev_ims.npy.new", np.zeros((1, 36, 3), np.float16))
+        write_array(path.parent / "dev_ims.npy.new", np.zeros((1, 36, 3), np.float32))
         write_array(path.parent / "dev_boxes.npy.new", np.zeros((1, 36, 4), np.float32))
         (path.parent / "dev_caps.txt").write_text("a man\n" * 10)
         (path.parent / "dev_ids.txt").write_text("a\nb\n")
