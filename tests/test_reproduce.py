@@ -26,9 +26,10 @@ from scripts.parts.run_results import fingerprints, problems, read_result, recal
 from training.config import TrainConfig
 
 TINY = '''
-[table.first]
-title = "First"
-data = "tiny"
+table.first = { title = "First", data = "tiny" }
+run.one = { title = "One", data = "tiny", direction = "i2t", train = "--extra_stc 1" }
+run.other = { title = "Other", data = "tiny", direction = "t2i", beside = "one" }
+run.both = { title = "Both", of = ["one", "other"] }
 
 [data.tiny]
 needs = "the tiny data"
@@ -39,35 +40,18 @@ bert_path = "bert"
 train = """--embed_size 8 --max_words 12 --num_head_IMRC 2 --hid_IMRC 6 --hid_router 5 \
 --batch_size 6 --max_steps 2 --workers 0"""
 split = "test"
-
-[run.one]
-title = "One"
-paper = "DIME"
-data = "tiny"
-direction = "i2t"
-train = "--extra_stc 1"
-
-[run.other]
-title = "Other"
-data = "tiny"
-direction = "t2i"
-beside = "one"
-
-[run.both]
-title = "Both"
-of = ["one", "other"]
 '''
 Runs = dict[str, Run]
 Program = Callable[..., str]
-PAPER = [10.0, 20.0, 30.0, 1.0, 2.0, 3.0]
 
 
 def protocol(r1: float = 1) -> dict[str, Any]:
     """The JSON of a ProtocolResult."""
-    sides = {way: {"r1": r1, "r5": 20, "r10": 30, "medr": 1, "meanr": 2} for way in ("i2t", "t2i")}
-    spread = {way: {k: [v, v + 5.5] for k, v in side.items()} for way, side in sides.items()}
-    intervals = spread | {"rsum": [9, 21.25]}
-    return {"metrics": sides | {"rsum": 2 * r1 + 100}, "folds": [], "intervals": intervals}
+    side = {"r1": r1, "r5": 20, "r10": 30, "medr": 1, "meanr": 2}
+    spread = {name: [value, value + 5.5] for name, value in side.items()}
+    metrics = {"i2t": side, "t2i": side, "rsum": 2 * r1 + 100}
+    intervals = {"i2t": spread, "t2i": spread, "rsum": [9, 21.25]}
+    return {"metrics": metrics, "folds": [], "intervals": intervals}
 
 
 @pytest.fixture
@@ -76,7 +60,7 @@ def small(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     path = tiny / "small.toml"
     path.write_text(TINY)
     (tiny / "results/reproduce").mkdir(parents=True)
-    paper = {"source": "a book", "first": {"DIME": PAPER}}
+    paper = {"source": "a book", "first": {"One": [10.0, 20.0, 30.0, 1.0, 2.0, 3.0]}}
     (tiny / "results/paper.json").write_text(json.dumps(paper))
     monkeypatch.setattr(reproduce, "REGISTRY", path)
     monkeypatch.chdir(tiny)
@@ -275,9 +259,13 @@ def test_bad_command_lines(argv: list[str], small: Runs, program: Program) -> No
     ("old", "new", "expected"),
     [
         ('of = ["one"', 'of = ["none"', "KeyError('none')"),
-        ('of = ["one", "other"]', 'of = ["one"]\n[run.all]\ntitle = "All"\nof = ["both"]', "--dir"),
+        (
+            'of = ["one", "other"]',
+            'of = ["one"] }\nrun.all = { title = "All", of = ["both"]',
+            "--dir",
+        ),
         ('beside = "one"', 'beside = "two"', "KeyError('two')"),
-        ("[run.one]", "[run.one", "TOMLDecodeError"),
+        ("run.one", "[run.one", "TOMLDecodeError"),
         ("--extra_stc 1", "--extra_img 1", "InputError('--extra_img"),
     ],
 )
@@ -356,7 +344,7 @@ def test_every_run_of_the_paper_is_listed(monkeypatch: pytest.MonkeyPatch) -> No
     for table, name in names.items():
         rows = table_rows(tables[table])
         expected = {model: [*recalls, sum(recalls)] for model, recalls in paper[table].items()}
-        assert {row.run.paper: row.paper for row in rows} == expected
+        assert {row.run.title: row.paper for row in rows} == expected
         assert [row.run.name for row in rows] == [
             f"{name}_{way}" for way in ("i2t", "t2i", "ensemble")
         ]

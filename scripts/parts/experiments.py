@@ -45,7 +45,6 @@ class Run:
     train: str  # training options, those of its data first
     direction: str = ""
     of: tuple["Run", ...] = ()  # the models of an ensemble
-    paper: str = ""  # its row in results/paper.json
     beside: str = ""  # the run that it is compared with, seed by seed
 
     @property

@@ -84,10 +84,8 @@ class Row:
             ours += " [{:.1f}, {:.1f}]".format(*self.intervals[k])
         if not self.paper:
             return ours
-        difference = ""
-        if self.seeds:
-            mean = statistics.mean(figures[k] for figures in self.seeds.values())
-            difference = f" · {mean - self.paper[k]:+.1f}"
+        values = [figures[k] for figures in self.seeds.values()]
+        difference = f" · {statistics.mean(values) - self.paper[k]:+.1f}" if values else ""
         return f"{self.paper[k]:.1f} · {ours}{difference}"
 
 
@@ -112,7 +110,7 @@ def table_rows(table: Table) -> list[Row]:
             require(protocol is not None, f"{path}: has no recalls of five folds")
             seeds[seed] = recalls_and_rsum(protocol["metrics"])
             intervals = recalls_and_rsum(protocol["intervals"]) if protocol["intervals"] else []
-        theirs = papers.get(run.paper, [])
+        theirs = papers.get(run.title, [])
         paper = [*theirs, sum(theirs)] if theirs else []
         rows.append(Row(run, paper, seeds, intervals if len(seeds) == 1 else []))
     return rows
@@ -138,8 +136,8 @@ def recall_table(table: Table) -> str:
         other = rows.get(row.run.beside)
         if other and (both := sorted(row.seeds.keys() & other.seeds.keys())):
             differences = [f"{row.seeds[seed][-1] - other.seeds[seed][-1]:+.1f}" for seed in both]
-            names = [row.run.title, other.run.title]
-            compared.append([*names, ", ".join(map(str, both)), ", ".join(differences)])
+            named = [row.run.title, other.run.title, ", ".join(map(str, both))]
+            compared.append([*named, ", ".join(differences)])
     text = f"{table.title}:\n\n{markdown(['', 'seeds', *COLUMNS], cells)}"
     head = ["", "beside", "seeds", "rsum differs by"]
     return f"{text}\n{markdown(head, compared)}" if compared else text
