@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
-from common.errors import require
 from scripts.parts.figures import COLOURS, check_figure, new_figure, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The style of a run: colours and dashes repeat after 6 and 8 runs, so 24 runs differ, 8 in grey.
-DASHES = ((), (6, 2), (1, 1.5), (6, 2, 1, 2), (12, 3), (6, 2, 1, 2, 1, 2), (3, 3), (12, 2, 3, 2))
+# Dashes tell runs apart in print. Both repeat, after 6 and 4 runs: 12 runs differ.
+DASHES = ("-", "--", ":", "-.")
 RECALLS = {"r1": "i2t R@1", "r1i": "t2i R@1", "r10": "i2t R@10", "r10i": "t2i R@10"}
 MARKERS = dict(zip(RECALLS, "o^sx", strict=True))
 LOSS = "ranking loss, summed over the batch,\n+ trade_off x path loss"
@@ -38,16 +37,6 @@ def curve(events: Events, name: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def labels(folders: Sequence[str]) -> list[str]:
-    """Return the shortest ends of the paths that differ. Raises InputError."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    require(len(set(parts)) == len(parts), "RUN: the same folder is given twice")
-    depth = 1
-    while len({path[-depth:] for path in parts}) < len(parts):
-        depth += 1
-    return ["/".join(path[-depth:]) for path in parts]
-
-
 def figure(runs: Mapping[str, Events]) -> "Figure":
     """Draw the loss on the left and the recalls on dev on the right."""
     drawing = new_figure(12, 4.5)
@@ -55,7 +44,7 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
     for number, (name, events) in enumerate(runs.items()):
         style: dict[str, Any] = {
             "color": COLOURS[number % len(COLOURS)],
-            "dashes": DASHES[number % len(DASHES)],
+            "linestyle": DASHES[number % len(DASHES)],
             "linewidth": 1.3,
         }
         steps, values = curve(events, "Le")
@@ -81,9 +70,8 @@ def main() -> None:
     check_figure(Path(options.out))
     from training.log import events
 
-    names = labels(options.runs)
-    logs = [events(Path(folder)) for folder in options.runs]
-    write_figure(figure(dict(zip(names, logs, strict=True))), Path(options.out))
+    runs = {folder: events(Path(folder)) for folder in options.runs}
+    write_figure(figure(runs), Path(options.out))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,6 @@ def test_sizes_of_mscoco_are_karpathys(tmp_path: Path, prepare: Callable[..., st
         (lambda c: c["annotations"][0].update(image_id=[]), "captions_train2014.json"),
         (lambda c: c["images"][0].pop("file_name"), "file_name"),
         (lambda c: c.update(images=3), "no images"),
-        (lambda c: c.update(annotations=[3]), "TypeError"),
     ],
 )
 def test_bad_annotations(prepare: Callable[..., str], change: Callable, expected: str) -> None:
@@ -120,11 +119,9 @@ def test_bad_annotations(prepare: Callable[..., str], change: Callable, expected
         ({"sentences": [{"raw": "one"}] * 4}, "0.jpg: 4 sentences"),
         ({"sentences": [{"raw": " "}] * 5}, "0.jpg, sentence 1: ''"),
         ({"sentences": [{"raw": "\ud800"}] * 5}, "image 0: UnicodeEncodeError"),
-        ({"sentences": [{"raw": "a" * 10_001}] * 5}, "0.jpg, sentence 1"),
         ({"sentences": [{"tokens": []}] * 5}, "image 0: KeyError: 'raw'"),
         ({"split": "validation"}, "0.jpg: split 'validation'"),
         ({"filename": "../0.jpg"}, "'../0.jpg'"),
-        ({"filename": ""}, "file name ''"),
         ({"imgid": "x\ny"}, "0.jpg: id"),
         ({"imgid": 7}, "id 7 belongs to 2 images"),
     ],
