@@ -163,9 +163,9 @@ def check_extraction(path: Path, digest: str) -> None:
     problem = f"{path}: features and boxes may be of two extractions; run extract_regions again"
     require(not record.get("renaming"), problem)
     about = record.get("about")
-    problem = f"{path}: features are of other images than the ids and id_mapping.json name"
-    is_same = isinstance(about, dict) and about.get("ids") == digest
-    require(is_same, f"{problem}; extract_regions --overwrite makes them again")
+    if not isinstance(about, dict) or about.get("ids") != digest:
+        problem = f"{path}: features are of other images than the ids and id_mapping.json name"
+        raise InputError(f"{problem}; extract_regions --overwrite makes them again")
 
 
 def check_features(report: Report, split: "Split", full: bool) -> None:

@@ -183,6 +183,16 @@ def test_boxes() -> None:
 # TSV files
 
 
+def assert_rows_of_ids(folder: Path, ids: list[int]) -> None:
+    """Assert that the training features and boxes are those that `tsv_row` drew for these ids."""
+    features, boxes = np.load(folder / "train_ims.npy"), np.load(folder / "train_boxes.npy")
+    assert features.dtype == np.float32 and len(features) == len(boxes) == len(ids)
+    for row, key in enumerate(ids):
+        rng = np.random.default_rng(key)
+        assert np.array_equal(boxes[row], rng.random((36, 4), "float32"))
+        assert np.array_equal(features[row], rng.random((36, TSV_WIDTH), "float32"))
+
+
 def test_rows_of_a_tsv_file(
     drawn: Path, extract: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,13 +207,7 @@ def test_rows_of_a_tsv_file(
     path = drawn / "rows.tsv"
     path.write_bytes(b"".join([*rows, *damaged]))
     extract("--model", "tsv", "--tsv", path)
-    features, boxes = np.load(drawn / "train_ims.npy"), np.load(drawn / "train_boxes.npy")
-    ids = [int(key) for key in (drawn / "train_ids.txt").read_text().split()]
-    assert features.dtype == np.float32 and features.shape == (6, 36, TSV_WIDTH)
-    for row, key in enumerate(ids):
-        rng = np.random.default_rng(key)
-        assert np.array_equal(boxes[row], rng.random((36, 4), "float32"))
-        assert np.array_equal(features[row], rng.random((36, TSV_WIDTH), "float32"))
+    assert_rows_of_ids(drawn, [0, 1, 2, 5, 6, 7])
     (skipped,) = (record.args for record in caplog.records if "skipped" in record.message)
     assert skipped[0] == 5 and "line 12 (image_id 6 again)" in skipped[1]
     with pytest.raises(InputError, match="no complete row"):
@@ -230,12 +234,7 @@ def test_missing_rows_are_left_out(drawn: Path, extract: Callable[..., str]) -> 
     assert (drawn / "train_ids.txt").read_text().split() == ["0", "2", "6", "7"]
     captions = (drawn / "train_caps.txt").read_text().splitlines()
     assert len(captions) == 20 and captions[5] == "a man in red 2"
-    features, boxes = np.load(drawn / "train_ims.npy"), np.load(drawn / "train_boxes.npy")
-    assert len(features) == len(boxes) == 4
-    for row, key in enumerate((0, 2, 6, 7)):  # each row belongs to its id
-        rng = np.random.default_rng(key)
-        assert np.array_equal(boxes[row], rng.random((36, 4), "float32"))
-        assert np.array_equal(features[row], rng.random((36, TSV_WIDTH), "float32"))
+    assert_rows_of_ids(drawn, [0, 2, 6, 7])
     assert not list(drawn.glob("*.new"))
     assert "complete" in extract(*how, "--skip_broken")
 

@@ -8,7 +8,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,12 +32,10 @@ def find_images(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
     Raises InputError if two images would be the same file because a subfolder is missing.
     """
     require(folder.is_dir(), f"{folder}: not found; expected the folder of the images")
-    parents = {PurePosixPath(name).parent for name in names.values()}
-    absent = {parent for parent in parents if not (folder / parent).is_dir()}
-    paths = {}
-    for name in names.values():
-        relative = PurePosixPath(name)
-        paths[name] = folder / (relative.name if relative.parent in absent else relative)
+    paths = {name: folder / name for name in names.values()}
+    for name, path in paths.items():
+        if not path.parent.is_dir():
+            paths[name] = folder / path.name
     path, count = Counter(paths.values()).most_common(1)[0]
     problem = f"{folder}: {count} images would all be {path}; expected subfolders, as the names say"
     require(count == 1, problem)
