@@ -19,7 +19,7 @@ import torch
 from conftest import GOLDEN, run_here
 from transformers import BertModel
 
-from checkpoint.bert import assemble_bert, load_bert, write_bert
+from checkpoint.bert import assemble_bert, load_bert
 from common.errors import InputError
 from scripts import convert_bert
 from tests.write_tensorflow_bert import FOLDER, SIZES, arrays, write
@@ -98,14 +98,23 @@ def test_the_kept_checkpoint_holds_the_numbers_of_the_program_that_wrote_it() ->
     assert DATA.read_bytes() == b"".join(content[name].tobytes() for name in sorted(content))
 
 
-def test_names_and_transposes(tmp_path: Path) -> None:
-    bert = assemble_bert(FOLDER, convert_bert.read_weights(Arrays(arrays()), DATA), DATA)
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    return lambda source, out: run_here(
+        monkeypatch, convert_bert.main, ["--tensorflow", source, "--out", out]
+    )
+
+
+def test_names_and_transposes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convert: Callable[..., int]
+) -> None:
+    """The whole program, with a stand-in for TensorFlow's reader."""
+    readers = {FOLDER / "bert_model.ckpt": Arrays(arrays())}
+    monkeypatch.setattr(convert_bert, "open_checkpoint", readers.__getitem__)
     folder = tmp_path / "new/bert"
-    write_bert(folder, bert)
+    assert convert(FOLDER, folder) == 0
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors", "vocab.txt"]
-    again = load_bert(folder)
-    assert again.fingerprint == bert.fingerprint
-    check(again.model)
+    check(load_bert(folder).model)
     check(BertModel.from_pretrained(folder, add_pooling_layer=False))
     assert (folder / "vocab.txt").read_text() == (FOLDER / "vocab.txt").read_text()
     config = json.loads((folder / "config.json").read_text())
@@ -129,22 +138,6 @@ def test_weights_that_do_not_fit_are_refused(change: Callable, fact: str) -> Non
     change(content)
     with pytest.raises(InputError, match=fact):
         assemble_bert(FOLDER, convert_bert.read_weights(Arrays(content), DATA), DATA)
-
-
-@pytest.fixture
-def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return lambda source, out: run_here(
-        monkeypatch, convert_bert.main, ["--tensorflow", source, "--out", out]
-    )
-
-
-def test_the_program_with_a_stand_in_for_tensorflows_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convert: Callable[..., int]
-) -> None:
-    readers = {FOLDER / "bert_model.ckpt": Arrays(arrays())}
-    monkeypatch.setattr(convert_bert, "open_checkpoint", readers.__getitem__)
-    assert convert(FOLDER, tmp_path / "bert") == 0
-    check(load_bert(tmp_path / "bert").model)
 
 
 def test_without_tensorflow_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
