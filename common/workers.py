@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import parent_process
+from multiprocessing import active_children, parent_process
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -66,13 +66,20 @@ def _prepare_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Otherwise an item that cannot be sent, for lack of memory say, is dropped, and the program
-    # waits for it forever: 2 of 120 cycles of tests.chaos hung.
-    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
-def _end_worker(error: Exception, item: object) -> None:
-    os._exit(1)  # which the program notices
+def _end_workers(error: Exception, item: object) -> None:
+    """End this process if it is a worker, otherwise its workers."""
+    if parent_process() is not None:
+        os._exit(1)
+    for process in active_children():
+        process.terminate()
+
+
+# Called by the thread that sends items, in workers and in the program. By default it drops an item
+# that cannot be sent, for lack of memory say, and the program waits for it forever: 3 of 200 cycles
+# of tests.chaos hung. A worker that has ended is noticed.
+Queue._on_queue_feeder_error = staticmethod(_end_workers)  # type: ignore[attr-defined]
 
 
 def _end_with_parent() -> None:

@@ -496,14 +496,19 @@ def test_infinite_gradient_is_a_bad_batch_and_changes_nothing(
 
 
 class Unsendable:
-    """A dataset whose second item cannot be pickled."""
+    """As a dataset, its second item cannot be pickled; as a key, it cannot be pickled at all."""
 
     def __getitem__(self, key: int) -> object:
         return key if key == 0 else lambda: key
 
+    def __reduce__(self) -> None:
+        raise MemoryError
 
-def test_an_item_that_cannot_be_sent_ends_the_program() -> None:
-    items = load(Unsendable(), [0, 1], workers=1)
+
+@pytest.mark.parametrize("keys", [[0, 1], [0, 0, 0, 0, Unsendable()]])
+def test_an_item_or_key_that_cannot_be_sent_ends_the_workers(keys: list) -> None:
+    """By default, the program would wait for it forever."""
+    items = load(Unsendable(), keys, workers=1)
     assert next(items) == 0
     with pytest.raises(InputError, match="--workers 1"):
-        next(items)
+        list(items)
