@@ -25,6 +25,7 @@ from common.errors import InputError, require
 from common.files import check_new_folder, check_writable, write_json
 
 if TYPE_CHECKING:
+    from checkpoint.bert import Bert
     from checkpoint.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -48,15 +49,7 @@ def main() -> None:
     options = parse(Options, None, __doc__)
     check_outputs(options)
     from checkpoint.bert import load_bert, write_bert
-    from checkpoint.checkpoint import (
-        FORMAT,
-        bert_of,
-        build_model,
-        json_beside,
-        read_checkpoint,
-        write_checkpoint,
-    )
-    from common.torch_files import write_safetensors
+    from checkpoint.checkpoint import bert_of, build_model, read_checkpoint, write_checkpoint
 
     checkpoint, out = read_checkpoint(options.checkpoint), Path(options.out)
     if options.half:
@@ -71,13 +64,21 @@ def main() -> None:
             lost = f"{folder}: holds another BERT than the checkpoint, which would be lost"
             raise InputError(f"{lost}; write the checkpoint's to a new folder with --bert_out")
     if out.suffix == ".safetensors":
-        # The JSON holds the SHA-256 of the weights: the two cannot be mixed up.
-        about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
-        digest = write_safetensors(out, checkpoint.weights)
-        write_json(json_beside(out), about | _run_of(checkpoint) | {"sha256": digest})
+        write_arrays(out, checkpoint, bert)
     else:
         write_checkpoint(out, model, checkpoint.options, bert, **_run_of(checkpoint))
     log.info("%s: written", out)
+
+
+def write_arrays(out: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
+    """Write weights as safetensors, and beside it the options and the SHA-256 as JSON."""
+    from checkpoint.checkpoint import FORMAT, json_beside
+    from common.torch_files import write_safetensors
+
+    # The JSON holds the SHA-256 of the weights: the two cannot be mixed up.
+    about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
+    digest = write_safetensors(out, checkpoint.weights)
+    write_json(json_beside(out), about | _run_of(checkpoint) | {"sha256": digest})
 
 
 def check_outputs(options: Options) -> None:
