@@ -11,7 +11,7 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import InputError
 
@@ -70,7 +70,7 @@ def _prepare_worker(worker: int) -> None:
 
 def _end_workers(error: Exception, item: object) -> None:
     """End this process if it is a worker, otherwise its workers."""
-    if parent_process() is not None:
+    if get_worker_info() is not None:
         os._exit(1)
     for process in active_children():
         process.terminate()
