@@ -107,8 +107,8 @@ class CrossModalRefinement(Cell):
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor, projected: Tensor) -> Tensor:
         weights = self.attention(x, tokens, mask)  # [Q, C, L, M]
         scale, shift = (weights @ projected).float().chunk(2, -1)  # [Q, C, L, D] each
-        # x tanh(scale) + shift, by tanh(s) = 2 sigmoid(2s) - 1: on a CPU `tanh` is five times as
-        # slow as `sigmoid`. In float32, because a sigmoid near 1/2 in bfloat16 loses a small tanh.
+        # x tanh(scale) + shift, by tanh(s) = 2 sigmoid(2s) - 1: on a CPU `tanh` is slower than
+        # `sigmoid`. In float32, because a sigmoid near 1/2 in bfloat16 loses a small tanh.
         modulated = torch.addcmul(shift - x, x, (2 * scale).sigmoid_(), value=2)
         return self.fc2(self.fc1(modulated).relu_()).add_(x)
 

@@ -362,7 +362,7 @@ def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def map_scores(path: Path) -> np.ndarray:
-    """Return a score matrix `[I, 5 I]` by memory map. Raises InputError if it is none."""
+    """Return a score matrix `[I, 5 I]` by memory map. Raises InputError if it is not one."""
     matrix = map_array(path, "a score matrix, a .npy file")
     if (
         matrix.ndim != 2

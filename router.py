@@ -181,7 +181,7 @@ def _one_hot_of_largest(gates: Tensor, closed: bool = False) -> Tensor:
 
 def _mix(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return the sums `[Q, C, O, L, D]` of N parts `[Q, C, L, D]` by weights `[Q, C, O, N]`."""
-    # One product for each pair is three times as fast as adding N parts O times.
+    # One product for each pair is faster than adding N parts O times.
     stacked = torch.stack(torch.broadcast_tensors(*parts), 2)  # [Q, C, N, L, D]
     weights = weights.to(stacked.dtype).expand(*stacked.shape[:2], -1, -1)
     return (weights @ stacked.flatten(3)).unflatten(-1, stacked.shape[3:])

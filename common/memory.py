@@ -27,8 +27,7 @@ NARROW = 64  # in narrower models, heads and hidden layers need more than the to
 def tune_malloc() -> None:
     """Make glibc keep freed memory, if the C library is glibc.
 
-    By default every training step returns gigabytes to the system and faults them in again: 20 s in
-    place of 7 s for a step on two cores.
+    By default every training step returns gigabytes to the system and faults them in again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

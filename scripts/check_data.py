@@ -4,9 +4,16 @@
     python -m scripts.check_data data/f30k_precomp --bert_path bert    # BERT and WordPieces, too
     python -m scripts.check_data data/f30k_precomp --full              # reads every row
 
+The table has images, ids, regions x width, and with --bert_path the longest caption in WordPieces
+and the number of captions that --max_words cuts. Problems are missing or cut files, surplus bytes,
+rows that do not fit the captions, repeated rows that differ, NaN or inf, different widths, ids that
+occur twice, in two splits or without a file name, features of other images than the ids, and a
+vocabulary that makes more than 5 % of a split's WordPieces [UNK]. Warnings are empty captions and
+rows that are all zeros. Without --full, 200 images of each split, spread evenly, are read; files up
+to 256 MiB are searched for NaN entirely even so.
+
 Exit status 0: no problem; 1: problems, the first ones of each split; 2: no data set or no
-vocabulary. A warning is worth knowing and not a problem. Without --full, the check for NaN and for
-wrong repeated rows reads 200 images of each large split, spread evenly.
+vocabulary.
 """
 
 import sys
@@ -71,7 +78,7 @@ class Report:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Note an InputError of the block as a problem, and go on behind the block."""
+        """Note an InputError of the block as a problem, and continue after the block."""
         try:
             yield
         except InputError as error:

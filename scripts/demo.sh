@@ -52,9 +52,9 @@ echo "== extract 36 region features an image with EfficientNet-Lite2 (30 s)"
 "$python" -m scripts.extract_regions --images "$images" --data "$data" --model efficientnet_lite2
 echo "== check the data and BERT"
 "$python" -m scripts.check_data "$data" --bert_path "$bert" --full
-echo "== train i2t, which refines regions by words, width 64 instead of 256 (2 minutes)"
+echo "== train i2t, which refines regions by words, width 64 instead of 256 (1 to 2 minutes)"
 train i2t --lambda_softmax 4
-echo "== train t2i, which refines words by regions (2 minutes)"
+echo "== train t2i, which refines words by regions (1 to 2 minutes)"
 train t2i --lambda_softmax 9
 echo "== evaluate i2t, t2i and their ensemble on $test unseen images (1 minute)"
 evaluate i2t "$out/i2t/model_best.pth.tar"

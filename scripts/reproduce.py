@@ -1,7 +1,7 @@
 """reproduce.py — trains and evaluates the runs of the paper's tables, and shows their results.
 
     python -m scripts.reproduce list                       # every run: commands, data, state
-    python -m scripts.reproduce run f30k_ensemble          # what is missing of it: hours to days
+    python -m scripts.reproduce run f30k_ensemble          # its missing parts: hours to days
     python -m scripts.reproduce run ablation_uniform --seeds 0 1 2
     python -m scripts.reproduce run f30k_i2t --no-train    # evaluate a model that is there already
     python -m scripts.reproduce table                      # the results beside the paper's

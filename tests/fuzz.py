@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from checkpoint.bert import load_bert
 from checkpoint.checkpoint import build_model, json_beside, load_model, read_checkpoint
 from common import cli, provenance
-from common.errors import InputError
+from common.errors import InputError, require
 from common.files import write_array
 from common.layout import images_digest, read_ids, read_names
 from common.memory import is_oom
@@ -400,6 +400,7 @@ def fuzz(name: str, inputs: int) -> dict[str, Any]:
 def main() -> None:
     chosen = cli.parse(Options, None, __doc__)
     names = chosen.only or list(READERS)
+    require(set(names) <= set(READERS), f"--only {' '.join(names)}: expected {', '.join(READERS)}")
     if len(names) > 1:  # each in a process of its own: libraries keep memory, and that is limited
         rest = ["--inputs", str(chosen.inputs), *(["--json", chosen.json] if chosen.json else [])]
         commands = [[sys.executable, "-m", "tests.fuzz", "--only", name, *rest] for name in names]

@@ -77,8 +77,7 @@ class TrainConfig(DataConfig, ModelConfig):
     ] = False
     compile: Annotated[bool | None, "compile the routing (default: if it is faster)"] = None
     activation_checkpointing: Annotated[
-        bool,
-        "recompute activations in the backward pass: less memory, about a third slower",
+        bool, "recompute activations in the backward pass: less memory, but slower"
     ] = False
     drop: Annotated[float, NO_EFFECT] = 0.0
     measure: Annotated[str, NO_EFFECT] = "cosine"
