@@ -137,7 +137,7 @@ class EvaluationResult:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: object) -> "EvaluationResult":
-        """Return the result of `to_json`. Raises InputError that names `source` if it is not one."""
+        """Return the result of `to_json`. Raises InputError naming `source` if it is not one."""
         try:
             known = {field.name: content[field.name] for field in fields(cls)}
             whole = ProtocolResult.from_json(known["whole"])
