@@ -98,9 +98,10 @@ class ProtocolResult:
         """Return the result of `to_json`. Raises KeyError, TypeError or ValueError."""
         intervals = content["intervals"]
         if intervals is not None:
-            low, high = (float(bound) for bound in intervals["rsum"])
-            if not 0 <= low <= high <= 600:
-                raise ValueError(f"interval of rsum {low} to {high}; expected bounds in 0 to 600")
+            bounds = [intervals["rsum"]]
+            bounds += [intervals[way][f.name] for way in ("i2t", "t2i") for f in fields(Recall)]
+            if not all(0 <= low <= high < 1e9 for low, high in bounds):
+                raise ValueError(f"intervals {bounds}; expected low and high ends")
         folds = tuple(Retrieval.from_json(fold) for fold in content["folds"])
         return cls(Retrieval.from_json(content["metrics"]), folds, intervals)
 

@@ -4,14 +4,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, parent_process
 from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from common.errors import InputError
 
@@ -45,16 +46,38 @@ def load(dataset: Dataset, keys: Sequence[Any], workers: int, pin: bool = False)
 
 
 def _iterate(loader: DataLoader) -> Iterator[Any]:
-    """Return the loader's iterator without torch's SIGCHLD handler.
+    """Return the loader's iterator, which raises at the next item if a worker has died.
 
-    That handler raises as soon as a worker dies, in the middle of an optimiser step for example.
-    Without it the iterator raises when the next item is asked for.
+    Torch's SIGCHLD handler would raise at once, in the middle of an optimiser step for example.
     """
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    items = iter(loader)
+    others, workers = active_children(), []  # type: ignore[var-annotated]
+
+    def end_workers(error: Exception, key: object) -> None:
+        for worker in workers:
+            worker.terminate()
+
+    with _on_unsendable(end_workers):
+        items = iter(loader)
+    workers += [process for process in active_children() if process not in others]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return items
+
+
+@contextmanager
+def _on_unsendable(handler: Callable[[Exception, object], None]) -> Iterator[None]:
+    """Call `handler` if a queue that is made meanwhile cannot send an item.
+
+    By default such an item is dropped, for lack of memory say, and its receiver waits for it
+    forever: 3 of 200 cycles of tests.chaos hung.
+    """
+    usual = vars(Queue)["_on_queue_feeder_error"]
+    Queue._on_queue_feeder_error = staticmethod(handler)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        Queue._on_queue_feeder_error = usual  # type: ignore[attr-defined]
 
 
 def _identity(item: Any) -> Any:
@@ -66,20 +89,11 @@ def _prepare_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _on_unsendable(_end_worker).__enter__()  # for as long as the worker lives
 
 
-def _end_workers(error: Exception, item: object) -> None:
-    """End this process if it is a worker, otherwise its workers."""
-    if get_worker_info() is not None:
-        os._exit(1)
-    for process in active_children():
-        process.terminate()
-
-
-# Called by the thread that sends items, in workers and in the program. By default it drops an item
-# that cannot be sent, for lack of memory say, and the program waits for it forever: 3 of 200 cycles
-# of tests.chaos hung. A worker that has ended is noticed.
-Queue._on_queue_feeder_error = staticmethod(_end_workers)  # type: ignore[attr-defined]
+def _end_worker(error: Exception, item: object) -> None:
+    os._exit(1)  # which the program notices
 
 
 def _end_with_parent() -> None:

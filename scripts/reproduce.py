@@ -153,6 +153,7 @@ def run_program(command: list[str]) -> None:
 
 def main() -> None:
     action, *rest = sys.argv[1:] or ["--help"]
+    require(action == "run" or not rest, f"{action}: {' '.join(rest)}: expected no option")
     if action == "list":
         runs, _ = read_registry(REGISTRY)
         print_line("\n".join(map(overview, runs.values())))

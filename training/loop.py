@@ -182,7 +182,8 @@ class Trainer:
         due, received = self.validation_due, self.signals.received is not None
         if due or received or self.state.step % self.config.save_step == 0:
             self._save(NEWEST)  # before the validation, which can take long
-        self.signals.check()
+        if received:  # one that comes after this line waits for the next step or tile
+            self.signals.check()
         if due:
             self._validate()
 

@@ -70,6 +70,7 @@ def find_checkpoint(folder: Path, resume: str, overwrite: bool) -> Checkpoint | 
     holds_run = any(_files(folder))
     if resume:
         path = Path(resume)
+        require(path.is_file(), f"--resume {path}: not found; expected auto or a checkpoint file")
         if holds_run and os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
             raise InputError(f"{folder}: holds another run than {path}; change --logger_name")
         return read_checkpoint(path)

@@ -5,6 +5,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -66,9 +68,11 @@ class Run:
 
     def results(self) -> dict[int, Path]:
         """Return the files of its results that exist, by seed."""
-        paths = self.result(0).parent.glob(f"{self.name}_seed*.json")
-        seeds = sorted(int(path.stem.rpartition("seed")[2]) for path in paths)
-        return {seed: self.result(seed) for seed in seeds}
+        names = os.listdir(self.result(0).parent) if self.result(0).parent.exists() else []
+        seeds = (re.fullmatch(rf"{self.name}_seed(\d+)\.json", name) for name in names)
+        return {
+            seed: self.result(seed) for seed in sorted(int(match[1]) for match in seeds if match)
+        }
 
     def digest(self) -> str:
         """Return the SHA-256 of what its figures depend on. A result with another is stale."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import require
+from common.errors import InputError, require
 from common.files import read_json
 from common.results import EvaluationResult
 from scripts.parts.experiments import RESULTS, Run, Table
@@ -31,6 +31,11 @@ def read_result(path: Path) -> dict[str, Any]:
     missing = {"entry", "trainings", "matrices", "evaluation"} - result.keys()
     require(not missing, f"{path}: not the result of a run: lacks {', '.join(missing)}")
     EvaluationResult.from_json(result["evaluation"], path)
+    parts = (result["trainings"], result["evaluation"]["fingerprints"] or [])
+    entries = [entry for part in parts if isinstance(part, list) for entry in part if entry]
+    if not (isinstance(result["matrices"], dict) and all(isinstance(x, dict) for x in entries)):
+        raise InputError(f"{path}: not the result of a run: trainings, matrices or fingerprints")
+    require(isinstance(parts[0], list), f"{path}: not the result of a run: trainings")
     return result
 
 
