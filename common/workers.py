@@ -89,7 +89,7 @@ def _prepare_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _on_unsendable(_end_worker).__enter__()  # for as long as the worker lives
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
 def _end_worker(error: Exception, item: object) -> None:
