@@ -75,7 +75,8 @@ def write_torch(path: Path, content: Any) -> None:
     """Write plain data and tensors, whole or not at all; `read_torch` reads them."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_bytes(path, buffer.getbuffer())
+    with buffer.getbuffer() as data:  # released, since a failure keeps it with its traceback
+        write_bytes(path, data)
 
 
 def write_safetensors(path: Path, arrays: dict[str, Tensor]) -> str:
