@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from common.compile import Compiled
 from common.memory import chunk_size
 
-OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is dead from the start
-CLOSED = 1e-4  # an out-path whose gates sum to less carries the rectified identity instead
+OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is inactive from the start
+INACTIVE = 1e-4  # an out-path whose gates sum to less carries the rectified identity instead
 EPSILON = 1e-8  # keeps the division finite if every gate of an out-path is 0
 PATH_SIZE = 128  # width of the embedding in which path vectors are compared
 CONTIGUOUS = torch.contiguous_format
@@ -63,8 +63,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return gates `[Q, C, O]` in float32 for tokens `[Q, C, L, D]`; a closed gate is 0."""
         # REFERENCE: the mean runs over every position, padded words included.
-        # In float32 also under autocast: a gate decides by its comparison with CLOSED = 1e-4, which
-        # is below the resolution of bfloat16 near 1.
+        # In float32 also under autocast: gates are compared with INACTIVE = 1e-4, which is below the
+        # resolution of bfloat16 near 1.
         with torch.autocast(x.device.type, enabled=False):
             return self.mlp(x.mean(-2, dtype=torch.float32)).tanh().relu()
 
@@ -134,17 +134,17 @@ class RoutingLayer(Layer):
         """Return O out-paths, `[Q, C, L, D]` each, and normalised gates `[Q, C, O, N]`."""
         gates = self._gates(xs)
         total = gates.sum(-1, keepdim=True)  # [Q, C, O, 1]
-        # A dead path would carry almost nothing, and every later cell would work on noise. It
+        # An inactive path would carry almost nothing, and every later cell would work on noise. It
         # carries the rectified identity instead. The flag is a constant: no gradient opens it.
-        dead = (total < CLOSED).to(gates)
+        inactive = (total < INACTIVE).to(gates)
         gates = gates / (total + EPSILON)
         if self.hard:  # one-hot in the forward pass, the gradient of all gates (straight through)
             gates = _one_hot_of_largest(gates) + (gates - gates.detach())
         ys = self._refine(xs, projections)
-        if "ric" in self.cells:  # its output is what a dead path carries
-            weights = torch.cat([gates[..., :1] + dead, gates[..., 1:]], -1)
+        if "ric" in self.cells:  # an inactive path carries its output
+            weights = torch.cat([gates[..., :1] + inactive, gates[..., 1:]], -1)
         else:
-            ys, weights = [*ys, xs[0].relu()], torch.cat([gates, dead], -1)
+            ys, weights = [*ys, xs[0].relu()], torch.cat([gates, inactive], -1)
         return _mix(ys, weights).unbind(2), gates
 
 
@@ -156,27 +156,27 @@ class MergeLayer(Layer):
     ) -> tuple[Tensor, Tensor]:
         """Return the refined tokens `[Q, C, L, D]` and the raw gates `[Q, C, 1, N]`."""
         gates = self._gates(xs)
-        dead = (gates < CLOSED / len(self.cells)).to(gates)  # such a cell passes its input on
+        inactive = (gates < INACTIVE / len(self.cells)).to(gates)  # such a cell passes its input on
         if self.hard:
-            chosen = _one_hot_of_largest(gates, closed=True)
-            gates, dead = gates * chosen, dead * chosen
-        total = (gates + dead).sum(-1, keepdim=True)  # [Q, C, 1, 1]
+            chosen = _one_hot_of_largest(gates, any_gate=True)
+            gates, inactive = gates * chosen, inactive * chosen
+        total = (gates + inactive).sum(-1, keepdim=True)  # [Q, C, 1, 1]
         shares = gates / total
         if self.hard:  # the share of the only gate is g / g: its gradient would be rounding noise
-            shares = torch.where(dead > 0, shares, chosen)
+            shares = torch.where(inactive > 0, shares, chosen)
         mixed = _mix(self._refine(xs, projections), shares)
-        if torch.compiler.is_compiling() or dead.any():
-            mixed = mixed + _mix(xs, dead / total)
+        if torch.compiler.is_compiling() or inactive.any():
+            mixed = mixed + _mix(xs, inactive / total)
         return mixed.squeeze(2), gates
 
 
-def _one_hot_of_largest(gates: Tensor, closed: bool = False) -> Tensor:
+def _one_hot_of_largest(gates: Tensor, any_gate: bool = False) -> Tensor:
     """Return 1 for the largest of N gates `[..., N]` (the first of equal ones) and 0 for others.
 
-    If all gates are 0 the result is all 0, unless `closed` gates may be chosen.
+    If all gates are 0 the result is all 0, unless `any_gate` allows one of them.
     """
     highest, first = gates.amax(-1, keepdim=True), gates.argmax(-1, keepdim=True)
-    return torch.zeros_like(gates).scatter(-1, first, ((highest > 0) | closed).to(gates))
+    return torch.zeros_like(gates).scatter(-1, first, ((highest > 0) | any_gate).to(gates))
 
 
 def _mix(parts: Sequence[Tensor], weights: Tensor) -> Tensor:

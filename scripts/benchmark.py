@@ -94,11 +94,11 @@ def measure(case: Case) -> dict[str, Any] | None:
 
     tune_malloc()
     torch.manual_seed(0)
-    learner = new_learner(case)
-    pairs, work = WORK[case.kind](learner)
+    train_step = new_train_step(case)
+    pairs, work = WORK[case.kind](train_step)
     if case.compiled:
         work()  # compiles
-        if not learner.model.space.is_compiled:
+        if not train_step.model.space.is_compiled:
             return None
     m, k, n = PRODUCT
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
@@ -133,7 +133,7 @@ def seconds_of(work: Work, device: "torch.device") -> float:
     return time.perf_counter() - since
 
 
-def new_learner(case: Case) -> "TrainStep":
+def new_train_step(case: Case) -> "TrainStep":
     """Return a new model with random weights and a BERT of MiniLM's size, and its optimiser."""
     from transformers import BertConfig, BertModel
 
@@ -156,9 +156,9 @@ def new_learner(case: Case) -> "TrainStep":
         hidden_size=HIDDEN, num_hidden_layers=6, intermediate_size=1536, num_attention_heads=12
     )
     bert = BertModel(bert_config, add_pooling_layer=False)
-    learner = TrainStep(config, DIME(config, bert).to(case.device), case.device)
-    learner.prepare(steps=1)
-    return learner
+    train_step = TrainStep(config, DIME(config, bert).to(case.device), case.device)
+    train_step.prepare(steps=1)
+    return train_step
 
 
 def random_inputs(images: int, captions: int) -> tuple["Tensor", "Tensor", "Tensor"]:
@@ -171,28 +171,28 @@ def random_inputs(images: int, captions: int) -> tuple["Tensor", "Tensor", "Tens
     return torch.rand(images, REGIONS, WIDTH), ids, mask
 
 
-def scoring(learner: "TrainStep") -> tuple[int, Work]:
+def scoring(train_step: "TrainStep") -> tuple[int, Work]:
     """Return a number of pairs, and a function that scores them."""
     import torch
 
-    model = learner.model.eval()
+    model = train_step.model.eval()
     sizes = (QUERIES, CONTEXTS) if model.direction == "i2t" else (CONTEXTS, QUERIES)
-    regions, ids, mask = (tensor.to(learner.device) for tensor in random_inputs(*sizes))
+    regions, ids, mask = (tensor.to(train_step.device) for tensor in random_inputs(*sizes))
     with torch.no_grad():
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
     return math.prod(sizes), torch.no_grad()(lambda: model.score(images, captions))
 
 
-def training(learner: "TrainStep") -> tuple[int, Work]:
+def training(train_step: "TrainStep") -> tuple[int, Work]:
     """Return the number of pairs of a training step, and the step, BERT included."""
     import torch
 
     from data import Batch
 
-    i2t = learner.model.direction == "i2t"
+    i2t = train_step.model.direction == "i2t"
     sizes = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
-    batch = Batch(*random_inputs(*sizes), torch.arange(sizes[1]), BATCH).to(learner.device)
-    return math.prod(sizes), lambda: learner.step(batch)
+    batch = Batch(*random_inputs(*sizes), torch.arange(sizes[1]), BATCH).to(train_step.device)
+    return math.prod(sizes), lambda: train_step.step(batch)
 
 
 WORK: dict[Kind, Callable[["TrainStep"], tuple[int, Work]]] = {

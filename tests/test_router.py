@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from router import CLOSED, Cell, MergeLayer, Modality, Router, RoutingLayer
+from router import INACTIVE, Cell, MergeLayer, Modality, Router, RoutingLayer
 
 CONTEXT = Modality(torch.zeros(3, 4, 5), torch.zeros(3, 5), torch.ones(3, 4, dtype=torch.bool))
 
@@ -64,7 +64,7 @@ def routed(layer: RoutingLayer | MergeLayer, xs: list[Tensor]) -> tuple:
     return layer(xs, layer.project_context(CONTEXT))
 
 
-@pytest.mark.parametrize("total", [0.0, 0.9 * CLOSED, 1.1 * CLOSED, 1.7])
+@pytest.mark.parametrize("total", [0.0, 0.9 * INACTIVE, 1.1 * INACTIVE, 1.7])
 def test_a_dense_layer_mixes_and_a_dead_path_carries_the_rectified_input(total: float) -> None:
     share = torch.tensor([0.7, 0.3])
     gates = [total * s * torch.ones(2, 3, 2) for s in share]
@@ -72,23 +72,23 @@ def test_a_dense_layer_mixes_and_a_dead_path_carries_the_rectified_input(total: 
     layer = RoutingLayer({"a": FixedCell(1, gates[0]), "b": FixedCell(2, gates[1])})
     xs = [torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 5)]
     (first, second), shares = routed(layer, xs)
-    dead = total < CLOSED
+    inactive = total < INACTIVE
     weights = total * share / (total + 1e-8)
-    expected = weights[0] * (xs[0] + 1) + weights[1] * (xs[1] + 2) + dead * xs[0].relu()
+    expected = weights[0] * (xs[0] + 1) + weights[1] * (xs[1] + 2) + inactive * xs[0].relu()
     torch.testing.assert_close(first, expected)
     torch.testing.assert_close(second, 0.25 * (xs[0] + 1) + 0.75 * (xs[1] + 2))
     torch.testing.assert_close(shares[..., 0, :], weights.expand(2, 3, 2))
 
 
-@pytest.mark.parametrize("gate", [0.0, 0.9 * CLOSED / 2, 1.1 * CLOSED / 2, 0.8])
+@pytest.mark.parametrize("gate", [0.0, 0.9 * INACTIVE / 2, 1.1 * INACTIVE / 2, 0.8])
 def test_the_last_layer_averages_and_a_dead_cell_passes_its_input_on(gate: float) -> None:
     gates = [torch.full((2, 3, 1), gate), torch.full((2, 3, 1), 0.4)]
     layer = MergeLayer({"a": FixedCell(1, gates[0]), "b": FixedCell(2, gates[1])})
     xs = [torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 5)]
     merged, raw = routed(layer, xs)
-    dead = float(gate < CLOSED / 2)
-    above = gate * (xs[0] + 1) + dead * xs[0] + 0.4 * (xs[1] + 2)
-    torch.testing.assert_close(merged, above / (gate + dead + 0.4))
+    inactive = float(gate < INACTIVE / 2)
+    above = gate * (xs[0] + 1) + inactive * xs[0] + 0.4 * (xs[1] + 2)
+    torch.testing.assert_close(merged, above / (gate + inactive + 0.4))
     torch.testing.assert_close(raw[..., 0, :], torch.tensor([gate, 0.4]).expand(2, 3, 2))
 
 
@@ -111,7 +111,7 @@ def test_dead_flags_are_constants_and_gates_get_gradients() -> None:
 
 def test_hard_routing_takes_one_cell_and_has_the_gradient_of_all() -> None:
     values = torch.rand(2, 3, 2, 2)
-    values[0, 0, 0] = 0  # a dead out-path
+    values[0, 0, 0] = 0  # a inactive out-path
     values[0, 1, 1] = 0.5  # equal gates: the first cell
     found = []
     for hard in (False, True):

@@ -23,7 +23,7 @@ from common.layout import CAPTIONS_PER_IMAGE
 from data import Split
 from evaluation import Encoded, evaluation_mode
 from model import DIME
-from router import CLOSED, EPSILON, Modality
+from router import INACTIVE, EPSILON, Modality
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,8 @@ def bypasses(gates: np.ndarray, hard: bool) -> np.ndarray:
     does. Path vectors hold normalised gates, hence the normalised threshold of the dense layers.
     """
     weights, last = np.zeros_like(gates), gates[:, -1]
-    weights[:, :-1, 0] = gates[:, :-1].sum(-1) < CLOSED / (CLOSED + EPSILON)
-    weights[:, -1] = last < CLOSED / last.shape[-1]
+    weights[:, :-1, 0] = gates[:, :-1].sum(-1) < INACTIVE / (INACTIVE + EPSILON)
+    weights[:, -1] = last < INACTIVE / last.shape[-1]
     if hard:
         weights[:, -1] *= np.arange(last.shape[-1]) == last.argmax(-1)[:, None]
     return weights
