@@ -63,7 +63,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return gates `[Q, C, O]` in float32 for tokens `[Q, C, L, D]`; a closed gate is 0."""
         # REFERENCE: the mean runs over every position, padded words included.
-        # In float32 also under autocast: gates are compared with INACTIVE = 1e-4, which is below the
+        # In float32 also under autocast: gates are compared with INACTIVE, 1e-4, which is below the
         # resolution of bfloat16 near 1.
         with torch.autocast(x.device.type, enabled=False):
             return self.mlp(x.mean(-2, dtype=torch.float32)).tanh().relu()

@@ -23,7 +23,7 @@ from common.layout import CAPTIONS_PER_IMAGE
 from data import Split
 from evaluation import Encoded, evaluation_mode
 from model import DIME
-from router import INACTIVE, EPSILON, Modality
+from router import EPSILON, INACTIVE, Modality
 from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
