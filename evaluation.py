@@ -40,10 +40,6 @@ Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from
 Tile = tuple[Tensor, Tensor]  # indices of images and of encoded captions, all of them paired
 
 
-class BadScores(InputError):
-    """A model's scores hold NaN or inf."""
-
-
 @dataclass(frozen=True)
 class Encoded:
     """A split's encoded images and captions in main memory; each distinct caption once."""
@@ -135,7 +131,7 @@ def score_split(
 ) -> np.ndarray:
     """Return scores `[I, T]` float32 of a split's images (or its first `images`) and captions.
 
-    `stop` is called before each tile and may raise. Raises BadScores on NaN or inf.
+    `stop` is called before each tile and may raise. Raises InputError on NaN or inf.
     """
     encoded = encode_split(model, split, vocabulary, device=device, images=images, workers=workers)
     return score_all(model, encoded, device, stop=stop)
@@ -191,7 +187,7 @@ def _score_tiles(
                 stop()
             tile, pairs = _score_tile(model, images[i].to(device), captions[c].to(device), pairs)
             if not tile.isfinite().all():  # checked here, not after hours of scoring
-                raise BadScores(f"{name} gives scores of NaN or inf")
+                raise InputError(f"{name} gives scores of NaN or inf")
             scores[np.ix_(i.numpy(), c.numpy())] = tile.cpu().numpy()
             bar.update(tile.numel())
     return encoded.expand(scores)

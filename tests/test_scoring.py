@@ -13,9 +13,9 @@ from conftest import GOLDEN, IMG_DIM, ROOT, write_split
 from test_model import LENGTHS, small_batch, small_model
 
 import evaluation
+from common.errors import InputError
 from data import Split
 from evaluation import (
-    BadScores,
     Encoded,
     encode_split,
     is_reranked,
@@ -85,7 +85,7 @@ def test_scores_of_nan_are_refused_by_the_name_of_the_model() -> None:
     model = small_model("i2t")
     encoded = small_encoded(model)
     torch.nn.init.constant_(model.space.norm.weight, torch.nan)
-    with pytest.raises(BadScores, match=r"x\.pth\.tar.*NaN"):
+    with pytest.raises(InputError, match=r"x\.pth\.tar.*NaN"):
         score_all(model, encoded, CPU, "x.pth.tar")
 
 
