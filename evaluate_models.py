@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -171,22 +170,15 @@ def _evaluate(config: EvaluateConfig) -> tuple[EvaluationResult, np.ndarray]:
 def _write(
     config: EvaluateConfig, result: EvaluationResult, scores: np.ndarray, printed: bool = False
 ) -> None:
-    """Write every output; a failure of one loses no other. Raises InputError afterwards."""
-    tasks: list[Callable[[], None]] = []
-    if config.save_scores:
-        tasks.append(partial(write_array, Path(config.save_scores), scores))
-    if config.json:
-        tasks.append(partial(write_json, Path(config.json), result.to_json()))
-    if printed:
-        tasks.append(partial(print_line, as_text(result)))
-    problems = []
-    for task in tasks:
-        try:
-            task()
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("; ".join(problems))
+    """Write every output. Raises InputError, but even then prints the result."""
+    try:
+        if config.json:
+            write_json(Path(config.json), result.to_json())
+        if config.save_scores:
+            write_array(Path(config.save_scores), scores)
+    finally:  # a full disk does not lose what hours of scoring gave
+        if printed:
+            print_line(as_text(result))
 
 
 def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:

@@ -47,7 +47,7 @@ class Modality:
         return Modality(*(tensor.to(device) for tensor in vars(self).values()))
 
     def copy(self) -> "Modality":
-        """Return the same items in new, contiguous tensors that are views of no others."""
+        """Return the same items in new, contiguous tensors that share no memory with these."""
         return Modality(*(t.clone(memory_format=CONTIGUOUS) for t in vars(self).values()))
 
 

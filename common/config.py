@@ -20,8 +20,8 @@ CELLS: tuple[CellName, ...] = get_args(CellName)  # the paper's order, and that 
 LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 CELL_NAMES = ",".join(CELLS).upper()
 MOST_LAYERS = 100
-LARGEST = 2**16  # a wider layer or a larger batch than any machine holds is a slip
-NO_SCORE = " (in i2t no score depends on it, but what --shortlist chooses does)"
+LARGEST = 2**16  # width of a layer, items of a batch; more is a typing error
+NO_SCORE = " (in i2t it changes no score, only the choice of --shortlist)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelConfig:
     use_abs: Annotated[bool, "absolute value of the image embedding" + NO_SCORE] = False
     no_imgnorm: Annotated[bool, "do not normalise the image embedding" + NO_SCORE] = False
     routing: Annotated[
-        Routing, "ablation: uniform opens every gate, hard the largest one of an out-path alone"
+        Routing, "ablation: uniform opens every gate, hard only the largest of each out-path"
     ] = "soft"
     num_layer_routing: Annotated[int, "ablation: layers of cells, the last of which merges"] = (
         LAYERS

@@ -42,8 +42,7 @@ FREE = {
 class TrainConfig(DataConfig, ModelConfig):
     """Every option of training. Defaults are the published ones except `img_dim`."""
 
-    # train.py replaces None by the data's width before it builds the model, which needs an int.
-
+    # train.py replaces None by the data's width before it builds the model.
     # DEVIATION: the width of the features is that of the data unless it is given (the published
     # default was 2048).
     img_dim: Annotated[int | None, "width of the region features (default: the data's)"] = None  # type: ignore[assignment]

@@ -52,9 +52,9 @@ class RunLog:
 
     @contextmanager
     def open(self, step: int = 0, validated: bool = True) -> Iterator[None]:
-        """Open the logs behind `step`: later lines are deleted.
+        """Open the logs to continue after `step`, and delete the lines of later steps.
 
-        Unless `validated`, that step's own validation is deleted too, since it is done again.
+        If that step is not `validated`, its validation is done again, so its line is deleted, too.
         """
         self.step = step
         if step:

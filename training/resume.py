@@ -190,15 +190,17 @@ class CheckpointManager:
             for name in ("exp_avg", "exp_avg_sq"):
                 if moment[name].shape != parameters[i].shape:
                     raise ValueError(f"{name} is {list(moment[name].shape)}")
+                if not moment[name].isfinite().all():
+                    raise ValueError(f"{name} holds NaN or infinite numbers")
             if moment["step"].item() != steps:
                 raise ValueError(f"Adam's step is {moment['step'].item()}, not {steps}")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
     def _forget_lost_best(self, state: TrainState) -> TrainState:
-        """Return the state without its best scores if the best model is missing or damaged.
+        """Return the state without its best scores if their model is missing, damaged or newer.
 
-        A best model of a later step is discarded with that step. If only the file is lost, a
-        validation that was due at this step is done again.
+        A newer one was saved at a step that is done again, and goes with it. If the file is lost, a
+        validation of the resumed step is done again, too, since it may have been the best.
         """
         path, validated = self.config.folder / BEST, 0
         if state.best_rsum < 0 and not os.path.lexists(path):
