@@ -1,7 +1,7 @@
 """errors.py — the one error for bad input, and helpers for its messages."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 PLAIN = str | int | float | None  # types of an option's value
 
@@ -14,12 +14,6 @@ def require(condition: bool, message: str) -> None:
     """Raise InputError(message) unless `condition` holds."""
     if not condition:
         raise InputError(message)
-
-
-def raise_first(problems: Iterable[str]) -> None:
-    """Raise InputError with the first problem, if there is one."""
-    for problem in problems:
-        raise InputError(problem)
 
 
 def check_range(options: object, names: Sequence[str], low: int, high: float = math.inf) -> None:

@@ -4,7 +4,7 @@
     python -m scripts.reproduce run f30k_ensemble          # its missing parts: hours to days
     python -m scripts.reproduce run ablation_uniform --seeds 0 1 2
     python -m scripts.reproduce run f30k_i2t --no-train    # evaluate a model that is there already
-    python -m scripts.reproduce table                      # the results beside the paper's
+    python -m scripts.reproduce table                      # our results and the paper's
     python -m scripts.reproduce run --help                 # --seeds, --data_path, --bert_path, ...
 
 scripts/experiments.toml lists the runs. `run` skips what is done, resumes what was interrupted, and
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common.cli import parse, print_line, run
-from common.errors import brief_repr, raise_first, require
-from common.files import read_json, sha256_of, write_json
+from common.errors import brief_repr, require
+from common.files import read_json, write_json
 from common.signals import Stopped, handled
 from scripts.parts.experiments import REGISTRY, Run, as_typed, read_registry
-from scripts.parts.run_results import fingerprints, legend, problems, read_result, recall_table
+from scripts.parts.run_results import find_problem, fingerprints, legend, read_result, recall_table
 from training.config import FREE, TrainConfig
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
-# Of the options that a resumed training may change, those that change its result.
+# Options that a resumed training may change, and that change its result.
 LENGTH = {"num_epochs", "max_steps", "val_step", "skip_bad_batches"}
 
 
@@ -46,89 +46,77 @@ class RunOptions:
 def overview(each: Run) -> str:
     """Return a run's state, data and commands."""
     states = [
-        f"seed {seed} {next(problems(each, read_result(path)), 'is done')}"
+        f"seed {seed} {find_problem(each, read_result(path)) or 'is done'}"
         for seed, path in each.results().items()
     ]
-    needs = "; ".join([*(model.name for model in each.of), each.needs])
-    lines = [f"{each.name}: {each.title}; {', '.join(states) or 'not run'}", f"needs: {needs}"]
-    return "\n  ".join([*lines, *each.commands(0)])
+    state = f"{each.name}: {each.title}; {', '.join(states) or 'not run'}"
+    needs = "; ".join(["needs: " + each.needs, *(model.name for model in each.of)])
+    return "\n  ".join([state, needs, *each.commands(0)])
 
 
-def reproduce(each: Run, seed: int, train: bool, with_scores: bool = False) -> dict[str, Any]:
-    """Return the result of a run; first do what is missing: its models, training, evaluation.
+def reproduce(each: Run, seed: int, train: bool, needs_scores: bool = False) -> dict[str, Any]:
+    """Train and evaluate a run, or an ensemble's models and then itself; return the result.
 
-    `with_scores` evaluates a model again if the scores behind its result are gone.
+    What is done is skipped. A model is evaluated again if an ensemble `needs_scores` that are gone.
     """
+    from common import provenance
+
     path = each.result(seed)
     if path.exists():
         result = read_result(path)
-        raise_first(f"{path}: {why}; delete it to run it again" for why in problems(each, result))
-        if not with_scores or result["matrices"] == scores_digest(each, seed):
+        problem = find_problem(each, result)
+        require(problem is None, f"{path}: {problem}; delete it to run it again")
+        if each.scores(seed).exists() or not needs_scores:
             log.info("%s, seed %d: done, %s", each.name, seed, path)
             return result
-    models = [reproduce(model, seed, train, with_scores=True) for model in each.of]
+    models = [reproduce(model, seed, train, needs_scores=True) for model in each.of]
     if not models and train:
         run_program(each.train_command(seed))
-    trainings = [training for model in models for training in model["trainings"]]
-    result = evaluate(each, seed, trainings or [check_model(each, seed)])
+    trainings = [t for model in models for t in model["trainings"]] or [check_model(each, seed)]
+    file = each.folder(seed) / "evaluation.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    run_program([*each.evaluate_command(seed), "--json", str(file)])
+    result = {
+        "entry": each.digest(),
+        "commands": each.commands(seed),  # of a model from elsewhere only the last one was run
+        "trainings": trainings,
+        "evaluation": read_json(file, "an evaluation"),
+        **provenance.surroundings(),
+    }
     if models:  # saved scores do not say what their models read
         inputs = [one for model in models for one in fingerprints(model)]
         result["evaluation"]["fingerprints"] = inputs
-    raise_first(f"{path}: not written: {problem}" for problem in problems(each, result))
+    problem = find_problem(each, result)
+    require(problem is None, f"{path}: not written: {problem}")
     write_json(path, result)
     log.info("%s, seed %d: %s", each.name, seed, path)
     return result
 
 
-def evaluate(each: Run, seed: int, trainings: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """Evaluate a model, or an ensemble from the scores of its models."""
-    from common import provenance
-
-    path = each.scores(seed).with_name("evaluation.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run_program([*each.evaluate_command(seed), "--json", str(path)])
-    digests = [scores_digest(model, seed) for model in each.models]
-    return {
-        "entry": each.digest(),
-        "commands": each.commands(seed),  # of a model from elsewhere only the last one was run
-        "trainings": trainings,
-        "matrices": {file: digest for files in digests for file, digest in files.items()},
-        "evaluation": read_json(path, "an evaluation"),
-        **provenance.surroundings(),
-    }
-
-
-def scores_digest(each: Run, seed: int) -> dict[str, str]:
-    """Return the SHA-256 of a model's scores by their file; nothing if they are gone."""
-    path = each.scores(seed)
-    return {str(path): sha256_of(path)} if path.exists() else {}
-
-
 def check_model(each: Run, seed: int) -> dict[str, Any] | None:
     """Return how a model was trained, without its options; None if it came without run.json.
 
-    Raises InputError if it was trained with other options, or not to its end.
+    Raises InputError if its training has other options, or did not finish.
     """
     from checkpoint.checkpoint import read_checkpoint
 
+    file = each.model(seed).with_name("run.json")
     wanted = asdict(parse(TrainConfig, each.train_command(seed)[1:], ""))
     # Paths may differ, and the width of the features is that of the data.
-    lasting = wanted.keys() - {*FREE, "data_name", "img_dim"}
-    path = each.model(seed)
-    beside = path.with_name("run.json")
-    training = read_json(beside, "how a model was trained") if beside.exists() else {}
-    unfinished = f"{path}: its training did not finish; resume it (train.py --resume auto)"
-    require(training.get("complete") is not False, unfinished)
-    # The best model may be older than the last resume, run.json has the newest options.
-    for file, options, names in (
-        (path, read_checkpoint(path).options, lasting),
-        (beside, training.pop("options", {}), lasting | LENGTH),
-    ):
-        for name in sorted(names & options.keys()):
-            problem = f"{file}: was trained with --{name} {brief_repr(options[name])}"
-            expected = f"{problem}; expected {brief_repr(wanted[name])}"
-            require(options[name] == wanted[name], expected)
-    return training or None
+    names = wanted.keys() - {*FREE, "data_name", "img_dim"}
+    training = None
+    if file.exists():
+        training = read_json(file, "how a model was trained")
+        unfinished = f"{file}: the training did not finish; resume it (train.py --resume auto)"
+        require(training.get("complete") is not False, unfinished)
+        options, names = training.pop("options", {}), names | LENGTH
+    else:
+        file = each.model(seed)
+        options = read_checkpoint(file).options
+    for name in sorted(names & options.keys()):
+        problem = f"{file}: was trained with --{name} {brief_repr(options[name])}"
+        require(options[name] == wanted[name], f"{problem}; expected {brief_repr(wanted[name])}")
+    return training
 
 
 def run_program(command: list[str]) -> None:

@@ -5,8 +5,6 @@
 
 import hashlib
 import json
-import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import parse
-from common.errors import InputError
+from common.errors import InputError, require
 from common.files import read_text
 from common.layout import SplitName
 from training.config import TrainConfig
@@ -47,35 +45,32 @@ class Run:
     train: str  # training options, those of its data first
     direction: str = ""
     of: tuple["Run", ...] = ()  # the models of an ensemble
-    beside: str = ""  # the run that it is compared with, seed by seed
+    baseline: str = ""  # the run that it is compared with, seed by seed
 
-    @property
-    def models(self) -> tuple["Run", ...]:
-        """The models of an ensemble; a model is its own only one."""
-        return self.of or (self,)
+    def folder(self, seed: int) -> Path:
+        """Return the folder of a training and of its scores."""
+        return RUNS / self.name / f"seed{seed}"
 
     def model(self, seed: int) -> Path:
-        """Return the checkpoint that is evaluated."""
-        return RUNS / self.name / f"seed{seed}" / self.direction / "model_best.pth.tar"
+        """Return the path of the best checkpoint of a training."""
+        return self.folder(seed) / self.direction / "model_best.pth.tar"
 
     def scores(self, seed: int) -> Path:
-        """Return the file of its scores, from which ensembles are evaluated."""
-        return RUNS / self.name / f"seed{seed}" / "scores.npy"
+        """Return the path of a model's scores. An ensemble is evaluated from them."""
+        return self.folder(seed) / "scores.npy"
 
     def result(self, seed: int) -> Path:
-        """Return the file of its result."""
+        """Return the path of the result of a seed."""
         return RESULTS / "reproduce" / f"{self.name}_seed{seed}.json"
 
     def results(self) -> dict[int, Path]:
-        """Return the files of its results that exist, by seed."""
-        names = os.listdir(self.result(0).parent) if self.result(0).parent.exists() else []
-        seeds = (re.fullmatch(rf"{self.name}_seed(\d+)\.json", name) for name in names)
-        return {
-            seed: self.result(seed) for seed in sorted(int(match[1]) for match in seeds if match)
-        }
+        """Return the paths of the results that exist, by seed."""
+        paths = self.result(0).parent.glob(f"{self.name}_seed*.json")
+        seeds = filter(str.isdecimal, (path.stem.rpartition("seed")[2] for path in paths))
+        return {seed: self.result(seed) for seed in sorted(map(int, seeds))}
 
     def digest(self) -> str:
-        """Return the SHA-256 of what its figures depend on. A result with another is stale."""
+        """Return the SHA-256 of what the figures depend on. A result with another one is stale."""
         return hashlib.sha256(json.dumps(self._entry(), sort_keys=True).encode()).hexdigest()
 
     def _entry(self) -> dict[str, Any]:
@@ -90,8 +85,7 @@ class Run:
     def train_command(self, seed: int) -> list[str]:
         """Return the command that trains a model or resumes its training."""
         options = ["--direction", self.direction, *shlex.split(self.train), "--seed", str(seed)]
-        folder = str(RUNS / self.name / f"seed{seed}")
-        where = ["--logger_name", folder, "--resume", "auto"]
+        where = ["--logger_name", str(self.folder(seed)), "--resume", "auto"]
         return ["train.py", *self._data_options(), *options, *where]
 
     def evaluate_command(self, seed: int) -> list[str]:
@@ -108,9 +102,9 @@ class Run:
         return [*folders, "--data_name", self.data_name]
 
     def commands(self, seed: int) -> list[str]:
-        """Return all its commands as one types them; of an ensemble its models' first."""
+        """Return all commands as one types them; those of an ensemble's models come first."""
         commands = [command for model in self.of for command in model.commands(seed)]
-        commands += [] if self.of else [as_typed(self.train_command(seed))]
+        commands = commands or [as_typed(self.train_command(seed))]
         return [*commands, as_typed(self.evaluate_command(seed))]
 
 
@@ -143,7 +137,8 @@ def read_registry(
             train = f"{shared.get('train', '')} {entry.get('train', '')}"
             own = {"name": name, "data": data, "train": train, "of": of}
             runs[name] = run = Run(**shared | entry | own)
-            for model in (*run.models, *runs[run.beside or name].models):
+            require(run.baseline in {"", *runs}, f"{name}: no run {run.baseline}")
+            for model in of or (run,):
                 parse(TrainConfig, model.train_command(0)[1:], "")
         for name, entry in content["table"].items():
             rows = [run for run in runs.values() if run.data == entry["data"]]

@@ -1,4 +1,4 @@
-"""run_results.py — the results of runs, and our recalls beside the paper's as Markdown.
+"""run_results.py — the results of runs, and tables of our recalls and the paper's.
 
 `scripts/reproduce.py` writes results/reproduce/NAME_seedN.json; results/paper.json has the paper's
 figures. A cell without a result is `not run`.
@@ -6,12 +6,12 @@ figures. A cell without a result is `not run`.
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, require
+from common.errors import require
 from common.files import read_json
 from common.results import EvaluationResult
 from scripts.parts.experiments import RESULTS, Run, Table
@@ -24,42 +24,29 @@ def read_result(path: Path) -> dict[str, Any]:
     """Return the result of a run. Raises InputError if it is damaged.
 
     Its keys: "entry", the digest of the run; "commands"; "trainings", the run.json of each model
-    or None; "matrices", the SHA-256 of each model's scores by file; "evaluation", the JSON of an
-    EvaluationResult; and the machine, torch and commit that evaluated it.
+    or None; "evaluation", the JSON of an EvaluationResult; and the machine, torch and commit that
+    evaluated it.
     """
     result = read_json(path, "the result of a run")
-    missing = {"entry", "trainings", "matrices", "evaluation"} - result.keys()
+    missing = {"entry", "trainings", "evaluation"} - result.keys()
     require(not missing, f"{path}: not the result of a run: lacks {', '.join(missing)}")
     EvaluationResult.from_json(result["evaluation"], path)
-    parts = (result["trainings"], result["evaluation"]["fingerprints"] or [])
-    entries = [entry for part in parts if isinstance(part, list) for entry in part if entry]
-    if not (isinstance(result["matrices"], dict) and all(isinstance(x, dict) for x in entries)):
-        raise InputError(f"{path}: not the result of a run: trainings, matrices or fingerprints")
-    require(isinstance(parts[0], list), f"{path}: not the result of a run: trainings")
     return result
 
 
-def problems(
-    run: Run, result: dict[str, Any], others: Sequence[dict[str, Any]] = ()
-) -> Iterator[str]:
-    """Yield why a result must not stand in a table, together with `others`."""
+def find_problem(
+    run: Run, result: dict[str, Any], before: Sequence[dict[str, Any]] = ()
+) -> str | None:
+    """Return why a result must not stand in a table after the results `before`, or None."""
     if result["entry"] != run.digest():
-        yield "is stale: scripts/experiments.toml lists other options now"
+        return "is stale: scripts/experiments.toml lists other options now"
     if any(training and training.get("complete") is False for training in result["trainings"]):
-        yield "its training did not finish"
-    images = result["evaluation"]["images"]
-    if images != run.images:
-        yield f"is of {images} images; expected {run.images}"
-    scores = {*result["matrices"].values()}
-    if len(scores) != len(run.models):
-        yield "its models do not have different scores"
-    for other in others:
-        if other["entry"] == result["entry"] and scores & {*other["matrices"].values()}:
-            yield "is of the same scores as another seed"
-    every = [inputs for each in (result, *others) for inputs in fingerprints(each)]
+        return "its training did not finish"
+    every = [inputs for each in (result, *before) for inputs in fingerprints(each)]
     for name in ("data", "bert", "training"):
         if len({inputs.get(name) for inputs in every} - {None}) > 1:  # an unknown one fits
-            yield f"its models, or the results before it, read different inputs ({name})"
+            return f"its models, or the results before it, read different inputs ({name})"
+    return None
 
 
 def fingerprints(result: dict[str, Any]) -> list[dict[str, str | None]]:
@@ -107,7 +94,7 @@ def table_rows(table: Table) -> list[Row]:
         seeds, intervals = {}, []
         for seed, path in run.results().items():
             result = read_result(path)
-            if problem := next(problems(run, result, accepted), None):
+            if problem := find_problem(run, result, accepted):
                 log.warning("%s: %s; left out", path, problem)
                 continue
             accepted.append(result)
@@ -132,17 +119,17 @@ def legend() -> str:
 
 
 def recall_table(table: Table) -> str:
-    """Return a table of runs, and by how much rsum differs from the run beside, seed by seed."""
+    """Return a table of runs, and by how much rsum differs from the baseline's, seed by seed."""
     rows = {row.run.name: row for row in table_rows(table)}
     cells, compared = [], []
     for row in rows.values():
         count = str(len(row.seeds) or "")
         cells.append([row.run.title, count, *map(row.cell, range(len(COLUMNS)))])
-        other = rows.get(row.run.beside)
+        other = rows.get(row.run.baseline)
         if other and (both := sorted(row.seeds.keys() & other.seeds.keys())):
             differences = [f"{row.seeds[seed][-1] - other.seeds[seed][-1]:+.1f}" for seed in both]
             named = [row.run.title, other.run.title, ", ".join(map(str, both))]
             compared.append([*named, ", ".join(differences)])
     text = f"{table.title}:\n\n{markdown(['', 'seeds', *COLUMNS], cells)}"
-    head = ["", "beside", "seeds", "rsum differs by"]
+    head = ["", "baseline", "seeds", "rsum differs by"]
     return f"{text}\n{markdown(head, compared)}" if compared else text
