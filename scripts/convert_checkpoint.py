@@ -9,9 +9,8 @@ decides which one is written:
     NAME.safetensors   weights, and options and BERT's fingerprint as NAME.json beside them
     any other name     a native checkpoint: checksums, and BERT's fingerprint instead of its weights
 
-An official checkpoint brings its BERT; --bert_out writes it as a folder of its own, which is needed
-if the folder of --bert_path holds other weights. The optimiser's state is not converted: training
-cannot resume from a converted checkpoint.
+BERT's weights stay in the folder of --bert_path; those of an official checkpoint must be the same.
+The optimiser's state is not converted: training cannot resume from a converted checkpoint.
 """
 
 import logging
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
-from common.errors import InputError, require
-from common.files import check_new_folder, check_writable, write_json
+from common.errors import require
+from common.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from checkpoint.bert import Bert
@@ -39,35 +38,41 @@ class Options:
     checkpoint: Annotated[str, "checkpoint to convert, in any form"]
     out: Annotated[str, "new file to write; .safetensors writes NAME.json beside it"]
     bert_path: Annotated[str | None, "folder of its BERT (default: the checkpoint's option)"] = None
-    bert_out: Annotated[str | None, "folder to write its BERT to; new or empty"] = None
-    half: Annotated[
-        bool, "safetensors with weights in float16: half the size, scores change a little"
-    ] = False
+    half: Annotated[bool, "safetensors in float16: half the size, scores change a little"] = False
 
 
 def main() -> None:
     options = parse(Options, None, __doc__)
-    check_outputs(options)
-    from checkpoint.bert import load_bert, write_bert
+    from checkpoint.bert import load_bert
     from checkpoint.checkpoint import bert_of, build_model, read_checkpoint, write_checkpoint
 
-    checkpoint, out = read_checkpoint(options.checkpoint), Path(options.out)
+    out = Path(options.out)
+    check_outputs(out, options.half)
+    checkpoint = read_checkpoint(options.checkpoint)
     if options.half:
         checkpoint = halve(checkpoint)
     bert = bert_of(checkpoint, options.bert_path)
     model = build_model(checkpoint, bert)  # nothing is written unless everything fits
-    if options.bert_out:
-        write_bert(Path(options.bert_out), bert)
-    elif checkpoint.bert_weights is not None:
+    if checkpoint.bert_weights is not None:
         folder = bert.vocabulary.path.parent
-        if load_bert(folder).fingerprint != bert.fingerprint:
-            lost = f"{folder}: holds another BERT than the checkpoint, which would be lost"
-            raise InputError(f"{lost}; write the checkpoint's to a new folder with --bert_out")
+        is_same = load_bert(folder).fingerprint == bert.fingerprint
+        require(is_same, f"{folder}: holds another BERT; expected that of {checkpoint.path}")
     if out.suffix == ".safetensors":
         write_arrays(out, checkpoint, bert)
     else:
         write_checkpoint(out, model, checkpoint.options, bert, **_run_of(checkpoint))
     log.info("%s: written", out)
+
+
+def check_outputs(out: Path, half: bool) -> None:
+    """Raise InputError if an output exists or cannot be written."""
+    from checkpoint.checkpoint import json_beside
+
+    is_safetensors = out.suffix == ".safetensors"
+    require(is_safetensors or not half, f"--half: expected --out NAME.safetensors, not {out}")
+    for path in (out, json_beside(out)) if is_safetensors else (out,):
+        require(not os.path.lexists(path), f"--out: {path} exists; expected a new name")
+        check_writable(path)
 
 
 def write_arrays(out: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
@@ -79,22 +84,6 @@ def write_arrays(out: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
     about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
     digest = write_safetensors(out, checkpoint.weights)
     write_json(json_beside(out), about | _run_of(checkpoint) | {"sha256": digest})
-
-
-def check_outputs(options: Options) -> None:
-    """Raise InputError if an output exists, is named twice or cannot be written."""
-    from checkpoint.bert import bert_files
-    from checkpoint.checkpoint import json_beside
-
-    out = Path(options.out)
-    safe = out.suffix == ".safetensors"
-    require(safe or not options.half, f"--half: expected --out NAME.safetensors, not {out}")
-    taken = bert_files(options.bert_out) if options.bert_out else []
-    for path in (out, json_beside(out)) if safe else (out,):
-        require(not os.path.lexists(path), f"--out: {path} exists; expected a new name")
-        check_writable(path, taken)
-    if options.bert_out:
-        check_new_folder("--bert_out", Path(options.bert_out))
 
 
 def halve(checkpoint: "Checkpoint") -> "Checkpoint":

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import GOLDEN, Case, run_here, same, tiny_train
 
-from checkpoint.bert import load_bert
 from checkpoint.checkpoint import json_beside, load_model, read_checkpoint
 from common.errors import InputError
 from common.torch_files import read_torch
@@ -32,9 +31,9 @@ def convert(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     )
 
 
-def scores(path: Path, case: Case, bert: Path | None = None) -> np.ndarray:
+def scores(path: Path, case: Case) -> np.ndarray:
     """Scores of the test split."""
-    model = load_model(path, bert or case.bert_path)
+    model = load_model(path, case.bert_path)
     vocabulary = Vocabulary.load(case.bert_path)
     return score_split(model, case.split(), vocabulary, device=torch.device("cpu"))
 
@@ -98,44 +97,31 @@ def test_the_split_that_selected_the_model_is_known_in_other_forms(
     assert half["dev_data"] == before["dev_data"] and "metrics" not in half
 
 
-def test_a_bert_that_would_be_lost_is_refused_or_written(
+def test_a_bert_that_would_be_lost_is_refused(
     tmp_path: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = read_torch(CASE.model_path)
     content["model"][1]["bert.embeddings.LayerNorm.weight"] += 1
     torch.save(content, tmp_path / "x.pth.tar")
-    out, folder = tmp_path / "native.pth.tar", tmp_path / "bert"
-    assert convert(tmp_path / "x.pth.tar", out, *BERT) == 2
-    assert "--bert_out" in capsys.readouterr().err
-    assert not out.exists()
-    assert convert(tmp_path / "x.pth.tar", out, *BERT, "--bert_out", folder) == 0
-    assert load_bert(folder).fingerprint == read_checkpoint(out).bert_fingerprint
-    expected = scores(tmp_path / "x.pth.tar", CASE)
-    np.testing.assert_allclose(scores(out, CASE, folder), expected, rtol=0, atol=TOLERANCE)
+    assert convert(tmp_path / "x.pth.tar", tmp_path / "native.pth.tar", *BERT) == 2
+    assert f"{CASE.bert_path}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth.tar"]
 
 
 @pytest.mark.parametrize(
-    ("out", "bert_out", "fact"),
+    ("out", "fact"),
     [
-        ("taken.json", None, "taken.json"),
-        ("taken.safetensors", None, "taken.json"),
-        ("none/x.pth.tar", None, "x.pth.tar"),
-        ("x.pth.tar", ".", "--bert_out"),
-        ("b/vocab.txt", "b", "vocab.txt"),
+        ("taken.json", "taken.json"),
+        ("taken.safetensors", "taken.json"),
+        ("none/x.pth.tar", "x.pth.tar"),
     ],
 )
 def test_outputs_that_cost_a_file_are_refused(
-    out: str,
-    bert_out: str | None,
-    fact: str,
-    tmp_path: Path,
-    convert: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
+    out: str, fact: str, tmp_path: Path, convert: Callable[..., int], capsys
 ) -> None:
     taken = tmp_path / "taken.json"
     taken.write_text("{}")
-    more = ("--bert_out", tmp_path / bert_out) if bert_out else ()
-    assert convert(CASE.model_path, tmp_path / out, *BERT, *more) == 2
+    assert convert(CASE.model_path, tmp_path / out, *BERT) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and fact in lines[0]
     assert taken.read_text() == "{}" and list(tmp_path.iterdir()) == [taken]
