@@ -1,4 +1,4 @@
-"""benchmark.py — how fast pairs are scored and trained on, beside the matrix products alone.
+"""benchmark.py — how fast pairs are scored and trained on, compared with matrix products alone.
 
     python -m scripts.benchmark                              # a table
     python -m scripts.benchmark --only i2t fp32 score        # some rows
@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -51,9 +51,9 @@ LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
 HIDDEN, ENTRIES = 384, 30522  # BERT's width and vocabulary
 QUERIES, CONTEXTS = 16, 96  # scored at a time: one chunk of a large set
 
-Kind = Literal["score", "train", "train_checkpointing"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-Word = Literal[Direction, Precision, "eager", "compiled", Kind]
+What = Literal["score", "train", "train_checkpointing"]
+Way = Literal["eager", "compiled"]
+Word = Literal[Direction, Precision, Way, What]
 Work = Callable[[], Any]
 
 
@@ -71,53 +71,43 @@ class Case:
     direction: Direction
     precision: Precision
     compiled: bool
-    kind: Kind
-    device: "torch.device"
+    what: What
 
 
-def cases(only: Sequence[str] | None, device: "torch.device") -> Iterator[Case]:
+def cases(only: Sequence[str] = ()) -> Iterator[Case]:
     """Yield the rows that match all words of `only`."""
-    asked = set(only or ())
-    ways = ("eager", "compiled")
-    axes = (get_args(Direction), get_args(Precision), ways, KINDS)
-    for direction, precision, way, kind in product(*axes):
-        words = (direction, precision, way, kind)
-        if all(
-            not asked & set(axis) or word in asked for axis, word in zip(axes, words, strict=True)
-        ):
-            yield Case(direction, precision, way == "compiled", kind, device)
+    axes = [get_args(axis) for axis in (Direction, Precision, Way, What)]
+    chosen = [[word for word in axis if word in only] or axis for axis in axes]
+    for direction, precision, way, what in product(*chosen):
+        yield Case(direction, precision, way == "compiled", what)
 
 
-def measure(case: Case) -> dict[str, Any] | None:
+def measure(case: Case, device: "torch.device") -> dict[str, Any] | None:
     """Return the row of a case; None if it does not compile. To be called in a new process."""
     import torch
 
     tune_malloc()
     torch.manual_seed(0)
-    train_step = new_train_step(case)
-    pairs, work = WORK[case.kind](train_step)
+    train_step = new_train_step(case, device)
+    pairs, work = (scoring if case.what == "score" else training)(train_step)
     if case.compiled:
         work()  # compiles
         if not train_step.model.space.is_compiled:
             return None
     m, k, n = PRODUCT
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
-    a, b = (torch.randn(*size, dtype=dtype).to(case.device) for size in ((m, k), (k, n)))
+    a, b = (torch.randn(*size, dtype=dtype).to(device) for size in ((m, k), (k, n)))
     times, product_times = [], []
     for _ in range(RUNS):
-        times.append(seconds_of(work, case.device))
-        product_times.append(seconds_of(lambda: a @ b, case.device))
+        times.append(seconds_of(work, device))
+        product_times.append(seconds_of(lambda: a @ b, device))
     seconds, rate = statistics.median(times), 2 * m * k * n / min(product_times)
-    flops = FLOPS[case.direction] * pairs * (TRAINING if case.kind.startswith("train") else 1)
-    return {
-        "direction": case.direction,
-        "precision": case.precision,
-        "compiled": case.compiled,
-        "what": case.kind,
+    flops = FLOPS[case.direction] * pairs * (1 if case.what == "score" else TRAINING)
+    return asdict(case) | {
         "pairs_per_s": round(pairs / seconds, 1),
         "seconds": round(seconds, 4),
         "share": round(flops / rate / seconds, 4),
-        "peak_gb": round(peak_memory(case.device) / 1e9, 3),
+        "peak_gb": round(peak_memory(device) / 1e9, 3),
         "product_gflops": round(rate / 1e9, 1),
     }
 
@@ -133,7 +123,7 @@ def seconds_of(work: Work, device: "torch.device") -> float:
     return time.perf_counter() - since
 
 
-def new_train_step(case: Case) -> "TrainStep":
+def new_train_step(case: Case, device: "torch.device") -> "TrainStep":
     """Return a new model with random weights and a BERT of MiniLM's size, and its optimiser."""
     from transformers import BertConfig, BertModel
 
@@ -150,13 +140,13 @@ def new_train_step(case: Case) -> "TrainStep":
         extra_stc=int(i2t),
         extra_img=int(not i2t),
         batch_size=BATCH,
-        activation_checkpointing=case.kind == "train_checkpointing",
+        activation_checkpointing=case.what == "train_checkpointing",
     )
     bert_config = BertConfig(
         hidden_size=HIDDEN, num_hidden_layers=6, intermediate_size=1536, num_attention_heads=12
     )
     bert = BertModel(bert_config, add_pooling_layer=False)
-    train_step = TrainStep(config, DIME(config, bert).to(case.device), case.device)
+    train_step = TrainStep(config, DIME(config, bert).to(device), device)
     train_step.prepare(steps=1)
     return train_step
 
@@ -195,13 +185,6 @@ def training(train_step: "TrainStep") -> tuple[int, Work]:
     return math.prod(sizes), lambda: train_step.step(batch)
 
 
-WORK: dict[Kind, Callable[["TrainStep"], tuple[int, Work]]] = {
-    "score": scoring,
-    "train": training,
-    "train_checkpointing": training,
-}
-
-
 def in_new_process(function: Callable[..., Any], *inputs: Any) -> Any:
     """Return `function(*inputs)` of a new process, whose peak memory is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -215,23 +198,21 @@ def main() -> None:
         check_writable(Path(options.json))
     since = time.monotonic()
     rows, not_run = [], []
-    for case in cases(options.only, device):
-        name = f"{case.direction} {case.precision} {case.kind}"
+    for case in cases(options.only or ()):
+        name = f"{case.direction} {case.precision} {case.what}"
         if case.precision == "bf16" and not has_fast_bf16(device):
             not_run.append(f"{name}: this processor emulates bfloat16")
-            continue
-        row = in_new_process(measure, case)
-        if row is None:
-            not_run.append(f"{name} compiled: the compiler fails")
-        else:
+        elif row := in_new_process(measure, case, device):
             rows.append(row)
             log.info("%s", speed_rows([row]).splitlines()[-1])
+        else:
+            not_run.append(f"{name} compiled: the compiler fails")
     from common import provenance
 
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
     minutes = round((time.monotonic() - since) / 60, 1)
-    report = provenance.of(command, device) | {"minutes": minutes}
-    report |= {"not_run": not_run, "rows": rows}
+    results = {"minutes": minutes, "not_run": not_run, "rows": rows}
+    report = provenance.of(command, device) | results
     if options.json is not None:
         write_json(Path(options.json), report)
     print_line(speed_tables(report))

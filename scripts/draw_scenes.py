@@ -51,6 +51,7 @@ SYNONYMS = {
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
+SENTENCES = ("{a} {r} {b}", "{a} is {r} {b}", "there is {a} {r} {b}", "{b} and {a} {r} it")
 CAPTIONS = 5  # of an image
 
 
@@ -99,10 +100,7 @@ def caption(ground: str, shapes: Sequence[Shape], rng: np.random.Generator) -> s
     """Return a sentence of the grammar that names every shape of a scene."""
     a, b, *others = (shapes[i] for i in rng.permutation(len(shapes)))
     r = relation(a, b, rng)
-    text = choose(
-        rng, ("{a} {r} {b}", "{a} is {r} {b}", "there is {a} {r} {b}", "{b} and {a} {r} it")
-    )
-    text = text.format(a=describe(a, rng), b=describe(b, rng), r=r)
+    text = choose(rng, SENTENCES).format(a=describe(a, rng), b=describe(b, rng), r=r)
     for c in others:
         more = choose(rng, (" and {c}", ", and {c} {r} the {b}", ", with {c} {r} the {b}"))
         text += more.format(c=describe(c, rng), r=relation(c, b, rng), b=f"{b.colour} one")

@@ -15,7 +15,7 @@ from router import Modality
 from scripts import benchmark
 from scripts.benchmark import FLOPS, Case, cases, measure
 
-D, CPU = 256, torch.device("cpu")
+D = 256
 
 
 def flops(model: DIME, queries: int, contexts: int, tokens: int, words: int) -> int:
@@ -47,8 +47,8 @@ def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> No
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little work, in this process."""
-    sizes = {"RUNS": 1, "PRODUCT": (64, 8, 8)}
-    for name, value in (sizes | {"BATCH": 2, "QUERIES": 2, "CONTEXTS": 3}).items():
+    sizes = {"RUNS": 1, "PRODUCT": (64, 8, 8), "BATCH": 2, "QUERIES": 2, "CONTEXTS": 3}
+    for name, value in sizes.items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "tune_malloc", lambda: None)
     monkeypatch.setattr(benchmark, "in_new_process", lambda function, *given: function(*given))
@@ -60,22 +60,17 @@ def test_rows_of_a_small_run(
     path = tmp_path / "speed.json"
     assert run_here(monkeypatch, benchmark.main, ["--only", "eager", "fp32", "--json", path]) == 0
     report = json.loads(path.read_text())
-    assert report["machine"] and "--only eager fp32" in report["command"]
-    assert report["not_run"] == []
+    assert "--only eager fp32" in report["command"] and report["not_run"] == []
     rows = report["rows"]
     assert len({(r["direction"], r["precision"], r["what"]) for r in rows}) == len(rows) == 2 * 3
-    names = {"direction", "precision", "compiled", "what", "pairs_per_s", "seconds", "share"}
-    for row in rows:
-        assert row.keys() == names | {"peak_gb", "product_gflops"}
-        assert row["pairs_per_s"] > 0 and row["peak_gb"] > 0.1
+    assert all(row["pairs_per_s"] > 0 and row["peak_gb"] > 0.1 for row in rows)
     assert "| train_checkpointing |" in capsys.readouterr().out
 
 
 def test_words_choose_rows() -> None:
-    assert len(list(cases(None, CPU))) == 2 * 2 * 2 * 3
-    assert len(list(cases(["i2t", "score", "train"], CPU))) == 2 * 2 * 2
-    (one,) = cases(["t2i", "bf16", "compiled", "score"], CPU)
-    assert one == Case("t2i", "bf16", True, "score", CPU)
+    assert len(list(cases())) == 2 * 2 * 2 * 3
+    assert len(list(cases(["i2t", "score", "train"]))) == 2 * 2 * 2
+    assert list(cases(["t2i", "bf16", "compiled", "score"])) == [Case("t2i", "bf16", True, "score")]
 
 
 def test_a_failed_compilation_is_no_row(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +78,7 @@ def test_a_failed_compilation_is_no_row(small: None, monkeypatch: pytest.MonkeyP
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
-    assert measure(Case("i2t", "fp32", True, "score", CPU)) is None
+    assert measure(Case("i2t", "fp32", True, "score"), torch.device("cpu")) is None
 
 
 def test_bfloat16_is_not_measured_where_it_is_emulated(
