@@ -1,4 +1,4 @@
-"""demo_table.py — the results of the demonstration beside chance.
+"""demo_table.py — the results of the demonstration, compared with chance.
 
     python -m scripts.demo_table runs/demo --least 320
 
@@ -18,8 +18,6 @@ from common.files import read_json, read_text, write_json
 from common.layout import CAPTIONS_PER_IMAGE
 from common.results import EvaluationResult
 from scripts.parts.tables import demo_table, recalls_and_rsum
-
-CUTS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ def chance(images: int) -> list[float]:
     """Return R@1 R@5 R@10 of both directions of a random order, in percent."""
     captions, others = images * CAPTIONS_PER_IMAGE, (images - 1) * CAPTIONS_PER_IMAGE
     # An image misses if all of its first k captions are others': one minus that share.
-    i2t = [100 * (1 - math.comb(others, k) / math.comb(captions, k)) for k in CUTS]
-    return i2t + [100 * min(1, k / images) for k in CUTS]
+    i2t = [100 * (1 - math.comb(others, k) / math.comb(captions, k)) for k in (1, 5, 10)]
+    return i2t + [100 * min(1, k / images) for k in (1, 5, 10)]
 
 
 if __name__ == "__main__":

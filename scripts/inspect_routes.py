@@ -104,21 +104,17 @@ def region_boxes(path: Path, split: Split, image: int, file: Path) -> np.ndarray
 
 
 def draw_pair(
-    options: Options,
-    pairs: Pairs,
-    gates: np.ndarray,
-    image: int,
-    caption: int,
-    file: Path | None,
+    pairs: Pairs, gates: np.ndarray, pair: Sequence[int], file: Path | None, split: SplitName
 ) -> dict[str, Figure]:
     """Return the figures of a pair by name: its route, and its words if there are boxes."""
     from scripts.parts.route_figures import draw_route, draw_words
 
-    figures = {f"pair_{image}_{caption}": draw_route(pairs, gates, image, caption, file)}
-    path = boxes_file(pairs.split.path.parent, options.split)
+    image, caption = pair
+    figures = {f"pair_{image}_{caption}": draw_route(pairs, gates, pair, file)}
+    path = boxes_file(pairs.split.path.parent, split)
     if file and path.exists() and "CMRC" in pairs.cells and pairs.words(caption):
         boxes = region_boxes(path, pairs.split, image, file)
-        figures[f"words_{image}_{caption}"] = draw_words(pairs, image, caption, file, boxes)
+        figures[f"words_{image}_{caption}"] = draw_words(pairs, pair, file, boxes)
     else:
         log.info("no drawing of words, which needs --images, boxes, CMRC and a caption")
     return figures
@@ -135,26 +131,25 @@ def main() -> None:
 
     pairs = open_pairs(options)
     split = pairs.split
-    files: Sequence[Path] = ()
-    if options.images:
-        files = image_files(split.path.parent, options.split, split.images, Path(options.images))
+    file = None
+    if options.images and options.pair:
+        folder, data = Path(options.images), split.path.parent
+        file = image_files(data, options.split, split.images, folder)[options.pair[0]]
     gates = pairs.routes(min(options.count, split.images))
     clusters = cluster(gates, options.clusters) if options.clusters else None
-    model = f"{options.model_path} ({pairs.model.direction})"
-    title = f"{model}, {len(gates)} pairs of {options.split}"
+    which = f"{len(gates)} pairs of {options.split}"
+    title = f"{options.model_path} ({pairs.model.direction}), {which}"
     figures = {"space": draw_space(pairs, gates, title)}
     if clusters:
         figures["clusters"] = draw_clusters(pairs, gates, *clusters, title)
     if options.pair:
-        image, caption = options.pair
-        file = files[image] if files else None
-        figures |= draw_pair(options, pairs, gates, image, caption, file)
+        figures |= draw_pair(pairs, gates, options.pair, file, options.split)
     with explain_os_errors(out, "a folder to write to"):
         out.mkdir(parents=True, exist_ok=True)
     write_tables(pairs, gates, clusters, out)
     for name, figure in figures.items():
         write_figure(figure, out / f"{name}.png")
-    print_line(f"{len(gates)} pairs of {split.path}: see {out}\n")
+    print_line(f"{which}: see {out}\n")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
-from common.errors import check_range, require
-from common.layout import (
-    CAPTIONS_PER_IMAGE,
-    SplitName,
-    files_of,
-    read_captions,
-    split_files,
-)
+from common.errors import require
+from common.layout import CAPTIONS_PER_IMAGE, SplitName, files_of, read_captions, split_files
 from scripts.parts.figures import (
     COLOURS,
     check_figure,
@@ -41,7 +35,7 @@ if TYPE_CHECKING:
 WORD = {True: "right", False: "wrong"}
 COLOUR = {True: COLOURS[0], False: COLOURS[1]}
 TEXT: dict[str, Any] = {"va": "center", "fontsize": 9}
-ANSWERS = 5  # of a query
+QUERIES, ANSWERS = 4, 5  # queries of each kind, answers of a query
 
 
 @dataclass(frozen=True)
@@ -51,10 +45,6 @@ class Options:
     images: Annotated[str, "folder of the images"]
     out: Annotated[str, "drawing to write, .png"]
     split: Annotated[SplitName, "split of the scores"] = "test"
-    queries: Annotated[int, "queries of each kind"] = 4
-
-    def __post_init__(self) -> None:
-        check_range(self, ("queries",), 1, 50)
 
 
 def draw_image(axes: Axes, path: Path, right: bool | None = None) -> None:
@@ -68,13 +58,12 @@ def draw_image(axes: Axes, path: Path, right: bool | None = None) -> None:
         axes.set_xlabel(WORD[right], fontsize=8)
 
 
-def draw(
-    scores: np.ndarray, captions: Sequence[str], files: Sequence[Path], queries: int
-) -> Figure:
+def draw(scores: np.ndarray, captions: Sequence[str], files: Sequence[Path]) -> Figure:
     """Return rows of captions with images, then rows of images with captions.
 
     `scores` are `[I, T]`, `files` the images.
     """
+    queries = min(QUERIES, len(files))
     figure = new_figure(13, 4.2 * queries)
     above, below = figure.subfigures(2, 1)  # type: ignore[misc]  # an array of two
     above.suptitle("Captions, and the best images of each")
@@ -98,12 +87,12 @@ def draw(
 
 
 def best(scores: np.ndarray) -> list[int]:
-    """Return the places of the best answers of a query."""
+    """Return the indices of a query's best answers."""
     return (-scores).argsort(kind="stable")[:ANSWERS].tolist()
 
 
 def spread(count: int, queries: int) -> list[int]:
-    """Return places spread over `count` items, each in the middle of its part."""
+    """Return indices spread over `count` items."""
     return [(2 * k + 1) * count // (2 * queries) for k in range(queries)]
 
 
@@ -111,15 +100,14 @@ def main() -> None:
     options = parse(Options, None, __doc__)
     from evaluation import map_scores
 
-    path, folder = Path(options.scores), Path(options.data)
+    path, folder, out = Path(options.scores), Path(options.data), Path(options.out)
     captions = read_captions(split_files(folder, options.split)[1])
     scores = map_scores(path)
-    count = len(captions)
-    problem = f"{path}: shape {scores.shape}; expected {count} captions of {folder}"
-    require(scores.shape[1] == count, problem)
+    problem = f"{path}: shape {scores.shape}; expected {len(captions)} captions of {folder}"
+    require(scores.shape[1] == len(captions), problem)
     files = image_files(folder, options.split, len(scores), Path(options.images))
-    check_figure(Path(options.out), [*files, path, *files_of(folder, options.split)])
-    write_figure(draw(scores, captions, files, min(options.queries, len(files))), Path(options.out))
+    check_figure(out, [*files, path, *files_of(folder, options.split)])
+    write_figure(draw(scores, captions, files), out)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def retrieved(tmp_path: Path) -> list[object]:
     scores = np.repeat(np.eye(3, dtype=np.float32)[[0, 2, 1]], 5, axis=1)
     np.save(tmp_path / "s.npy", scores)
     where = ["--scores", tmp_path / "s.npy", "--data", tmp_path, "--images", tmp_path / "images"]
-    return [*where, "--out", tmp_path / "p.png", "--queries", 3]
+    return [*where, "--out", tmp_path / "p.png"]
 
 
 def test_retrievals_are_marked_right_or_wrong(
@@ -99,7 +99,7 @@ def test_retrievals_are_marked_right_or_wrong(
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size[0] > 1000
     captions, files = read_captions(tmp_path / "test_caps.txt"), sorted(tmp_path.glob("images/*"))
-    above, below = show_retrievals.draw(np.load(tmp_path / "s.npy"), captions, files, 3).subfigs
+    above, below = show_retrievals.draw(np.load(tmp_path / "s.npy"), captions, files).subfigs
     marks = [axes.get_xlabel() for axes in above.axes if axes.get_xlabel()]
     assert marks == ["right", "wrong", "wrong"] + 2 * ["wrong", "wrong", "right"]
     widths = [axes.spines["left"].get_linewidth() for axes in above.axes if axes.get_xlabel()]

@@ -22,7 +22,7 @@ from scripts import inspect_routes
 from scripts.parts import route_figures
 from scripts.parts.regions import grid_boxes
 from scripts.parts.route_figures import heat_map
-from scripts.parts.routes import Pairs, bypasses, cluster, write_tables
+from scripts.parts.routes import Pairs, cluster, write_tables
 
 CELLS = ["RIC", "GLGC", "IMRC", "CMRC"]
 IMAGES = 12  # of the golden test splits
@@ -164,10 +164,11 @@ def test_bypasses_of_closed_gates() -> None:
     first = [[[0.5, 0.5], [0, 0]], [[1, 0], [0.2, 0.8]], [[0, 0], [0, 0]]]
     last = [[0.3, 0], [0, 0], [0.00004, 0.6]]
     gates = np.concatenate([first, np.array(last)[:, None]], 1)
-    weights = bypasses(gates, hard=False)
+    soft, hard = (Pairs(small_model("i2t", routing=way), *[None] * 3) for way in ("soft", "hard"))
+    weights = soft.bypasses(gates)
     assert weights[:, :2].tolist() == [[[0, 0], [1, 0]], [[0, 0], [0, 0]], [[1, 0], [1, 0]]]
     assert weights[:, 2].tolist() == [[0, 1], [1, 1], [1, 0]]
-    assert bypasses(gates, hard=True)[:, 2].tolist() == [[0, 0], [1, 0], [0, 0]]
+    assert hard.bypasses(gates)[:, 2].tolist() == [[0, 0], [1, 0], [0, 0]]
 
 
 def lines_of(axes: Axes) -> list[tuple[float, ...]]:
@@ -210,13 +211,13 @@ def test_drawings_of_a_pair_show_its_route_and_attention(pairs: Pairs, tmp_path:
     file = tmp_path / "2.png"
     Image.new("RGB", (12, 10), "blue").save(file)
     gates, route = pairs.routes(IMAGES), pairs.route(2, [11])[0]
-    figure = route_figures.draw_route(pairs, gates, 2, 11, file)
+    figure = route_figures.draw_route(pairs, gates, (2, 11), file)
     _, _, *panels, _ = figure.axes  # the image, the space, and a panel a layer
     changes = np.concatenate([axes.images[0].get_array() for axes in panels])
     np.testing.assert_allclose(changes, route - gates.mean(0), atol=1e-6)
     assert texts_of(panels) == [f"{change:+.2f}" for change in changes.ravel()]
     boxes = grid_boxes(12, 10)
-    _, *panels, bar = route_figures.draw_words(pairs, 2, 11, file, boxes).axes
+    _, *panels, bar = route_figures.draw_words(pairs, (2, 11), file, boxes).axes
     unit = "a region's" if pairs.model.direction == "i2t" else "this word's"
     assert f"share of {unit} attention" in bar.get_ylabel()
     weights = 100 * pairs.attention(2, 11)
@@ -270,9 +271,9 @@ def test_ablated_models_are_drawn(ablation: dict[str, object], tmp_path: Path, d
     split = Split.open(data, "test", None)
     encoded = encode_split(model, split, case.vocabulary, device=CPU)
     pairs = Pairs(model, split, case.vocabulary, encoded)
-    options = inspect_routes.Options(model_path="m", out=str(tmp_path))
     gates = pairs.routes(2)
-    figures = inspect_routes.draw_pair(options, pairs, gates, 0, 3, tmp_path / "images/0.png")
+    file = tmp_path / "images/0.png"
+    figures = inspect_routes.draw_pair(pairs, gates, (0, 3), file, "test")
     assert ("words_0_3" in figures) == ("CMRC" in pairs.cells)
     layers, cells = model.config.num_layer_routing, len(model.config.cell_names)
     space = route_figures.draw_space(pairs, gates, "title")

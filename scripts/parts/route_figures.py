@@ -4,6 +4,7 @@ Gates are `[P, N]`: of the N cells that each of P paths comes from (see routes.p
 """
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,45 +42,44 @@ def draw_space(pairs: Pairs, gates: np.ndarray, title: str) -> Figure:
     Below it stand the means as numbers, with the shares of pairs for which a gate is closed.
     """
     means, closed = gates.mean(0), 100 * (gates == 0).mean(0)
-    figure = _routing(pairs, f"mean gates: {title}", means, pairs.bypasses(gates).mean(0), None)
+    figure = _routing(pairs, f"mean gates: {title}", gates)
     texts = np.char.mod("%.2f\n", means) + np.char.mod("%.0f %%", closed)
     label = "mean gate; below it the\nshare of pairs it is closed for"
     _draw_gates(pairs, figure, means, texts, label, cmap="Blues", vmin=0, vmax=1)
     return figure
 
 
-def draw_route(
-    pairs: Pairs, gates: np.ndarray, image: int, caption: int, file: Path | None
-) -> Figure:
+def draw_route(pairs: Pairs, gates: np.ndarray, pair: Sequence[int], file: Path | None) -> Figure:
     """Return the route of a pair, below it by how much it differs from the mean of the gates."""
+    image, caption = pair
     route = pairs.route(image, [caption])
     changes = route[0] - gates.mean(0)
-    bypasses = pairs.bypasses(route)[0]
-    figure = _routing(pairs, _name(pairs, image, caption), route[0], bypasses, file)
+    figure = _routing(pairs, _name(pairs, pair), route, file)
     limit = max(0.01, np.abs(changes).max())  # smaller differences are not worth a colour
     texts, label = np.char.mod("%+.2f", changes), "gate minus the mean gate"
     _draw_gates(pairs, figure, changes, texts, label, cmap="PuOr", vmin=-limit, vmax=limit)
     return figure
 
 
-def _routing(
-    pairs: Pairs, title: str, gates: np.ndarray, bypasses: np.ndarray, file: Path | None
-) -> Figure:
-    """Return a drawing of the routing space, beside an image, with its lower half free."""
+def _routing(pairs: Pairs, title: str, gates: np.ndarray, file: Path | None = None) -> Figure:
+    """Return the routing space with the mean of gates `[pairs, P, N]`, in the upper half.
+
+    An image stands to the left of it.
+    """
     layers = pairs.model.config.num_layer_routing
     figure = new_figure(2.4 * layers + 2, 6.5)
     figure.suptitle(textwrap.fill(title, 30 * layers + 30), fontsize=10)
     halves: Any = figure.subfigures(2, 1, height_ratios=[3, 2])
     if file:
-        beside, axes = halves[0].subplots(1, 2, width_ratios=[1, layers])
-        beside.imshow(thumbnail(file))
-        beside.axis("off")
+        left, axes = halves[0].subplots(1, 2, width_ratios=[1, layers])
+        left.imshow(thumbnail(file))
+        left.axis("off")
     else:
         axes = halves[0].subplots()
-    _draw_lines(pairs, axes, gates, bypasses)
-    lines = [Line2D([], [], color=GREY, label=f"gate {g:g}", **_line(g)) for g in LEGEND_GATES]
-    bypass = {"label": "input goes on", "dashes": DASHES, **_line(0.5)}
-    lines.append(Line2D([], [], color=GREY, **bypass))
+    _draw_lines(pairs, axes, gates.mean(0), pairs.bypasses(gates).mean(0))
+    legend = [(f"gate {gate:g}", gate, ()) for gate in LEGEND_GATES]
+    legend.append(("input goes on", 0.5, DASHES))
+    lines = [Line2D([], [], label=name, **_line(g, GREY, dashes)) for name, g, dashes in legend]
     title = "A dashed line is the input of a closed cell, which goes on unchanged or rectified"
     _legend_below(figure, title, "center", handles=lines, ncols=len(lines))
     return figure
@@ -98,8 +98,7 @@ def _draw_lines(pairs: Pairs, axes: Axes, gates: np.ndarray, bypasses: np.ndarra
         for p, n in np.argwhere(values >= FAINTEST):
             layer, end = pairs.path_ends[p]
             ends = [heights[n] - below, height_of[end] - below]
-            style = _line(float(values[p, n])) | {"color": colours[n], "dashes": dashes}
-            axes.plot([layer - 1, layer], ends, **style)
+            axes.plot([layer - 1, layer], ends, **_line(values[p, n], colours[n], dashes))
     for layer in range(last):
         for height, name, colour in zip(heights, cells, colours, strict=True):
             _node(axes, layer, height, name, colour)
@@ -152,14 +151,14 @@ def draw_clusters(
     return figure
 
 
-def draw_words(pairs: Pairs, image: int, caption: int, file: Path, boxes: np.ndarray) -> Figure:
+def draw_words(pairs: Pairs, pair: Sequence[int], file: Path, boxes: np.ndarray) -> Figure:
     """Return where each word attends; boxes `[regions, 4]` are in the thumbnail's pixels."""
-    words, percent = pairs.words(caption), 100 * pairs.attention(image, caption)
+    words, percent = pairs.words(pair[1]), 100 * pairs.attention(*pair)
     picture = thumbnail(file)
     columns = min(COLUMNS, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
     figure = new_figure(2 * columns + 1.2, 2.1 * rows + 1)
-    figure.suptitle(textwrap.fill(_name(pairs, image, caption), 24 * columns), fontsize=9)
+    figure.suptitle(textwrap.fill(_name(pairs, pair), 24 * columns), fontsize=9)
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
@@ -183,12 +182,13 @@ def heat_map(weights: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]) -> 
     return heat
 
 
-def _name(pairs: Pairs, image: int, caption: int) -> str:
-    return f"image {image}, caption {caption}: {pairs.split.captions[caption]}"
+def _name(pairs: Pairs, pair: Sequence[int]) -> str:
+    return f"image {pair[0]}, caption {pair[1]}: {pairs.split.captions[pair[1]]}"
 
 
-def _line(gate: float) -> dict[str, Any]:
-    return {"lw": 0.4 + 5 * gate, "alpha": 0.35 + 0.5 * gate, "solid_capstyle": "butt", "zorder": 1}
+def _line(gate: float, colour: str, dashes: Sequence[int]) -> dict[str, Any]:
+    style = {"color": colour, "dashes": dashes, "solid_capstyle": "butt", "zorder": 1}
+    return {"lw": 0.4 + 5 * gate, "alpha": 0.35 + 0.5 * gate, **style}
 
 
 def _node(axes: Axes, x: float, y: float, text: str, colour: str) -> None:

@@ -70,8 +70,18 @@ class Pairs:
         return np.concatenate(gates)
 
     def bypasses(self, gates: np.ndarray) -> np.ndarray:
-        """Return which cells' inputs bypass closed cells (SPEC §6), `[pairs, P, N]`, 0 or 1."""
-        return bypasses(gates, self.model.config.routing == "hard")
+        """Return which cells' inputs bypass closed cells (SPEC §6), `[pairs, P, N]`, 0 or 1.
+
+        A path whose gates are all closed carries the first cell's input, rectified. In the last
+        layer the input of a closed cell counts with a weight of 1; with `hard` routing only that
+        of the chosen cell. Path vectors hold normalised gates, hence the normalised threshold.
+        """
+        weights, last = np.zeros_like(gates), gates[:, -1]
+        weights[:, :-1, 0] = gates[:, :-1].sum(-1) < INACTIVE / (INACTIVE + EPSILON)
+        weights[:, -1] = last < INACTIVE / last.shape[-1]
+        if self.model.config.routing == "hard":
+            weights[:, -1] *= np.arange(last.shape[-1]) == last.argmax(-1)[:, None]
+        return weights
 
     def attention(self, image: int, caption: int) -> np.ndarray:
         """Return weights `[words, regions]` of the first layer's CMRC, without `[CLS]`, `[SEP]`.
@@ -102,21 +112,6 @@ class Pairs:
         text = torch.as_tensor(self.encoded.text[list(captions)])
         images = self.encoded.images[torch.tensor([image])]
         return images.to(device), self.encoded.captions[text].to(device)
-
-
-def bypasses(gates: np.ndarray, hard: bool) -> np.ndarray:
-    """Return which cells' inputs bypass closed cells (SPEC §6), `[pairs, P, N]`, 0 or 1.
-
-    A path whose gates are all closed carries the first cell's input, rectified. In the last layer
-    the input of a closed cell counts with a weight of 1; with `hard` routing only the chosen cell's
-    does. Path vectors hold normalised gates, hence the normalised threshold of the dense layers.
-    """
-    weights, last = np.zeros_like(gates), gates[:, -1]
-    weights[:, :-1, 0] = gates[:, :-1].sum(-1) < INACTIVE / (INACTIVE + EPSILON)
-    weights[:, -1] = last < INACTIVE / last.shape[-1]
-    if hard:
-        weights[:, -1] *= np.arange(last.shape[-1]) == last.argmax(-1)[:, None]
-    return weights
 
 
 def cluster(gates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -154,21 +149,21 @@ def write_tables(
     paths = [(*path, cell) for path in pairs.path_ends for cell in pairs.cells]
     shares = [part.mean(0).ravel() for part in (gates, gates == 0, pairs.bypasses(gates))]
     head = ["layer", "path", "cell", "mean gate", "share closed", "share bypassed"]
-    rows = zip(paths, np.stack(shares, 1), strict=True)
-    _write_csv(out / "gates.csv", head, ([*path, *_rounded(row)] for path, row in rows))
+    rows = zip(paths, _rounded(np.stack(shares, 1)), strict=True)
+    _write_csv(out / "gates.csv", head, ([*path, *row] for path, row in rows))
     head = ["image", "caption", "text", *(f"{layer} {cell}>{end}" for layer, end, cell in paths)]
-    numbers = [_rounded(row.ravel()) for row in gates]
+    captions, numbers = pairs.split.captions, _rounded(gates.reshape(len(gates), -1))
+    routes = [[k // CAPTIONS_PER_IMAGE, k, captions[k], *row] for k, row in enumerate(numbers)]
     if clusters:
         head += ["cluster", "x", "y"]
-        for row, point, label in zip(numbers, *clusters, strict=True):
-            row += [int(label), *_rounded(point)]
-    captions = pairs.split.captions
-    routes = ([k // CAPTIONS_PER_IMAGE, k, captions[k], *row] for k, row in enumerate(numbers))
+        points, labels = clusters
+        for row, label, point in zip(routes, labels.tolist(), _rounded(points), strict=True):
+            row += [label, *point]
     _write_csv(out / "routes.csv", head, routes)
 
 
-def _rounded(numbers: np.ndarray) -> list[float]:
-    return [round(float(number), DIGITS) for number in numbers]
+def _rounded(numbers: np.ndarray) -> list[list[float]]:
+    return numbers.astype(np.float64).round(DIGITS).tolist()
 
 
 def _write_csv(path: Path, head: list[str], rows: Iterable[list]) -> None:
