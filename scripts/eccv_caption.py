@@ -44,7 +44,7 @@ def load_metrics() -> Any:
 
 
 def caption_ids(metrics: Any, folder: Path, split: SplitName, images: int) -> "np.ndarray":
-    """Return MSCOCO's caption ids `[I, 5]` of a split, in the order of Karpathy's splits.
+    """Return MSCOCO's caption ids `[images, 5]` of a split, in its order.
 
     Raises InputError if the images are not MSCOCO's test images, each once.
     """

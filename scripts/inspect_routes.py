@@ -16,7 +16,6 @@ Clusters need scikit-learn (pip install scikit-learn).
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_CLUSTERS = 8
-
 
 @dataclass(frozen=True)
 class Options:
@@ -54,13 +51,13 @@ class Options:
     split: Annotated[SplitName, "which images"] = "test"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
     count: Annotated[int, "first images of the split, each with its five captions"] = 200
-    clusters: Annotated[int, "spectral clusters, at most 8; 0: none, and no t-SNE"] = 5
+    clusters: Annotated[int, "spectral clusters, at most 8"] = 5
     images: Annotated[str | None, "folder of the images that id_mapping.json names"] = None
     pair: Annotated[list[int] | None, "an image and a caption, by number in the split"] = None
 
     def __post_init__(self) -> None:
         check_range(self, ("count",), 1)
-        check_range(self, ("clusters",), 0, MOST_CLUSTERS)
+        check_range(self, ("clusters",), 1, 8)
         require(self.pair is None or len(self.pair) == 2, "--pair: expected an image and a caption")
 
 
@@ -123,8 +120,6 @@ def draw_pair(
 def main() -> None:
     options = parse(Options, None, __doc__)
     out = Path(options.out)
-    installed = not options.clusters or importlib.util.find_spec("sklearn") is not None
-    require(installed, "--clusters: pip install scikit-learn, or --clusters 0")
     check_new_folder("--out", out)
     from scripts.parts.route_figures import draw_clusters, draw_space
     from scripts.parts.routes import cluster, write_tables
@@ -136,7 +131,7 @@ def main() -> None:
         folder, data = Path(options.images), split.path.parent
         file = image_files(data, options.split, split.images, folder)[options.pair[0]]
     gates = pairs.routes(min(options.count, split.images))
-    clusters = cluster(gates, options.clusters) if options.clusters else None
+    clusters = cluster(gates, options.clusters)
     which = f"{len(gates)} pairs of {options.split}"
     title = f"{options.model_path} ({pairs.model.direction}), {which}"
     figures = {"space": draw_space(pairs, gates, title)}

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from common.cli import parse, print_line, run
 from common.errors import require
@@ -19,7 +19,6 @@ from scripts.parts.experiments import REGISTRY, RESULTS, read_registry
 from scripts.parts.run_results import legend, recall_table, table_rows
 from scripts.parts.tables import demo_table, markdown, origin, short_commit, speed_tables
 
-REPORT = "a report under results/"
 PAPER_TABLES = {
     "flickr30k_1k": "Flickr30K, 1K",
     "mscoco_1k_fold5": "MSCOCO, 5 folds of 1K",
@@ -34,17 +33,19 @@ class Options:
     write: Annotated[bool, "rewrite the text between the markers of the pages"] = False
 
 
+def report(name: str) -> dict[str, Any]:
+    """Return the content of a file under results/."""
+    return read_json(RESULTS / f"{name}.json", "a report under results/")
+
+
 def paper() -> str:
     """Return the README's table: the paper's figures and ours."""
     _, every = read_registry(REGISTRY)
-    lines = [
-        [
-            *(name, row.run.title, *(f"{row.paper[k]:.1f}" if row.paper else "" for k in SHORT)),
-            *map(row.ours, SHORT),
-        ]
-        for table, name in NAMES.items()
-        for row in table_rows(every[table])
-    ]
+    lines = []
+    for table, name in NAMES.items():
+        for row in table_rows(every[table]):
+            theirs = [f"{row.paper[k]:.1f}" if row.paper else "" for k in SHORT]
+            lines.append([name, row.run.title, *theirs, *map(row.ours, SHORT)])
     columns = [f"{whose} {column}" for whose in ("paper", "ours") for column in SHORT.values()]
     return markdown(["data", "model", *columns], lines)
 
@@ -57,46 +58,41 @@ def tables(*names: str) -> str:
 
 def chaos() -> str:
     """Return how many interrupted trainings resumed."""
-    report = read_json(RESULTS / "reliability.json", REPORT)["chaos"]
-    ways = ", ".join(f"{count} {way}" for way, count in sorted(report["ways"].items()))
+    r = report("reliability")["chaos"]
+    ways = ", ".join(f"{count} {way}" for way, count in sorted(r["ways"].items()))
     return (
-        f"{origin(report)}: after {report['survived']} of {report['cycles']} cycles ({ways}) the "
-        f"state was that of an uninterrupted run, bit for bit. {report['runs_completed']} runs "
+        f"{origin(r)}: after {r['survived']} of {r['cycles']} cycles ({ways}) the "
+        f"state was that of an uninterrupted run, bit for bit. {r['runs_completed']} runs "
         f"were completed, each with the logs and the best model of an uninterrupted one. At most "
-        f"{report['most_steps_done_twice']} steps were done twice after one interruption "
-        f"(`--save_step {report['save_step']}`). {report['seconds'] / 60:.0f} minutes.\n"
+        f"{r['most_steps_done_twice']} steps were done twice after one interruption "
+        f"(`--save_step {r['save_step']}`). {r['seconds'] / 60:.0f} minutes.\n"
     )
 
 
 def fuzz() -> str:
     """Return how readers took damaged files."""
-    report = read_json(RESULTS / "reliability.json", REPORT)["fuzz"]
+    results = report("reliability")["fuzz"]
     head = ["reader", "inputs", "read", "refused", "slowest, s", "minutes", "open faults", "mended"]
-    lines = [
-        [
-            *(name, f"{r['inputs']:,}", f"{r['read']:,}", f"{r['refused']:,}"),
-            *(f"{r['slowest_seconds']:.2f}", f"{r['seconds'] / 60:.0f}", str(len(r["faults"]))),
-            *("; ".join(r["mended"]) or "none found", short_commit(r), r["torch"]),
-        ]
-        for name, r in report["readers"].items()
-    ]
+    lines = []
+    for name, r in results["readers"].items():
+        counts = [f"{r[key]:,}" for key in ("inputs", "read", "refused")]
+        times = [f"{r['slowest_seconds']:.2f}", f"{r['seconds'] / 60:.0f}"]
+        faults = [str(len(r["faults"])), "; ".join(r["mended"]) or "none found"]
+        lines.append([name, *counts, *times, *faults, short_commit(r), r["torch"]])
     # The command is that of the last report, the rows of other readers are older.
-    command = re.sub(r"(?<=--only )\S+", "READER", report["command"])
-    return f"`{command}` ({report['machine']}):\n\n{markdown([*head, 'commit', 'torch'], lines)}"
+    command = re.sub(r"(?<=--only )\S+", "READER", results["command"])
+    return f"`{command}` ({results['machine']}):\n\n{markdown([*head, 'commit', 'torch'], lines)}"
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "paper": paper,
-        "demo": lambda: demo_table(read_json(RESULTS / "demo.json", REPORT)),
-    },
+    "README.md": {"paper": paper, "demo": lambda: demo_table(report("demo"))},
     "docs/results.md": {
         "paper_full": lambda: f"{tables(*PAPER_TABLES)}\n{legend()}",
         "flickr8k": lambda: tables("flickr8k"),
         "demo_seeds": lambda: tables("demo"),
         "ablations": lambda: tables("ablations"),
     },
-    "docs/speed.md": {"speed": lambda: speed_tables(read_json(RESULTS / "speed.json", REPORT))},
+    "docs/speed.md": {"speed": lambda: speed_tables(report("speed"))},
     "docs/reliability.md": {"chaos": chaos, "fuzz": fuzz},
 }
 

@@ -77,9 +77,8 @@ def _routing(pairs: Pairs, title: str, gates: np.ndarray, file: Path | None = No
     else:
         axes = halves[0].subplots()
     _draw_lines(pairs, axes, gates.mean(0), pairs.bypasses(gates).mean(0))
-    legend = [(f"gate {gate:g}", gate, ()) for gate in LEGEND_GATES]
-    legend.append(("input goes on", 0.5, DASHES))
-    lines = [Line2D([], [], label=name, **_line(g, GREY, dashes)) for name, g, dashes in legend]
+    lines = [Line2D([], [], label=f"gate {g:g}", **_line(g, GREY)) for g in LEGEND_GATES]
+    lines.append(Line2D([], [], label="input goes on", **_line(0.5, GREY, DASHES)))
     title = "A dashed line is the input of a closed cell, which goes on unchanged or rectified"
     _legend_below(figure, title, "center", handles=lines, ncols=len(lines))
     return figure
@@ -186,7 +185,7 @@ def _name(pairs: Pairs, pair: Sequence[int]) -> str:
     return f"image {pair[0]}, caption {pair[1]}: {pairs.split.captions[pair[1]]}"
 
 
-def _line(gate: float, colour: str, dashes: Sequence[int]) -> dict[str, Any]:
+def _line(gate: float, colour: str, dashes: Sequence[int] = ()) -> dict[str, Any]:
     style = {"color": colour, "dashes": dashes, "solid_capstyle": "butt", "zorder": 1}
     return {"lw": 0.4 + 5 * gate, "alpha": 0.35 + 0.5 * gate, **style}
 

@@ -117,11 +117,14 @@ class Pairs:
 def cluster(gates: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Return t-SNE `[pairs, 2]` and spectral clusters `[pairs]` of gates `[pairs, P, N]`.
 
-    None if too few pairs differ.
+    None, with a warning, if too few pairs differ or scikit-learn is missing.
     """
-    from sklearn.cluster import SpectralClustering
-    from sklearn.manifold import TSNE
-
+    try:
+        from sklearn.cluster import SpectralClustering
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        log.warning("no clusters: pip install scikit-learn (%s)", error)
+        return None
     # Pairs with the same route are one point, otherwise they would be each other's neighbours.
     rounded = gates.reshape(len(gates), -1).astype(np.float64).round(DIGITS)
     vectors, same = np.unique(rounded, axis=0, return_inverse=True)

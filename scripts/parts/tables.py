@@ -31,7 +31,7 @@ def short_commit(report: dict[str, Any]) -> str:
 
 
 def demo_table(report: dict[str, Any]) -> str:
-    """Return the table of the demonstration, recalls beside chance, and how it was made."""
+    """Return the table of the demonstration, recalls and those of chance, and its origin."""
     rows = [
         [name, *(f"{recall:.1f}" for recall in recalls), f"{sum(recalls):.1f}"]
         for name, recalls in report["rows"].items()
@@ -47,23 +47,23 @@ def demo_table(report: dict[str, Any]) -> str:
 
 def speed_tables(report: dict[str, Any]) -> str:
     """Return the table of the benchmark, and the rows that were not run."""
-    missing = [f"Not run: {'; '.join(report['not_run'])}.\n"] if report["not_run"] else []
-    tables = [speed_rows(report["rows"]), *missing]
-    return f"{origin(report)}, {report['minutes']} minutes:\n\n" + "\n".join(tables)
+    missing = f"\nNot run: {'; '.join(report['not_run'])}.\n" if report["not_run"] else ""
+    return (
+        f"{origin(report)}, {report['minutes']} minutes:\n\n{speed_rows(report['rows'])}{missing}"
+    )
 
 
 def speed_rows(rows: list[dict[str, Any]]) -> str:
     """Return the table of the benchmark's rates."""
     head = ["", "precision", "", "what", "pairs/s", "seconds", "share", "GB", "GFLOP/s"]
-    return markdown(
-        head,
-        [
-            [
-                *(r["direction"], r["precision"], "compiled" if r["compiled"] else "eager"),
-                *(r["what"], f"{r['pairs_per_s']:.0f}"),
-                *(f"{r['seconds']:.2f}", f"{100 * r['share']:.0f} %", f"{r['peak_gb']:.2f}"),
-                f"{r['product_gflops']:.0f}",
-            ]
-            for r in rows
-        ],
-    )
+    lines = []
+    for row in rows:
+        way = "compiled" if row["compiled"] else "eager"
+        rates = [
+            f"{row['pairs_per_s']:.0f}",
+            f"{row['seconds']:.2f}",
+            f"{100 * row['share']:.0f} %",
+        ]
+        machine = [f"{row['peak_gb']:.2f}", f"{row['product_gflops']:.0f}"]
+        lines.append([row["direction"], row["precision"], way, row["what"], *rates, *machine])
+    return markdown(head, lines)
