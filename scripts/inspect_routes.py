@@ -26,14 +26,12 @@ from common.cli import parse, pick_device, print_line, run
 from common.errors import check_range, require
 from common.files import check_new_folder, explain_os_errors, map_array
 from common.layout import CAPTIONS_PER_IMAGE, SplitName, boxes_file
-from scripts.parts.figures import image_files, thumbnail, write_figure
-from scripts.parts.images import read_image
+from scripts.parts.figures import image_files, write_figure
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from data import Split
     from scripts.parts.routes import Pairs
 
 log = logging.getLogger(__name__)
@@ -86,32 +84,23 @@ def open_pairs(options: Options) -> Pairs:
     return Pairs(model, split, bert.vocabulary, encoded)
 
 
-def region_boxes(path: Path, split: Split, image: int, file: Path) -> np.ndarray:
-    """Return the boxes `[regions, 4]` of an image's regions, in pixels of its thumbnail.
-
-    Raises InputError if they do not fit the split.
-    """
-    import numpy as np
-
-    boxes = map_array(path, "boxes of the regions, a .npy file")
-    wanted = (split.images, split.regions_per_image, 4)
-    require(boxes.shape == wanted, f"{path}: shape {boxes.shape}; expected {wanted}")
-    scale = np.array(thumbnail(file).size) / read_image(file).size
-    return boxes[image] * np.tile(scale, 2)
-
-
 def draw_pair(
     pairs: Pairs, gates: np.ndarray, pair: Sequence[int], file: Path | None, split: SplitName
 ) -> dict[str, Figure]:
-    """Return the figures of a pair by name: its route, and its words if there are boxes."""
+    """Return the figures of a pair by name: its route, and its words if there are boxes.
+
+    Raises InputError if the boxes do not fit the split.
+    """
     from scripts.parts.route_figures import draw_route, draw_words
 
     image, caption = pair
     figures = {f"pair_{image}_{caption}": draw_route(pairs, gates, pair, file)}
     path = boxes_file(pairs.split.path.parent, split)
     if file and path.exists() and "CMRC" in pairs.cells and pairs.words(caption):
-        boxes = region_boxes(path, pairs.split, image, file)
-        figures[f"words_{image}_{caption}"] = draw_words(pairs, pair, file, boxes)
+        boxes = map_array(path, "boxes of the regions, a .npy file")
+        wanted = (pairs.split.images, pairs.split.regions_per_image, 4)
+        require(boxes.shape == wanted, f"{path}: shape {boxes.shape}; expected {wanted}")
+        figures[f"words_{image}_{caption}"] = draw_words(pairs, pair, file, boxes[image])
     else:
         log.info("no drawing of words, which needs --images, boxes, CMRC and a caption")
     return figures

@@ -42,11 +42,8 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
     drawing = new_figure(12, 4.5)
     loss, recall = drawing.subplots(1, 2)
     for number, (name, events) in enumerate(runs.items()):
-        style: dict[str, Any] = {
-            "color": COLOURS[number % len(COLOURS)],
-            "linestyle": DASHES[number % len(DASHES)],
-            "linewidth": 1.3,
-        }
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.3}
+        style["linestyle"] = DASHES[number % len(DASHES)]
         steps, values = curve(events, "Le")
         loss.plot(steps, values, **style, label=name, marker="." if len(steps) == 1 else "")
         for tag, marker in MARKERS.items():
@@ -56,12 +53,10 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
     loss.set(title="Training loss, mean since the last point", xlabel="step", ylabel=LOSS)
     recall.set(title="Recall on dev", xlabel="step", ylabel="recall, %", ylim=(0, 102))
     loss.set_ylim(bottom=0)
-    for axes in (loss, recall):
+    for axes, title, place in (loss, "run", "upper"), (recall, "recall", "lower"):
         axes.grid(alpha=0.3)
-    style = {"fontsize": "small"}
-    lines, points = (axes.get_legend_handles_labels() for axes in (loss, recall))
-    drawing.legend(*lines, loc="outside right upper", title="run", **style)
-    drawing.legend(*points, loc="outside right lower", title="recall", **style)
+        where = {"loc": f"outside right {place}", "title": title, "fontsize": "small"}
+        drawing.legend(*axes.get_legend_handles_labels(), **where)
     return drawing
 
 

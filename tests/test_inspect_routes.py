@@ -209,22 +209,22 @@ def test_the_space_shows_the_numbers_of_the_tables(pairs: Pairs, tmp_path: Path)
 
 
 def test_drawings_of_a_pair_show_its_route_and_attention(pairs: Pairs, tmp_path: Path) -> None:
-    file = tmp_path / "2.png"
-    Image.new("RGB", (12, 10), "blue").save(file)
+    file = tmp_path / "2.png"  # larger than its thumbnail
+    Image.new("RGB", (960, 800), "blue").save(file)
     gates, route = pairs.routes(IMAGES), pairs.route(2, [11])[0]
     figure = route_figures.draw_route(pairs, gates, (2, 11), file)
     _, _, *panels, _ = figure.axes  # the image, the space, and a panel a layer
     changes = np.concatenate([axes.images[0].get_array() for axes in panels])
     np.testing.assert_allclose(changes, route - gates.mean(0), atol=1e-6)
     assert texts_of(panels) == [f"{change:+.2f}" for change in changes.ravel()]
-    boxes = grid_boxes(12, 10)
+    boxes = grid_boxes(960, 800)
     _, *panels, bar = route_figures.draw_words(pairs, (2, 11), file, boxes).axes
     unit = "a region's" if pairs.model.direction == "i2t" else "this word's"
     assert f"share of {unit} attention" in bar.get_ylabel()
     weights = 100 * pairs.attention(2, 11)
     for axes, word, row in zip(panels, pairs.words(11), weights, strict=False):
         assert axes.get_title() == word
-        heat = heat_map(row, boxes, (10, 12))
+        heat = heat_map(row, boxes / 3, (267, 320))
         np.testing.assert_allclose(axes.images[1].get_array(), heat, rtol=1e-6)
 
 
@@ -283,15 +283,6 @@ def test_ablated_models_are_drawn(ablation: dict[str, object], tmp_path: Path, d
     rows = table(tmp_path / "gates.csv")[1:]
     assert len(rows) == (layers - 1) * cells**2 + cells
     assert [row[1] == "score" for row in rows] == [row[0] == str(layers) for row in rows]
-
-
-def test_boxes_are_scaled_to_the_thumbnail(data: Path, tmp_path: Path) -> None:
-    split = Split.open(data, "test", None)
-    np.save(data / "test_boxes.npy", np.tile(grid_boxes(1280, 640), (IMAGES, 1, 1)))
-    Image.new("RGB", (1280, 640)).save(tmp_path / "large.png")
-    path = data / "test_boxes.npy"
-    boxes = inspect_routes.region_boxes(path, split, 0, tmp_path / "large.png")
-    np.testing.assert_allclose(boxes, grid_boxes(320, 160), rtol=1e-6)
 
 
 def test_a_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch, caplog) -> None:

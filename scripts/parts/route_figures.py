@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from common.config import CELLS
 from scripts.parts.figures import COLOURS, new_figure, thumbnail
+from scripts.parts.images import read_image
 from scripts.parts.routes import Pairs
 
 FAINTEST = 0.02  # smaller gates are not drawn
@@ -151,9 +152,10 @@ def draw_clusters(
 
 
 def draw_words(pairs: Pairs, pair: Sequence[int], file: Path, boxes: np.ndarray) -> Figure:
-    """Return where each word attends; boxes `[regions, 4]` are in the thumbnail's pixels."""
+    """Return where each word attends; boxes `[regions, 4]` are in the image's pixels."""
     words, percent = pairs.words(pair[1]), 100 * pairs.attention(*pair)
     picture = thumbnail(file)
+    boxes = boxes * np.tile(np.array(picture.size) / read_image(file).size, 2)
     columns = min(COLUMNS, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
     figure = new_figure(2 * columns + 1.2, 2.1 * rows + 1)
