@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, Case, run_here, same, tiny_train
+from conftest import GOLDEN, Case, run_here, same
 
 from checkpoint.checkpoint import json_beside, load_model, read_checkpoint
 from common.errors import InputError
@@ -21,7 +21,6 @@ CASE = Case(GOLDEN / "i2t")
 BERT = ("--bert_path", CASE.bert_path)
 TOLERANCE = 1e-6  # of a score
 HALF = 2e-3  # of scores in the mean: some have a gate near the threshold of a dead path
-OFFICIAL = 1e-5  # of a score to the one that the published model gave
 
 
 @pytest.fixture
@@ -44,10 +43,7 @@ def test_scores_stay_the_same_in_every_form(
 ) -> None:
     case = Case(GOLDEN / name)
     before = scores(case.model_path, case)
-    np.testing.assert_allclose(before, case.expected("eval")["sims"], rtol=0, atol=OFFICIAL)
-    native, arrays, again = (
-        tmp_path / file for file in ("x.pth.tar", "y.safetensors", "z.pth.tar")
-    )
+    native, arrays, again = (tmp_path / file for file in ("x.tar", "y.safetensors", "z.tar"))
     for source, out in ((case.model_path, native), (native, arrays), (arrays, again)):
         assert convert(source, out, "--bert_path", case.bert_path) == 0
         np.testing.assert_allclose(scores(out, case), before, rtol=0, atol=TOLERANCE)
@@ -56,44 +52,37 @@ def test_scores_stay_the_same_in_every_form(
     assert read_torch(native)["epoch"] == read_torch(again)["epoch"] == epoch
 
 
-def test_half_the_size(
-    case: Case, tmp_path: Path, convert: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_half_the_size(tmp_path: Path, convert: Callable[..., int], capsys) -> None:
     """Weights are rounded to 11 bits: a score, between -1 and 1, moves a little in the mean."""
-    out, bert = tmp_path / "x.safetensors", ("--bert_path", case.bert_path)
-    assert convert(case.model_path, out, *bert, "--half") == 0
-    before, after = (read_checkpoint(path).weights for path in (case.model_path, out))
+    out = tmp_path / "x.safetensors"
+    assert convert(CASE.model_path, out, *BERT, "--half") == 0
+    before, after = (read_checkpoint(path).weights for path in (CASE.model_path, out))
     assert after.keys() == before.keys()
     for name, weight in before.items():
         assert after[name].dtype == (torch.float16 if weight.is_floating_point() else weight.dtype)
         torch.testing.assert_close(after[name].to(weight.dtype), weight, rtol=2**-11, atol=2**-24)
-    moved = np.abs(scores(out, case) - scores(case.model_path, case))
+    moved = np.abs(scores(out, CASE) - scores(CASE.model_path, CASE))
     assert 0 < moved.mean() < HALF
-    assert convert(case.model_path, tmp_path / "x.pth.tar", *bert, "--half") == 2
+    assert convert(CASE.model_path, tmp_path / "x.tar", *BERT, "--half") == 2
     assert "--half" in capsys.readouterr().err
 
 
 def test_the_split_that_selected_the_model_is_known_in_other_forms(
-    tiny: Path,
-    run_train: Callable[..., int],
-    convert: Callable[..., int],
-    caplog: pytest.LogCaptureFixture,
+    trained: Path, convert: Callable[..., int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run_train(*tiny_train(tiny, "--max_steps", "1")) == 0
-    best, arrays = tiny / "runs/i2t/model_best.pth.tar", tiny / "x.safetensors"
-    native = tiny / "native.pth.tar"
+    best, arrays = trained / "runs/i2t/model_best.pth.tar", trained / "x.safetensors"
+    native = trained / "native.tar"
     for source, out in ((best, arrays), (arrays, native)):
         assert convert(source, out) == 0
         caplog.clear()
-        evaluate(out, split="dev", workers=0)
+        evaluate(out, data_path=trained / "data", split="dev", workers=0)
         assert f"{out}: the model was selected on this split" in caplog.text
     before, after = read_torch(best), read_torch(native)
     assert "optimizer" in before and "optimizer" not in after
-    assert (before["epoch"], before["step"]) == (after["epoch"], after["step"]) == (0, 1)
-    for name in ("weights", "bert", "options", "dev_data", "commit", "metrics"):
+    for name in ("weights", "bert", "options", "dev_data", "commit", "metrics", "epoch", "step"):
         assert same(after.get(name), before[name]), name
-    assert convert(best, tiny / "half.safetensors", "--half") == 0
-    half = json.loads((tiny / "half.json").read_text())
+    assert convert(best, trained / "half.safetensors", "--half") == 0
+    half = json.loads((trained / "half.json").read_text())
     assert half["dev_data"] == before["dev_data"] and "metrics" not in half
 
 
@@ -110,11 +99,7 @@ def test_a_bert_that_would_be_lost_is_refused(
 
 @pytest.mark.parametrize(
     ("out", "fact"),
-    [
-        ("taken.json", "taken.json"),
-        ("taken.safetensors", "taken.json"),
-        ("none/x.pth.tar", "x.pth.tar"),
-    ],
+    [("taken.json",) * 2, ("taken.safetensors", "taken.json"), ("none/x.tar", "x.tar")],
 )
 def test_outputs_that_cost_a_file_are_refused(
     out: str, fact: str, tmp_path: Path, convert: Callable[..., int], capsys
@@ -122,8 +107,7 @@ def test_outputs_that_cost_a_file_are_refused(
     taken = tmp_path / "taken.json"
     taken.write_text("{}")
     assert convert(CASE.model_path, tmp_path / out, *BERT) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and fact in lines[0]
+    assert fact in capsys.readouterr().err
     assert taken.read_text() == "{}" and list(tmp_path.iterdir()) == [taken]
 
 
