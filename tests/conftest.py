@@ -29,6 +29,7 @@ from model import DIME
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 Run = Callable[..., int]  # runs a program in this process and returns its exit status
+Error = Callable[..., str]  # runs one that must refuse its input and returns its error
 CASES = ("i2t", "t2i", "i2t_no_extra", "i2t_variant", "t2i_variant", "thresholds")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub for anything
@@ -171,13 +172,40 @@ def run_here(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], argv: Se
 
 
 @pytest.fixture
-def run_train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run_train(monkeypatch) -> Run:
     return lambda *argv: run_here(monkeypatch, train.main, argv)
 
 
 @pytest.fixture
-def run_evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run_evaluate(monkeypatch) -> Run:
     return lambda *argv: run_here(monkeypatch, evaluate_models.main, argv)
+
+
+@pytest.fixture
+def train_error(run_train: Run, capsys) -> Error:
+    return lambda *argv: error_line(run_train(*argv), capsys)
+
+
+@pytest.fixture
+def evaluate_error(run_evaluate: Run, capsys) -> Error:
+    return lambda *argv: error_line(run_evaluate(*argv), capsys)
+
+
+def error_line(status: int, capsys) -> str:
+    """Return the one line in which a program has refused its input."""
+    text = capsys.readouterr().err
+    assert status == 2 and "Traceback" not in text and "usage:" not in text
+    return text.splitlines()[-1]
+
+
+def state(path: Path) -> dict:
+    """Return what a checkpoint of a training holds."""
+    return torch.load(path, weights_only=True)
+
+
+def events(folder: Path) -> list[dict]:
+    """Return the lines of a run's log of metrics."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_program(program: str, *argv: object) -> subprocess.CompletedProcess[str]:

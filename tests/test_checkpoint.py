@@ -42,9 +42,6 @@ def check_scores(model: DIME, bert: Bert, case: Case) -> None:
     np.testing.assert_allclose(actual, case.expected("eval")["sims"], rtol=0, atol=1e-5)
 
 
-# BERT folders
-
-
 @pytest.fixture
 def bert_folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(BERT, tmp_path / "bert"))
@@ -162,9 +159,7 @@ def test_bad_berts_are_refused_by_name(bert_folder: Path, fault: str) -> None:
     assert fact in str(error.value)
 
 
-def test_loading_bert_needs_no_network(
-    bert_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_loading_bert_needs_no_network(bert_folder: Path, monkeypatch, capfd) -> None:
     monkeypatch.setattr(socket, "socket", lambda *args, **more: pytest.fail("asks the network"))
     load_bert(bert_folder)
     assert capfd.readouterr() == ("", "")
@@ -178,9 +173,6 @@ def test_a_bert_folder_is_described(bert_folder: Path) -> None:
     entries = path.read_text().split("\n")
     path.write_text("\n".join([*entries[:10], *(entry.upper() for entry in entries[10:])]))
     assert "uncased (" not in "\n".join(describe_bert(bert_folder))
-
-
-# Official checkpoints
 
 
 def python2(data: bytes) -> bytes:
@@ -268,9 +260,6 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path: Path, fault: str) -> None
     with pytest.raises(InputError, match=r"model\.pth\.tar|bert") as error:
         load_model(path, BERT)
     assert fact in str(error.value)
-
-
-# Native checkpoints
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_chunks_change_no_score_gradient_or_statistic(direction: str, pairs: int
 
 @pytest.mark.parametrize(("width", "chunks"), [(256, [96, 64]), (64, [160])])
 def test_chunks_hold_as_many_numbers_at_every_width(
-    width: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+    width: int, chunks: list[int], monkeypatch
 ) -> None:
     assert [chunk_size("cpu", d) for d in (8, 64, 192, 256, 10**5)] == [384, 384, 128, 96, 1]
     assert [chunk_size("cuda", d) for d in (64, 256)] == [4 * 8192, 8192]
@@ -66,7 +66,7 @@ def test_chunks_hold_as_many_numbers_at_every_width(
     assert routed == chunks
 
 
-def count_routed(model: DIME, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_routed(model: DIME, monkeypatch) -> list[int]:
     """A list that gets the number of pairs of every chunk."""
     routed: list[int] = []
     route = model.space.route
@@ -83,7 +83,7 @@ def count_routed(model: DIME, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
 def test_activation_checkpointing_has_the_same_gradients_to_the_last_bit(
-    direction: str, monkeypatch: pytest.MonkeyPatch
+    direction: str, monkeypatch
 ) -> None:
     expected = trained(seeded(direction), 2)
     model = seeded(direction)
@@ -94,7 +94,7 @@ def test_activation_checkpointing_has_the_same_gradients_to_the_last_bit(
 
 
 @pytest.fixture
-def compiled_frames(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+def compiled_frames(monkeypatch) -> Iterator[CompileCounter]:
     """Counts the compiled functions, in place of the compiler."""
     counter, compile_ = CompileCounter(), torch.compile
     monkeypatch.setattr(
@@ -155,10 +155,7 @@ class NoBackward(torch.autograd.Function):
 @pytest.mark.parametrize("scored_before", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_backward_pass_that_cannot_be_compiled_runs_eagerly(
-    checkpointing: bool,
-    scored_before: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    checkpointing: bool, scored_before: bool, monkeypatch, caplog
 ) -> None:
     """The failure shows at the first backward pass only, perhaps after a validation."""
 
@@ -181,9 +178,7 @@ def test_a_backward_pass_that_cannot_be_compiled_runs_eagerly(
     assert "no code for it" in record.getMessage() and "and more" not in record.getMessage()
 
 
-def test_running_out_of_memory_is_no_failure_of_the_compiler(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_running_out_of_memory_is_no_failure_of_the_compiler(monkeypatch) -> None:
     def fail(*inputs: object) -> None:
         raise RuntimeError("CUDA out of memory")
 
@@ -206,11 +201,7 @@ def test_running_out_of_memory_is_no_failure_of_the_compiler(
     ],
 )
 def test_the_choice_counts_before_what_pays(
-    choice: bool | None,
-    pairs: int,
-    pays: bool,
-    compiled: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    choice: bool | None, pairs: int, pays: bool, compiled: bool, monkeypatch
 ) -> None:
     monkeypatch.setattr("model.compiling_pays", lambda *given: pays)
     model = small_model("i2t")
@@ -219,9 +210,7 @@ def test_the_choice_counts_before_what_pays(
 
 
 @pytest.mark.parametrize("program", [None, "there"])
-def test_a_cpu_compiles_in_bfloat16_only(
-    program: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_compiles_in_bfloat16_only(program: str | None, monkeypatch) -> None:
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: program)
     monkeypatch.setattr(compiling.shutil, "which", lambda name: program)
     many = WORTH_COMPILING
@@ -230,7 +219,7 @@ def test_a_cpu_compiles_in_bfloat16_only(
     assert not compiling_pays("cpu", "fp32", many) and not compiling_pays("cpu", "bf16", many - 1)
 
 
-def test_a_compiled_batch_is_not_padded_to_twice_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_batch_is_not_padded_to_twice_its_work(monkeypatch) -> None:
     """Compiled chunks have at least 2 queries, so a chunk must not hold only one of them."""
     model = small_model("i2t")
     regions, ids, mask = small_batch()

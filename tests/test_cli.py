@@ -56,7 +56,7 @@ def test_wrong_options_are_named(argv: list[str], named: str) -> None:
 GROUPS = {"what": ["names", "kind", "where"], "how": ["loud", "no_norm", "rate", "size"]}
 
 
-def test_help_shows_groups_and_defaults(capsys: pytest.CaptureFixture) -> None:
+def test_help_shows_groups_and_defaults(capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(Options, ["--help"], "What it is.", groups=GROUPS)
     assert stop.value.code == 0
@@ -66,7 +66,7 @@ def test_help_shows_groups_and_defaults(capsys: pytest.CaptureFixture) -> None:
     assert sorted(words, key=options.index) == list(words)
 
 
-def test_an_input_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture) -> None:
+def test_an_input_error_is_one_line_and_status_2(capsys) -> None:
     def program() -> None:
         raise InputError("file: holds\x1b[31m this,\nexpected that")
 
@@ -111,9 +111,7 @@ def test_unknown_devices_are_refused() -> None:
             pick_device(name)
 
 
-def test_emulated_bfloat16_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_emulated_bfloat16_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
     cpu = torch.device("cpu")
     for flags, fast in (("sse4_2 avx512f", False), ("fp asimd bf16", True), ("amx_bf16", True)):
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")

@@ -93,9 +93,7 @@ def test_the_mean_is_of_every_figure() -> None:
     assert mean.rsum == pytest.approx(sum(result.rsum for result in results) / 3)
 
 
-def test_ranks_depend_on_no_block_and_no_memory_map(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_depend_on_no_block_and_no_memory_map(tmp_path: Path, monkeypatch) -> None:
     scores, owner = np.random.default_rng(0).random((23, 115), dtype="f"), image_of_caption(115)
     np.save(tmp_path / "scores.npy", scores)
     expected = ranks(scores, owner)

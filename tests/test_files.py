@@ -78,9 +78,7 @@ def test_output_does_not_replace_an_input_or_the_target_of_a_link(tmp_path: Path
     assert (tmp_path / "input").read_text() == "precious" and not (tmp_path / "new").exists()
 
 
-def test_text_that_is_too_long_or_has_an_impossible_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_that_is_too_long_or_has_an_impossible_name(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("common.files.LONGEST_TEXT", 9)
     (tmp_path / "x").write_text("0123456789")
     for name in ("x", "a\0b", "a\ud800b", "no/x"):

@@ -20,7 +20,7 @@ def test_a_reader_raises_nothing_but_input_errors(name: str) -> None:
 
 
 @pytest.mark.parametrize("slowest", [fuzz.SLOWEST, -1.0])
-def test_the_harness_finds_faults(monkeypatch: pytest.MonkeyPatch, slowest: float) -> None:
+def test_the_harness_finds_faults(monkeypatch, slowest: float) -> None:
     def careless(folder: Path, changes: list, values: list) -> None:
         if len(changes) == 3:
             raise KeyError("missing")

@@ -67,7 +67,7 @@ def test_resumed_log_continues_behind_its_step_without_torn_lines(tmp_path: Path
     assert read_run(tmp_path)["resumed_at"] == [3] * 4
 
 
-def test_run_json_covers_all_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_json_covers_all_sessions(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--data_path", "my data"])
     for step, commit in ((0, "a"), (1, "b"), (2, "c")):
         monkeypatch.setattr(provenance, "commit", lambda commit=commit: commit)

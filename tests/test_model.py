@@ -15,8 +15,7 @@ from model import DIME, ImageEncoder, path_loss, triplet_loss
 SMALL = {"embed_size": 8, "img_dim": 9, "max_words": 10, "num_head_IMRC": 2}
 SMALL |= {"hid_IMRC": 6, "hid_router": 5}
 IMAGES, REGIONS, LENGTHS = 3, 7, [10, 2, 5, 4, 3]
-
-
+BOTH = pytest.mark.parametrize("direction", ["i2t", "t2i"])
 ABLATIONS = {
     "none": {},
     "uniform": {"routing": "uniform"},
@@ -64,25 +63,23 @@ def assert_equals_oracle(model: DIME) -> Tensor:
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
         # the oracle first: in training a forward pass moves the running statistics
         scores, paths = oracle.score(model, images, captions, LENGTHS)
-        found, found_paths = model.score(images, captions)
-    assert found.shape == (IMAGES, len(LENGTHS))
-    torch.testing.assert_close(found, scores, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(found_paths, paths, atol=1e-6, rtol=1e-5)
-    return found_paths
+        actual, actual_paths = model.score(images, captions)
+    assert actual.shape == (IMAGES, len(LENGTHS))
+    torch.testing.assert_close(actual, scores, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(actual_paths, paths, atol=1e-6, rtol=1e-5)
+    return actual_paths
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
-@pytest.mark.parametrize("training", [False, True])
-def test_scores_and_paths_equal_one_pair_at_a_time(direction: str, training: bool) -> None:
-    """In training, batch statistics run over every pair and position."""
-    model = small_model(direction).train(training)
+@BOTH
+def test_batch_statistics_of_training_run_over_every_pair_and_position(direction: str) -> None:
+    model = small_model(direction).train()
     model.text.bert.eval()
     paths = assert_equals_oracle(model)
     assert paths.shape[-1] == 36
     assert (paths == 0).any() and (paths > 0).any(), "the test needs open and closed gates"
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@BOTH
 @pytest.mark.parametrize("layers", [1, 2, 4])
 @pytest.mark.parametrize("cells", ["RIC,GLGC,IMRC,CMRC", "GLGC,CMRC", "IMRC"])
 @pytest.mark.parametrize("routing", ["soft", "uniform", "hard"])
@@ -101,11 +98,11 @@ def test_any_number_of_layers_any_cells_and_any_routing(
         assert ((paths[..., -count:] > 0).sum(-1) <= 1).all()
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+@BOTH
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_gradients_of_ablations_equal_the_oracle(direction: str, ablation: str) -> None:
     """In chunks with activation checkpointing: through cells, routers and path vectors."""
-    model, found = small_model(direction, **ABLATIONS[ablation]), []
+    model, both = small_model(direction, **ABLATIONS[ablation]), []
     model.space.activation_checkpointing = True
     regions, ids, mask = small_batch(3, 2)
     for score in (oracle.score, DIME.score):
@@ -115,8 +112,8 @@ def test_gradients_of_ablations_equal_the_oracle(direction: str, ablation: str) 
         scores, paths = score(model, images, captions, how)
         weights = torch.arange(scores.numel()).view_as(scores) - 4.0
         ((scores * weights).sum() + model.space.embed_paths(paths).square().sum(0)[0]).backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    expected, gradients = found
+        both.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected, gradients = both
     for name, gradient in expected.items():
         value = gradients.get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(value, gradient, atol=1e-4, rtol=1e-3, msg=name)
@@ -170,9 +167,8 @@ def test_text_encoder() -> None:
 
 def test_bert_is_frozen_with_its_dropout_on() -> None:
     model = small_model("i2t").train()
-    _, ids, mask = small_batch()
-    assert not torch.equal(model.text.read(ids, mask), model.text.read(ids, mask))
     regions, ids, mask = small_batch()
+    assert not torch.equal(model.text.read(ids, mask), model.text.read(ids, mask))
     output = model(regions, ids, mask, 3)
     (output.scores.sum() + output.paths.sum()).backward()
     assert all(p.grad is None for p in model.text.bert.parameters())
@@ -188,8 +184,7 @@ def test_a_training_batch_with_extra_negatives() -> None:
     output = small_model("t2i").train()(regions, ids, mask, 2)
     assert output.scores.shape == (3, 2)
     assert output.paths.shape == (2, 128) and output.sentence_targets.shape == (2, 12)
-    model = small_model("i2t").eval()
-    regions, ids, mask = small_batch()
+    model, (regions, ids, mask) = small_model("i2t"), small_batch()
     states = model.text.read(ids, mask)
     expected = torch.stack([oracle.unit(sum(states[t]) / 10) for t in range(IMAGES)])
     torch.testing.assert_close(model(regions, ids, mask, IMAGES).sentence_targets, expected)
@@ -198,15 +193,13 @@ def test_a_training_batch_with_extra_negatives() -> None:
 
 
 @pytest.mark.parametrize(("direction", "changed"), [("i2t", False), ("t2i", True)])
-def test_options_of_the_image_embedding_reach_scores_as_their_help_says(
-    direction: str, changed: bool
-) -> None:
+def test_use_abs_and_no_imgnorm_act_in_t2i_only(direction: str, changed: bool) -> None:
     plain, other = small_model(direction), small_model(direction, use_abs=True, no_imgnorm=True)
     other.load_state_dict(plain.state_dict(), strict=False)
-    regions, ids, mask = small_batch()
     with torch.no_grad():
-        found = [model(regions, ids, mask, IMAGES).scores for model in (plain, other)]
-    assert torch.equal(*found) == (not changed)
+        batch = small_batch()
+        scores = [model(*batch, IMAGES).scores for model in (plain, other)]
+    assert torch.equal(*scores) == (not changed)
 
 
 def test_a_closed_cell_gets_a_zero_gradient_and_not_none() -> None:
@@ -221,50 +214,41 @@ def test_a_closed_cell_gets_a_zero_gradient_and_not_none() -> None:
     assert trained == []
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_bfloat16_keeps_gates_and_scores_in_float32(
-    direction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = small_model(direction)
-    regions, ids, mask = small_batch()
+@BOTH
+def test_bfloat16_keeps_gates_and_scores_in_float32(direction: str, monkeypatch) -> None:
+    model, (regions, ids, mask) = small_model(direction), small_batch()
+    cells, gates, statistics = [], [], []
+    pool = model.space.norm.pool
+
+    def noted(values: Tensor, positions: int) -> Tensor:
+        statistics.append(values.dtype)
+        return pool(values, positions)
+
     with torch.no_grad():
         exact, _ = model.score(model.encode_images(regions), model.encode_captions(ids, mask))
-        model.precision = "bf16"
-        seen, gates, normed = {}, {}, []
-        pool = model.space.norm.pool
-
-        def noted(statistics: Tensor, positions: int) -> Tensor:
-            normed.append(statistics.dtype)
-            return pool(statistics, positions)
-
         monkeypatch.setattr(model.space.norm, "pool", noted)
-        for name, cell in model.space.merge.cells.items():
-            cell.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
-            cell.router.register_forward_hook(
-                lambda _, __, out, name=name: gates.update({name: out})
-            )
+        for cell in model.space.merge.cells.values():
+            cell.register_forward_hook(lambda _, __, out: cells.append(out.dtype))
+            cell.router.register_forward_hook(lambda _, __, out: gates.append(out.dtype))
+        model.precision = "bf16"
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
         scores, paths = model.score(images, captions)
-    assert {out.dtype for out in seen.values()} == {torch.bfloat16}
-    assert {gate.dtype for gate in gates.values()} == {torch.float32}
-    assert normed == [torch.float32]
+    assert len(cells) == len(gates) == 4 and set(cells) == {torch.bfloat16}
+    assert set(gates) == set(statistics) == {torch.float32}
     floats = (scores, paths, images.tokens, images.pooled, captions.tokens, captions.pooled)
     assert {tensor.dtype for tensor in floats} == {torch.float32}
     torch.testing.assert_close(scores, exact, atol=0.05, rtol=0)
     assert not torch.equal(scores, exact)
 
 
-@pytest.mark.parametrize("direction", ["i2t", "t2i"])
-def test_training_in_bfloat16_keeps_losses_gradients_and_statistics_in_float32(
-    direction: str,
-) -> None:
+@BOTH
+def test_training_in_bfloat16_keeps_everything_else_in_float32(direction: str) -> None:
     model = small_model(direction).train()
     model.precision = "bf16"
-    regions, ids, mask = small_batch()
-    pairs = min(len(regions), len(ids))
-    output = model(regions[:pairs], ids[:pairs], mask[:pairs], pairs)
-    rank = triplet_loss(output.scores, pairs, 0.2)
-    path = path_loss(output.paths, output.sentence_targets, pairs)
+    regions, ids, mask = small_batch(captions=IMAGES)
+    output = model(regions, ids, mask, IMAGES)
+    rank = triplet_loss(output.scores, IMAGES, 0.2)
+    path = path_loss(output.paths, output.sentence_targets, IMAGES)
     floats = [rank, path, output.scores, output.paths, output.sentence_targets]
     (rank + path).backward()
     floats += [p.grad for p in model.parameters() if p.grad is not None]
@@ -273,11 +257,8 @@ def test_training_in_bfloat16_keeps_losses_gradients_and_statistics_in_float32(
     assert len(floats) > 100
 
 
-SHAPES = ("square", "extra_stc", "extra_stc2", "extra_img", "extra_img2")
-
-
 @pytest.mark.parametrize("kind", ["max", "sum"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["square", "extra_stc", "extra_stc2", "extra_img", "extra_img2"])
 def test_triplet_loss_equals_the_golden_one(shape: str, kind: str) -> None:
     arrays = np.load(GOLDEN / "loss.npz")
     scores = torch.tensor(arrays[f"{shape}.{kind}.scores"], requires_grad=True)
@@ -298,18 +279,15 @@ def test_triplet_loss_equals_an_oracle(shape: tuple[int, int], hardest: bool) ->
 
 def test_path_loss_divides_by_the_option() -> None:
     paths, sentence_targets = torch.randn(3, 4), torch.randn(3, 5)
-    gaps = [
-        (p @ q - a @ b) ** 2
-        for p, a in zip(paths, sentence_targets, strict=True)
-        for q, b in zip(paths, sentence_targets, strict=True)
-    ]
+    both = list(zip(paths, sentence_targets, strict=True))
+    gaps = [(p @ q - a @ b) ** 2 for p, a in both for q, b in both]
     torch.testing.assert_close(path_loss(paths, sentence_targets, 8), sum(gaps) / 8)
 
 
-@pytest.mark.parametrize(
-    "options", [{"embed_size": 10}, {"max_words": 1}, {"hid_router": 0}, {"img_dim": -1}]
-)
-def test_impossible_sizes_are_named(options: dict[str, int]) -> None:
-    name = next(iter(options))
+SIZES = [("embed_size", 10), ("max_words", 1), ("hid_router", 0), ("img_dim", -1)]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_impossible_sizes_are_named(name: str, size: int) -> None:
     with pytest.raises(InputError, match=f"--{name}"):
-        ModelConfig(**options)
+        ModelConfig(**{name: size})

@@ -123,15 +123,13 @@ def tagged(tag: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", results_table.PAGES)
-def test_tables_of_the_pages_are_up_to_date(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_the_pages_are_up_to_date(page: str, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     text = (ROOT / page).read_text()
     assert results_table.updated(page) == text, "run: python -m scripts.results_table --write"
 
 
-def test_tables_are_written_between_their_markers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_tables_are_written_between_their_markers(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "results").symlink_to(ROOT / "results")
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -4,12 +4,10 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from common import provenance
 
 
-def test_commit_has_a_plus_if_code_differs(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_commit_has_a_plus_if_code_differs(tmp_path: Path, capfd) -> None:
     assert provenance.commit(tmp_path) is None
     assert capfd.readouterr() == ("", "")
     who = ["-c", "user.name=t", "-c", "user.email=t@t"]

@@ -44,7 +44,7 @@ def small_encoded(model: DIME) -> Encoded:
 @pytest.mark.parametrize("pairs", [1, 4, 7])
 @pytest.mark.parametrize("tile", [1, 2, 128])
 def test_no_score_depends_on_its_chunk_or_tile(
-    direction: str, pairs: int, tile: int, monkeypatch: pytest.MonkeyPatch
+    direction: str, pairs: int, tile: int, monkeypatch
 ) -> None:
     model = small_model(direction)
     encoded = small_encoded(model)
@@ -55,9 +55,7 @@ def test_no_score_depends_on_its_chunk_or_tile(
     np.testing.assert_allclose(score_all(model, encoded, CPU), whole, rtol=0, atol=1e-6)
 
 
-def test_running_out_of_memory_halves_the_chunk(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_running_out_of_memory_halves_the_chunk(monkeypatch, caplog) -> None:
     """No tile is scored twice."""
     model = small_model("i2t")
     encoded = small_encoded(model)
@@ -89,7 +87,7 @@ def test_scores_of_nan_are_refused_by_the_name_of_the_model() -> None:
         score_all(model, encoded, CPU, "x.pth.tar")
 
 
-def test_stop_is_called_before_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_is_called_before_every_tile(monkeypatch) -> None:
     model = small_model("i2t")
     monkeypatch.setattr(evaluation, "TILE", 2)
     calls: list[None] = []

@@ -3,28 +3,25 @@
 import fcntl
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, Run, same, tiny_train
-from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
+from conftest import ROOT, Error, Run, events, same, state, tiny_train
 from test_files import largest_file
-from test_train import events, last_line, state
+from test_resume import fail
 
 from common.errors import InputError
 from common.lock import only_writer
 from common.signals import Signals, Stopped
 from common.workers import load
-from data import Batch, TrainingBatches
-from evaluation import Retrieval
+from data import Batch
 from model import DIME, Output
 from training import loop, resume
 from training.loop import Trainer
@@ -74,7 +71,7 @@ class Running:
         return self.process.returncode
 
 
-def current_step(monkeypatch: MonkeyPatch) -> Callable[[], int]:
+def current_step(monkeypatch) -> Callable[[], int]:
     """Returns a function that gives the step in progress."""
     trainers, train = [], Trainer.train
 
@@ -86,7 +83,7 @@ def current_step(monkeypatch: MonkeyPatch) -> Callable[[], int]:
     return lambda: trainers[-1].state.step + 1
 
 
-def at_step(monkeypatch: MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+def at_step(monkeypatch, number: int, act: Callable[[], None]) -> None:
     """Do something in the middle of a step."""
     current, step = current_step(monkeypatch), TrainStep.step
 
@@ -96,13 +93,6 @@ def at_step(monkeypatch: MonkeyPatch, number: int, act: Callable[[], None]) -> N
         return step(self, batch)
 
     monkeypatch.setattr(TrainStep, "step", acted)
-
-
-def fail(error: Exception) -> Callable[..., None]:
-    return Mock(side_effect=error)
-
-
-# Signals
 
 
 @pytest.mark.parametrize(("name", "closed"), [("SIGTERM", False), ("SIGINT", True)])
@@ -125,7 +115,7 @@ def test_signal_finishes_the_step_and_saves(tiny: Path, name: str, closed: bool)
 
 
 def test_run_stopped_by_a_signal_resumes_to_the_same_bits(
-    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch
+    tiny: Path, run_train: Run, monkeypatch
 ) -> None:
     """In a step, and in a validation, which is made again."""
     argv = tiny_train(tiny, "--extra_stc", "1", "--max_steps", "14", "--val_step", "4")
@@ -182,9 +172,6 @@ def test_nohup_is_respected() -> None:
         signals.check()
 
 
-# Kills
-
-
 def test_killed_run_resumes_to_the_same_bits(tiny: Path, run_train: Run) -> None:
     argv = tiny_train(tiny, "--extra_stc", "1", "--val_step", "7", "--save_step", "3")
     argv += ["--log_step", "1", "--workers", "2", "--num_epochs", "100000"]
@@ -203,7 +190,7 @@ def test_killed_run_resumes_to_the_same_bits(tiny: Path, run_train: Run) -> None
 
 
 def test_validation_cut_off_before_its_checkpoint_is_logged_once(
-    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch
+    tiny: Path, run_train: Run, monkeypatch
 ) -> None:
     argv = tiny_train(tiny, "--max_steps", "6", "--val_step", "3")
     write, written = resume.write_checkpoint, []
@@ -225,99 +212,15 @@ def test_validation_cut_off_before_its_checkpoint_is_logged_once(
     assert state(tiny / "runs/i2t" / NEWEST)["validated"] == 6
 
 
-# Checkpoints that are damaged, lost or older
-
-
-def damage(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def test_damaged_newest_checkpoint_falls_back_to_the_best_model(
-    trained: Path, run_train: Run, caplog: LogCaptureFixture
-) -> None:
-    argv, folder = tiny_train(trained, "--max_steps", "4"), trained / "runs/i2t"
-    damage(folder / NEWEST)
-    assert run_train(*argv, "--resume", "auto") == 0
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert str(folder / NEWEST) in warning and BEST in warning
-    resumed = state(folder / NEWEST)
-    damage(folder / NEWEST)
-    damage(folder / BEST)
-    assert run_train(*argv, "--resume", "auto") == 2  # and no new run is started
-    assert (folder / BEST).exists() and events(folder)
-    assert run_train(*argv, "--overwrite") == 0
-    for key in ("weights", "optimizer", "random", "step"):
-        assert same(resumed[key], state(folder / NEWEST)[key]), key
-
-
-@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
-def test_checkpoint_that_cannot_be_read_for_now_is_not_replaced(
-    error: Exception, trained: Path, run_train: Run, monkeypatch: MonkeyPatch
-) -> None:
-    """A run does not start again if a disk fails or is not mounted."""
-    argv, path = tiny_train(trained, "--max_steps", "3"), trained / "runs/i2t" / NEWEST
-    before = path.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "load", fail(error))
-        assert run_train(*argv, "--resume", "auto") == 2
-    assert path.read_bytes() == before
-    path.unlink()
-    path.symlink_to(trained / "unmounted")
-    assert run_train(*argv, "--resume", "auto") == 2
-    assert path.is_symlink()
-
-
-def test_best_model_of_a_later_step_is_discarded(
-    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
-) -> None:
-    argv, folder = tiny_train(tiny), tiny / "runs/i2t"
-
-    def train(selection: float, *more: object) -> int:
-        monkeypatch.setattr(Retrieval, "selection", property(lambda _: selection))
-        return run_train(*argv, *more)
-
-    assert train(40.0, "--max_steps", "4") == 0
-    older = Path(shutil.copy(folder / NEWEST, folder / "older.pth.tar"))
-    assert train(200.0, "--max_steps", "8", "--resume", "auto") == 0
-    with monkeypatch.context() as patch:  # cut off before its first step
-        patch.setattr(TrainingBatches, "epoch", fail(InputError("no")))
-        assert train(50.0, "--max_steps", "6", "--resume", older) == 2
-    assert state(folder / NEWEST)["step"] == 4 and not (folder / BEST).exists()
-    assert train(50.0, "--max_steps", "6", "--resume", "auto") == 0
-    best = state(folder / BEST)
-    assert (best["step"], best["best_rsum"]) == (6, 50.0)
-    damage(folder / BEST)
-    assert train(45.0, "--max_steps", "7", "--resume", "auto") == 0
-    assert str(folder / BEST) in caplog.text and state(folder / BEST)["step"] == 7
-
-
-def test_finished_run_without_its_best_model_is_validated_again(
-    trained: Path, run_train: Run
-) -> None:
-    folder = trained / "runs/i2t"
-    before, best = events(folder), state(folder / BEST)
-    (folder / BEST).unlink()
-    assert run_train(*tiny_train(trained), "--max_steps", "2", "--resume", "auto") == 0
-    again = state(folder / BEST)
-    assert (again["step"], again["best_rsum"]) == (2, best["best_rsum"])
-    assert events(folder) == before
-
-
-# One writer
-
-
 @LINUX
 def test_second_run_is_refused_while_the_first_one_lives(
-    tiny: Path, run_train: Run, capsys: CaptureFixture
+    tiny: Path, run_train: Run, train_error: Error
 ) -> None:
     """The lock of a killed program is free at once, even if its workers still live."""
     argv = tiny_train(tiny, *LONG, "--workers", "2", "--save_step", "1")
     running = Running(argv, "step 4/")
     for more in (["--resume", "auto"], ["--overwrite"], []):
-        assert run_train(*tiny_train(tiny), *more) == 2
-        assert f"process {running.process.pid} " in last_line(capsys)
+        assert f"process {running.process.pid} " in train_error(*tiny_train(tiny), *more)
     workers = running.workers()
     try:
         for pid in workers:
@@ -332,15 +235,10 @@ def test_second_run_is_refused_while_the_first_one_lives(
         running.process.stderr.close()
 
 
-def test_folder_without_locks_is_a_warning(
-    tmp_path: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
-) -> None:
+def test_folder_without_locks_is_a_warning(tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(fcntl, "lockf", fail(OSError(38, "Function not implemented")))
     with only_writer(tmp_path / "run/lock"):
         assert "Function not implemented" in caplog.text
-
-
-# Workers
 
 
 FULL_PIPE = """
@@ -380,10 +278,8 @@ def test_killed_worker_ends_the_run_with_a_checkpoint_and_one_line(tiny: Path) -
     deadline = time.monotonic() + 60
     while running.process.poll() is None and time.monotonic() < deadline:  # each epoch has new ones
         for pid in running.workers()[:1]:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         time.sleep(0.05)
     assert running.end() == 2, running.text
     line = running.text.splitlines()[-1]
@@ -403,17 +299,13 @@ def test_bug_in_a_dataset_keeps_its_traceback(workers: int) -> None:
         list(load(BrokenDataset(), [1, 2], workers))
 
 
-# Memory and disks
-
-
 def test_out_of_memory_is_one_line_that_names_what_needs_less(
-    trained: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
+    trained: Path, run_train: Run, train_error: Error, monkeypatch
 ) -> None:
     argv = tiny_train(trained, "--resume", "auto", "--max_steps", "9")
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: torch.empty(2**50))
-        assert run_train(*argv) == 2
-    line = last_line(capsys)
+        line = train_error(*argv)
     for part in ("step 4", "--activation_checkpointing", "--batch_size", f"i2t/{NEWEST}"):
         assert part in line
     assert state(trained / "runs/i2t" / NEWEST)["step"] == 2
@@ -423,33 +315,28 @@ def test_out_of_memory_is_one_line_that_names_what_needs_less(
 
 
 def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(
-    trained: Path, run_train: Run, capsys: CaptureFixture
+    trained: Path, train_error: Error
 ) -> None:
     folder = trained / "runs/i2t"
     with largest_file((folder / NEWEST).stat().st_size // 2):
-        assert run_train(*tiny_train(trained), "--max_steps", "4", "--resume", "auto") == 2
-    assert f"{NEWEST}: File too large" in last_line(capsys)
+        line = train_error(*tiny_train(trained), "--max_steps", "4", "--resume", "auto")
+    assert f"{NEWEST}: File too large" in line
     assert state(folder / NEWEST)["step"] == 2
     assert not list(folder.glob("*.partial"))
 
 
 def test_error_in_a_validation_names_the_checkpoint(
-    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
+    tiny: Path, train_error: Error, monkeypatch
 ) -> None:
-    assert run_train(*tiny_train(tiny, "--learning_rate", "1e30", "--max_steps", "1")) == 2
-    line = last_line(capsys)
+    line = train_error(*tiny_train(tiny, "--learning_rate", "1e30", "--max_steps", "1"))
     assert "step 1: " in line and "NaN" in line
     monkeypatch.setattr(loop, "score_split", fail(InputError("--workers 1: died")))
-    assert run_train(*tiny_train(tiny, "--max_steps", "1", "--overwrite")) == 2
-    line = last_line(capsys)
+    line = train_error(*tiny_train(tiny, "--max_steps", "1", "--overwrite"))
     assert "step 1: --workers 1: died" in line and NEWEST in line and "--resume auto" in line
 
 
-# Bad batches
-
-
 def test_bad_batches_are_skipped_up_to_a_number(
-    tiny: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
+    tiny: Path, run_train: Run, train_error: Error, monkeypatch
 ) -> None:
     forward, current = DIME.forward, current_step(monkeypatch)
 
@@ -459,8 +346,7 @@ def test_bad_batches_are_skipped_up_to_a_number(
     monkeypatch.setattr(DIME, "forward", spoilt)
     argv, folder = tiny_train(tiny, "--val_step", "4", "--log_step", "1"), tiny / "runs/i2t"
     argv += ["--max_steps", "8", "--skip_bad_batches"]
-    assert run_train(*argv, "2") == 2
-    line = last_line(capsys)
+    line = train_error(*argv, "2")
     assert "step 6: loss nan" in line and "--skip_bad_batches" in line
     assert run_train(*argv, "3", "--overwrite") == 0
     uncut = state(folder / NEWEST)
@@ -475,7 +361,7 @@ def test_bad_batches_are_skipped_up_to_a_number(
 
 
 def test_infinite_gradient_is_a_bad_batch_and_changes_nothing(
-    trained: Path, run_train: Run, monkeypatch: MonkeyPatch, capsys
+    trained: Path, run_train: Run, train_error: Error, monkeypatch
 ) -> None:
     argv, path = tiny_train(trained, "--max_steps", "3"), trained / "runs/i2t" / NEWEST
     before, forward = state(path), DIME.forward
@@ -486,8 +372,8 @@ def test_infinite_gradient_is_a_bad_batch_and_changes_nothing(
         return output
 
     monkeypatch.setattr(DIME, "forward", steep)
-    assert run_train(*argv, "--resume", "auto") == 2
-    assert re.search(r"step 3: loss \d+\.\d+, gradient norm (nan|inf)", last_line(capsys))
+    line = train_error(*argv, "--resume", "auto")
+    assert re.search(r"step 3: loss \d+\.\d+, gradient norm (nan|inf)", line)
     assert run_train(*argv, "--resume", "auto", "--skip_bad_batches", "1") == 0
     after = state(path)
     assert after["step"] == 3 and after["skipped"] == 1

@@ -63,9 +63,7 @@ def test_a_truncated_file_is_refused(path: Path, official: bool) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_never_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
-) -> None:
+def test_code_in_a_file_never_runs(tmp_path: Path, monkeypatch, zipped: bool) -> None:
     class Evil:
         def __reduce__(self) -> tuple:
             return os.mkdir, ("executed",)
@@ -87,7 +85,7 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
                 read(tmp_path / name)
 
 
-def test_lack_of_memory_is_not_damage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_is_not_damage(path: Path, monkeypatch) -> None:
     def fail(*args: object, **more: object) -> None:
         raise MemoryError
 
