@@ -186,7 +186,7 @@ def training(train_step: "TrainStep") -> tuple[int, Work]:
 
 
 def in_new_process(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Return `function(*inputs)` of a new process, whose peak memory is its own."""
+    """Return `function(*inputs)`, computed in a new process to measure its peak memory alone."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *inputs).result()
 

@@ -38,8 +38,8 @@ LENGTH = {"num_epochs", "max_steps", "val_step", "skip_bad_batches"}
 class RunOptions:
     names: Annotated[list[str], "runs that `list` shows", "NAME"]
     seeds: Annotated[list[int], "one training each"] = (0,)  # type: ignore[assignment]  # immutable
-    data_path: Annotated[str | None, "in place of the registry's"] = None
-    bert_path: Annotated[str | None, "in place of the registry's"] = None
+    data_path: Annotated[str | None, "default: the registry's"] = None
+    bert_path: Annotated[str | None, "default: the registry's"] = None
     train: Annotated[bool, "--no-train only evaluates models that are in runs/reproduce"] = True
 
 

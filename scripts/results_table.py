@@ -70,7 +70,7 @@ def chaos() -> str:
 
 
 def fuzz() -> str:
-    """Return how readers took damaged files."""
+    """Return the table of the readers of files, and what they did with damaged ones."""
     results = report("reliability")["fuzz"]
     head = ["reader", "inputs", "read", "refused", "slowest, s", "minutes", "open faults", "mended"]
     lines = []

@@ -300,12 +300,7 @@ def test_a_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch, caplog
     ],
 )
 def test_bad_input_is_refused_in_one_line(
-    more: list[object],
-    expected: str,
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    more: list[object], expected: str, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     np.save(data / "test_boxes.npy", np.zeros((IMAGES, 36, 3)))
     more = ["--images", tmp_path / "images", "--count", 1, *more]

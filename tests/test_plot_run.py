@@ -12,22 +12,17 @@ from scripts import plot_run
 from training.log import events
 
 
-def write_metrics(folder: Path) -> None:
-    folder.mkdir(parents=True)
+def test_curves_show_loss_and_recalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "curves.png"
     lines = [{"step": 1, "Le": 3.0}, {"step": 2, "Le": 2.0}]
     lines.append({"step": 2, "r1": 9.0, "r1i": 8.0, "r10": 40.0, "r10i": 35.0, "rsum": 200.0})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_curves_show_loss_and_recalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_metrics(tmp_path / "i2t")
-    write_metrics(tmp_path / "t2i")
-    out = tmp_path / "curves.png"
-    argv = [tmp_path / "i2t", tmp_path / "t2i", "--out", out]
-    assert run_here(monkeypatch, plot_run.main, argv) == 0
+    (tmp_path / "i2t").mkdir()
+    log = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "i2t/metrics.jsonl").write_text(log)
+    assert run_here(monkeypatch, plot_run.main, [tmp_path / "i2t", "--out", out]) == 0
     with Image.open(out) as picture:
         assert picture.size[0] > 1000 and len(picture.getcolors(2**20)) > 10
-    loss, recall = plot_run.figure({"i2t": events(tmp_path / "i2t")}).axes
+    loss, recall = plot_run.figure({"i2t": lines}).axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
     assert [line.get_ydata()[0] for line in recall.lines[:4]] == [9, 8, 40, 35]
     assert loss.get_ylim()[0] == recall.get_ylim()[0] == 0

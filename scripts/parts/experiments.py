@@ -35,14 +35,14 @@ class Run:
 
     name: str
     title: str
-    data: str  # name of the entry that gives the next six
+    data: str  # name of the [data.NAME] entry, which has the next six
     needs: str
     images: int  # of the split
     data_path: str
     data_name: str
     bert_path: str
     split: SplitName
-    train: str  # training options, those of its data first
+    train: str  # training options: those of the data, then those of the run
     direction: str = ""
     of: tuple["Run", ...] = ()  # the models of an ensemble
     baseline: str = ""  # the run that it is compared with, seed by seed
@@ -121,10 +121,10 @@ class Table:
 def read_registry(
     path: Path, folders: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Run], dict[str, Table]]:
-    """Return runs and tables by name. `folders` take the place of data_path and bert_path.
+    """Return runs and tables by name. `folders` replace data_path and bert_path.
 
-    Raises InputError if the file has a slip, so that one in the last run is found before the first
-    run is trained.
+    All training options are parsed, so that a mistake is found before the first run is trained.
+    Raises InputError.
     """
     runs: dict[str, Run] = {}
     tables = {}
@@ -135,8 +135,8 @@ def read_registry(
             data = of[0].data if of else entry["data"]
             shared = content["data"][data] | (folders or {})
             train = f"{shared.get('train', '')} {entry.get('train', '')}"
-            own = {"name": name, "data": data, "train": train, "of": of}
-            runs[name] = run = Run(**shared | entry | own)
+            derived = {"name": name, "data": data, "train": train, "of": of}
+            runs[name] = run = Run(**shared | entry | derived)
             require(run.baseline in {"", *runs}, f"{name}: no run {run.baseline}")
             for model in of or (run,):
                 parse(TrainConfig, model.train_command(0)[1:], "")

@@ -116,7 +116,7 @@ def _draw_gates(
     below: Any = figure.subfigs[1]
     panels = below.subplots(1, pairs.model.config.num_layer_routing, squeeze=False)[0]
     for layer, axes in enumerate(panels, 1):
-        paths = [p for p, (own, _) in enumerate(pairs.path_ends) if own == layer]
+        paths = [p for p, (start, _) in enumerate(pairs.path_ends) if start == layer]
         shade = axes.imshow(values[paths], aspect="auto", **scale)
         ends = [f"to {pairs.path_ends[p][1]}" for p in paths]
         axes.set_xticks(range(len(pairs.cells)), pairs.cells, fontsize=7)
