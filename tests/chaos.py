@@ -88,6 +88,7 @@ def program(argv: list[str], output: Path, states: Path | None = None) -> None:
 def digest(path: Path) -> str:
     """Return step, last validation and a hash of all that a run resumes from."""
     checkpoint = read_checkpoint(path)
+    kept = {k: v for k, v in checkpoint.state.items() if k != "commit"}  # the files may change
     hashed = hashlib.sha256()
 
     def walk(value: Any) -> None:
@@ -102,8 +103,8 @@ def digest(path: Path) -> str:
             hashed.update(repr(value).encode())
 
     walk(checkpoint.weights)
-    walk({k: v for k, v in checkpoint.state.items() if k != "commit"})  # the files may change
-    return f"{checkpoint.state['step']} {checkpoint.state['validated']} {hashed.hexdigest()}"
+    walk(kept)
+    return f"{kept['step']} {kept['validated']} {hashed.hexdigest()}"
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -122,19 +123,19 @@ class Uncut:
     events: list[dict[str, Any]]
     seconds: float  # of its training, start-up apart
 
-    @classmethod
-    def of(cls, folder: Path, direction: str) -> "Uncut":
-        states = folder / f"states_{direction}"
-        argv = arguments(folder, direction, "--save_step", "1")
-        process = FORK.Process(target=program, args=(argv, folder / "output", states))
-        process.start()
-        process.join(LONGEST)
-        assert process.exitcode == 0, (folder / "output").read_text()
-        run = folder / "runs" / direction
-        seconds = json.loads((run / "run.json").read_text())["seconds"]
-        uncut = cls(set(states.read_text().split("\n")), digest(run / BEST), events(run), seconds)
-        shutil.rmtree(run)
-        return uncut
+
+def uncut_run(folder: Path, direction: str) -> Uncut:
+    states = folder / f"states_{direction}"
+    argv = arguments(folder, direction, "--save_step", "1")
+    process = FORK.Process(target=program, args=(argv, folder / "output", states))
+    process.start()
+    process.join(LONGEST)
+    assert process.exitcode == 0, (folder / "output").read_text()
+    run = folder / "runs" / direction
+    seconds = json.loads((run / "run.json").read_text())["seconds"]
+    uncut = Uncut(set(states.read_text().split("\n")), digest(run / BEST), events(run), seconds)
+    shutil.rmtree(run)
+    return uncut
 
 
 @dataclass
@@ -170,9 +171,7 @@ def strike(way: str, pid: int, chance: random.Random) -> bool:
                 return False
             os.kill(int(chance.choice(workers)), signal.SIGKILL)
         elif way == "memory":
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
-            most = pages * resource.getpagesize() + chance.randrange(MORE_MEMORY)
-            resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+            conftest.limit_memory(pid, chance.randrange(MORE_MEMORY))
         elif way == "disk":
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
         else:
@@ -223,7 +222,7 @@ def problem_of(run: Path, uncut: Uncut, status: str, output: str, lost: int) -> 
 def cycles(options: Options, folder: Path) -> Iterator[Report]:
     """Yield the report after each cycle."""
     report, chance = Report(), random.Random(options.seed)
-    uncut = {direction: Uncut.of(folder, direction) for direction in ("i2t", "t2i")}
+    uncut = {direction: uncut_run(folder, direction) for direction in ("i2t", "t2i")}
     direction, output = "i2t", folder / "output"
     while report.cycles < options.cycles:
         run, expected = folder / "runs" / direction, uncut[direction]

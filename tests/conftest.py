@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -223,9 +224,16 @@ def same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def report(part: str, found: dict[str, object], path: Path) -> None:
-    """Write what a program by hand found into its part of a JSON file, and how it was found."""
+def limit_memory(pid: int, more: int) -> None:
+    """Let a process take `more` bytes of memory and no more."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + more
+    resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+
+
+def report(part: str, results: dict[str, object], path: Path) -> None:
+    """Write the results of a program that is run by hand into its part of a JSON file."""
     module = sys.modules["__main__"].__spec__.name  # they are run as `python -m tests.NAME`
     about = provenance.of(shlex.join(["python", "-m", module, *sys.argv[1:]]))
     parts = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, parts | {part: about | found})
+    write_json(path, parts | {part: about | results})

@@ -11,7 +11,7 @@ in one line. The report of each reader is written when it ends, so that a crash 
 import hashlib
 import json
 import logging
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -78,11 +78,16 @@ class Options:
     json: Annotated[str | None, "file whose part 'fuzz' is to hold the report"] = None
 
 
-# Changing bytes
-
 WORDS = [n.to_bytes(size, "little") for size in (4, 8) for n in (0, 1, 127, 2**31, 2**32 - 1)]
 WORDS += b"\0 \n \r \xff \xe2\x80\xa8 \xed\xa0\x80 PK\x03\x04 PK\x05\x06 cos\nsystem\n".split(b" ")
 WORDS += [*b'(F4) t. R [ { " -1 1e999 NaN null'.split(), b"\x85" * 50, b"9" * 30]
+SETTINGS = settings(
+    database=None,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 byte_changes = st.lists(
     st.tuples(
         st.integers(0, 2**32 - 1),  # where
@@ -99,8 +104,6 @@ def change_bytes(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
         data = data[:at] + new + data[at + gone :]
     return data
 
-
-# Changing values
 
 ODD: list[Any] = [
     *(None, True, -1, 0, 3, 2**63, 10**30, 0.5, 1e308, float("nan"), float("inf"), -(10**400)),
@@ -143,9 +146,7 @@ def change_value(content: Any, path: list[int], odd: int, kind: str) -> Any:
     return ODD[odd]
 
 
-# Readers: each takes a folder of its own and the changes, writes a file and reads it.
-
-Reader = Callable[[Path, list, list], Any]
+Reader = Callable[[Path, list, list], Any]  # writes a changed file to a folder and reads it
 
 
 def by_bytes(name: str, seeds: list[bytes], read: Callable[[Path], Any]) -> Reader:
@@ -164,9 +165,8 @@ def by_values(name: str, seed: Path, read: Callable[[Path], Any]) -> Reader:
     content = read_torch(seed)
 
     def reader(folder: Path, changes: list, values: list) -> Any:
-        path, new = folder / name, content
-        for place, odd, kind in values:
-            new = change_value(new, place, odd, kind)
+        path = folder / name
+        new = reduce(lambda whole, change: change_value(whole, *change), values, content)
         zipped = (len(values) + len(changes)) % 2 == 0
         torch.save(new, path, _use_new_zipfile_serialization=zipped)
         if not values or len(changes) % 3 == 1:
@@ -176,37 +176,31 @@ def by_values(name: str, seed: Path, read: Callable[[Path], Any]) -> Reader:
     return reader
 
 
-def tiny_trainer(folder: Path) -> Trainer:
-    """Return a trainer on tiny data, which is written if `folder` does not hold it."""
-    if not (folder / "data").exists():
-        conftest.write_tiny(folder)
+def trained(folder: Path) -> tuple[Path, Trainer]:
+    """Train on tiny data; return the checkpoint in the middle of an epoch and the trainer."""
+    conftest.write_tiny(folder)
     config = cli.parse(TrainConfig, conftest.tiny_train(folder), "")
     bert = load_bert(folder / "bert")
     split = Split.open(folder / "data/tiny", "train", config.img_dim, training=True)
     config = replace(config, img_dim=split.img_dim)
     batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, False)
-    return Trainer(config, DIME(config, bert.model), bert, batches, split, torch.device("cpu"))
-
-
-def write_native(folder: Path) -> Path:
-    """Write the checkpoint of a training on tiny data in the middle of an epoch."""
-    trainer = tiny_trainer(folder)
+    trainer = Trainer(config, DIME(config, bert.model), bert, batches, split, torch.device("cpu"))
     for position in range(2):
-        trainer.train_step.step(trainer.batches[0, position])
+        trainer.train_step.step(batches[0, position])
     trainer.state = replace(trainer.state, step=2)
-    trainer.config.folder.mkdir(parents=True, exist_ok=True)
+    config.folder.mkdir(parents=True)
     trainer._save(NEWEST)
-    return trainer.config.folder / NEWEST
+    return config.folder / NEWEST, trainer
 
 
 def native_checkpoint(folder: Path) -> Reader:
-    path, bert = write_native(folder), load_bert(folder / "bert")
+    path, trainer = trained(folder)
     torch.save(read_torch(path) | {"optimizer": {}}, path)
-    return by_values("x", path, lambda path: build_model(read_checkpoint(path), bert))
+    return by_values("x", path, lambda path: build_model(read_checkpoint(path), trainer.bert))
 
 
 def resume(folder: Path) -> Reader:
-    path, trainer = write_native(folder), tiny_trainer(folder)
+    path, trainer = trained(folder)
 
     def read(path: Path) -> None:
         try:
@@ -219,7 +213,7 @@ def resume(folder: Path) -> Reader:
 
 
 def newest(folder: Path) -> Reader:
-    seed = write_native(folder).read_bytes()
+    seed = trained(folder)[0].read_bytes()
     return by_bytes(NEWEST, [seed], lambda path: _newest_whole(path.parent))
 
 
@@ -253,6 +247,10 @@ def bert_file(folder: Path, name: str) -> Reader:
     return by_bytes(name, [(source / name).read_bytes()], read)
 
 
+def read_words(path: Path) -> None:
+    Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9)
+
+
 def read_captions(path: Path) -> None:
     shutil.copy(DATA / "dev_ims.npy", path.parent)
     Vocabulary.load(BERT).encode(Split.open(path.parent, "dev", WIDTH).captions, 12)
@@ -262,10 +260,6 @@ def read_features(path: Path) -> None:
     shutil.copy(DATA / "dev_caps.txt", path.parent)
     split = Split.open(path.parent, "dev", WIDTH)
     split.regions(split.image_rows(np.arange(min(3, split.images))))
-
-
-def read_words(path: Path) -> None:
-    Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9)
 
 
 def scores(folder: Path) -> Reader:
@@ -361,14 +355,7 @@ def fuzz(name: str, inputs: int) -> dict[str, Any]:
     with TemporaryDirectory() as made, TemporaryDirectory() as room:
         reader = READERS[name](Path(made))
 
-        @settings(
-            max_examples=inputs,
-            database=None,
-            deadline=None,
-            derandomize=True,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
+        @settings(SETTINGS, max_examples=inputs)
         @given(byte_changes, value_changes)
         def try_one(changes: list, values: list) -> None:
             begun = time.process_time()  # not wall time: another program may be running
@@ -407,9 +394,7 @@ def main() -> None:
         sys.exit(max(subprocess.run(command, check=False).returncode for command in commands))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    conftest.limit_memory(os.getpid(), MEMORY)
     report = fuzz(names[0], chosen.inputs)
     log.info("%s: %s", names[0], report)
     if chosen.json:

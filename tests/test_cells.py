@@ -13,9 +13,7 @@ from router import Modality
 
 Q, C, L, M, D = 2, 3, 5, 7, 12
 LENGTHS = [7, 4, 1]
-SIZES = CellSizes(
-    dim=D, heads=3, hidden=11, router_hidden=6, affinity_norm="clipped_l2norm", smooth=4.0
-)
+SIZES = CellSizes(D, heads=3, hidden=11, router_hidden=6, affinity_norm="clipped_l2norm", smooth=4)
 
 
 def context() -> Modality:
@@ -53,11 +51,8 @@ def test_a_cell_equals_one_pair_at_a_time(name: str, layer: int) -> None:
 
 @pytest.mark.parametrize("norm", AFFINITY_NORMS)
 def test_every_affinity_norm(norm: str) -> None:
-    cell, seen, x = (
-        replace(SIZES, affinity_norm=norm).cell("cmrc", 4),
-        context(),
-        torch.randn(Q, C, L, D),
-    )
+    cell = replace(SIZES, affinity_norm=norm).cell("cmrc", 4)
+    seen, x = context(), torch.randn(Q, C, L, D)
     torch.testing.assert_close(run(cell, x, seen), expected("cmrc", cell, x, seen, norm))
 
 
@@ -93,18 +88,10 @@ def test_query_key_and_value_start_as_equal_copies() -> None:
     assert not torch.equal(layer.weight[0], layer.weight[1])
 
 
-def test_attention_sums_to_one_over_real_tokens() -> None:
-    cell, seen = SIZES.cell("cmrc", 4), context()
-    tokens, mask, _ = cell.project_context(seen)
-    weights = cell.attention(torch.randn(Q, C, L, D), tokens, mask)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(Q, C, L))
-    assert not weights.masked_select(~seen.mask[None, :, None, :]).any()
-
-
 @pytest.mark.parametrize("name", AFFINITY_NORMS)
 def test_norms_sum_in_float32_whatever_the_precision(name: str) -> None:
     """A sum over 4,000 tokens kept in bfloat16 would stop growing at 256 of them."""
     affinity = (torch.rand(1, 1, 4000, 2) + 0.5).bfloat16()
     exact = AFFINITY_NORMS[name](affinity.float())
-    found = AFFINITY_NORMS[name](affinity)
-    torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0)
+    rounded = AFFINITY_NORMS[name](affinity).float()
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)

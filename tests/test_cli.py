@@ -1,5 +1,6 @@
 """cli.py: a dataclass as command line, exit statuses, the device."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -48,9 +49,8 @@ def test_every_kind_of_option() -> None:
     ],
 )
 def test_wrong_options_are_named(argv: list[str], named: str) -> None:
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=re.escape(named)):
         parse(Options, argv, "")
-    assert named in str(error.value)
 
 
 GROUPS = {"what": ["names", "kind", "where"], "how": ["loud", "no_norm", "rate", "size"]}

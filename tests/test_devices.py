@@ -33,9 +33,9 @@ def scores(case: Case, precision: str = "fp32", compiled: bool = False) -> np.nd
     model.precision = precision
     if compiled:
         model.space.compile_routes()
-    found = score_split(model, case.split(), bert.vocabulary, device=device)
+    matrix = score_split(model, case.split(), bert.vocabulary, device=device)
     assert model.space.is_compiled == compiled, "the compiler has failed"
-    return found
+    return matrix
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_bfloat16_is_close_to_the_golden_scores(case: Case) -> None:
     assert 0 < gap < ROUNDED
 
 
-# What the compiler generates; the suite compiles without it (test_space.py).
+# What the compiler generates; the suite compiles without it (test_chunks.py).
 
 
 @pytest.mark.slow

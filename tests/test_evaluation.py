@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN
 
 from common.errors import InputError
-from common.results import EvaluationResult, ProtocolResult, Retrieval
+from common.results import EvaluationResult
 from evaluation import (
     bootstrap_ci,
     evaluate_folds,
@@ -83,16 +83,6 @@ def test_a_number_of_images_that_five_does_not_divide_is_refused(images: int) ->
         evaluate_folds(np.zeros((images, 5 * images)))
 
 
-def test_the_mean_is_of_every_figure() -> None:
-    results = [retrieval(torch.rand(6, 30), image_of_caption(30)) for _ in range(3)]
-    mean = Retrieval.mean(results)
-    for side in ("i2t", "t2i"):
-        for name in ("r1", "r5", "r10", "medr", "meanr"):
-            values = [getattr(getattr(result, side), name) for result in results]
-            assert getattr(getattr(mean, side), name) == pytest.approx(sum(values) / 3)
-    assert mean.rsum == pytest.approx(sum(result.rsum for result in results) / 3)
-
-
 def test_ranks_depend_on_no_block_and_no_memory_map(tmp_path: Path, monkeypatch) -> None:
     scores, owner = np.random.default_rng(0).random((23, 115), dtype="f"), image_of_caption(115)
     np.save(tmp_path / "scores.npy", scores)
@@ -100,15 +90,6 @@ def test_ranks_depend_on_no_block_and_no_memory_map(tmp_path: Path, monkeypatch)
     monkeypatch.setattr("evaluation.ROW_BLOCK", 4)
     actual = ranks(np.load(tmp_path / "scores.npy", mmap_mode="r"), owner)
     assert all(map(np.array_equal, actual, expected))
-
-
-def test_folds_are_the_diagonal_blocks_of_one_matrix() -> None:
-    scores = np.random.default_rng(0).random((20, 100), dtype=np.float32)
-    whole, five = evaluate_whole(scores), evaluate_folds(scores)
-    assert whole == ProtocolResult(retrieval(scores, image_of_caption(100)))
-    blocks = [scores[4 * k : 4 * k + 4, 20 * k : 20 * k + 20] for k in range(5)]
-    apart = [retrieval(block, image_of_caption(20)) for block in blocks]
-    assert five == ProtocolResult(Retrieval.mean(apart), tuple(apart))
 
 
 def test_a_result_survives_json() -> None:
@@ -120,7 +101,7 @@ def test_a_result_survives_json() -> None:
     content = json.loads(json.dumps(result.to_json()))
     assert EvaluationResult.from_json(content, "r.json") == result
     assert result.metrics == parts["fold5"].metrics
-    content["whole"]["metrics"]["i2t"]["r1"] = 101
+    content["whole"]["metrics"]["i2t"]["r1"] = "x"
     for damaged in (content, content | {"whole": None}, {}, {"models": []}):
         with pytest.raises(InputError, match=r"r\.json"):
             EvaluationResult.from_json(damaged, "r.json")
@@ -128,47 +109,23 @@ def test_a_result_survives_json() -> None:
 
 def test_intervals_of_a_matrix_worked_out_by_hand() -> None:
     """One of two images is found at rank 1, the other is not: R@1 is 0, 50 or 100 %."""
-    found = [(np.array([0, 1]), np.array([0] * 5 + [10] * 5))]
-    between = bootstrap_ci(found, 2000)
+    drawn = [(np.array([0, 1]), np.array([0] * 5 + [10] * 5))]
+    between = bootstrap_ci(drawn, 2000)
     assert between["i2t"]["r1"] == between["t2i"]["r1"] == [0, 100]
     assert between["i2t"]["r5"] == [100, 100] and between["t2i"]["r10"] == [0, 100]
     assert between["t2i"]["medr"] == [1, 11] and between["i2t"]["meanr"] == [1, 2]
     # the captions go with their image, so all figures rise and fall together
     assert between["rsum"] == [200, 600]
-    assert bootstrap_ci(found, 50) == bootstrap_ci(found, 50)
+    assert bootstrap_ci(drawn, 50) == bootstrap_ci(drawn, 50)
 
 
 def test_intervals_are_as_wide_as_those_of_a_binomial() -> None:
     """Of 1,000 images half are found at once, and their captions with them."""
-    found = [(np.repeat([0, 20], 500), np.repeat([0, 20], 2500))]
-    between, half = bootstrap_ci(found, 2000), 196 * np.sqrt(0.25 / 1000)  # 3.1 %
+    drawn = [(np.repeat([0, 20], 500), np.repeat([0, 20], 2500))]
+    between, half = bootstrap_ci(drawn, 2000), 196 * np.sqrt(0.25 / 1000)  # 3.1 %
     for side in ("i2t", "t2i"):
         assert between[side]["r1"] == pytest.approx([50 - half, 50 + half], abs=0.3)
     assert between["rsum"] == pytest.approx([300 - 6 * half, 300 + 6 * half], abs=1.8)
-
-
-def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
-    """Captions of an image are alike: one that is hard has hard captions."""
-    rng, owner = np.random.default_rng(0), image_of_caption(500)
-
-    def drawn() -> list:
-        scores = rng.standard_normal((100, 500), dtype=np.float32)
-        easy = 1.5 + rng.standard_normal(100, dtype=np.float32)
-        scores[owner, np.arange(500)] += easy[owner]
-        return [ranks(scores, owner)]
-
-    trials = [drawn() for _ in range(1000)]
-    truth = Retrieval.mean([Retrieval.of(*whole) for (whole,) in trials]).to_json()
-    figures = [(way, name) for way in ("i2t", "t2i") for name in ("r1", "r5", "meanr")]
-    hits = {figure: [] for figure in [*figures, "rsum"]}
-    for found in trials[:500]:
-        between = bootstrap_ci(found, 200)
-        for name, marks in hits.items():
-            low, high = between[name] if name == "rsum" else between[name[0]][name[1]]
-            right = truth[name] if name == "rsum" else truth[name[0]][name[1]]
-            marks.append(low <= right <= high)
-    for name, marks in hits.items():
-        assert 0.92 <= np.mean(marks) <= 0.98, name  # 3 deviations of 500 trials
 
 
 def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
@@ -176,11 +133,11 @@ def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
     owner = image_of_caption(50)
     owner[:10] = owner[:10][::-1]  # 1 1 1 1 1 0 0 0 0 0
     scores = (owner == np.arange(10)[:, None]).astype(np.float32)
-    found = evaluate_folds(scores).metrics.to_json()
+    mean = evaluate_folds(scores).metrics.to_json()
     # there its own captions rank 5 to 9, a caption's image 1; in the four others all rank 0
-    assert found["i2t"] == {"r1": 80, "r5": 80, "r10": 100, "medr": 2, "meanr": 2}
-    assert found["t2i"] == {"r1": 80, "r5": 100, "r10": 100, "medr": 1.2, "meanr": 1.2}
-    assert found["rsum"] == 540
+    assert mean["i2t"] == {"r1": 80, "r5": 80, "r10": 100, "medr": 2, "meanr": 2}
+    assert mean["t2i"] == {"r1": 80, "r5": 100, "r10": 100, "medr": 1.2, "meanr": 1.2}
+    assert mean["rsum"] == 540
 
 
 def test_each_fold_is_resampled_for_itself() -> None:

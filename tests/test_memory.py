@@ -40,29 +40,15 @@ def test_other_errors_do_not(error: Exception | None) -> None:
     assert not is_oom(error)
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="ru_maxrss is a parent's there too"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is a parent's there too")
 def test_the_peak_is_that_of_the_process_itself() -> None:
     """Not that of the process which started it."""
     block = bytearray(300_000_000)
-    program = (
-        "import torch; from common.memory import peak_memory as p; print(p(torch.device('cpu')))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True
-    )
-    child = int(done.stdout)
-    program = "x = bytearray(400_000_000); " + program
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True
-    )
-    assert len(block) and int(done.stdout) - child == pytest.approx(400e6, rel=0.2)
+    plain, large = (peak_of(program) for program in ("", "x = bytearray(400_000_000); "))
+    assert len(block) and large - plain == pytest.approx(400e6, rel=0.2)
 
 
-def test_memory_imports_no_torch() -> None:
-    program = "import sys, common.memory; print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True
-    )
-    assert done.stdout.strip() == b"False"
+def peak_of(program: str) -> int:
+    program += "import torch; from common.memory import peak_memory as p"
+    program += "; print(p(torch.device('cpu')))"
+    return int(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -88,17 +89,12 @@ def test_scores_of_nan_are_refused_by_the_name_of_the_model() -> None:
 
 
 def test_stop_is_called_before_every_tile(monkeypatch) -> None:
-    model = small_model("i2t")
+    model, stop = small_model("i2t"), Mock()
     monkeypatch.setattr(evaluation, "TILE", 2)
-    calls: list[None] = []
-    score_all(model, small_encoded(model), CPU, stop=lambda: calls.append(None))
-    assert len(calls) == 6
+    score_all(model, small_encoded(model), CPU, stop=stop)
+    assert stop.call_count == 6
     with pytest.raises(KeyboardInterrupt):
-        score_all(model, small_encoded(model), CPU, stop=_interrupt)
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+        score_all(model, small_encoded(model), CPU, stop=Mock(side_effect=KeyboardInterrupt))
 
 
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])

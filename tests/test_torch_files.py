@@ -13,12 +13,8 @@ from common.errors import InputError
 from common.files import read_text
 from common.torch_files import Damaged, read_safetensors, read_torch, write_torch
 
-CONTENT = {
-    "step": 3,
-    "weights": {"a": torch.arange(1000.0), "b": torch.zeros(3)},
-    "text": "x",
-    "none": None,
-}
+WEIGHTS = {"a": torch.arange(1000.0), "b": torch.zeros(3)}
+CONTENT = {"step": 3, "weights": WEIGHTS, "text": "x", "none": None}
 FLIPS = 200
 
 
@@ -42,15 +38,6 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(path: Path) -> None:
             assert path.name in str(error)
             refused += 1
     assert refused > FLIPS / 2  # the others hit padding and dates
-
-
-def test_a_flipped_bit_of_a_weight_is_refused(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[data.index(struct.pack("<3f", 1, 2, 3))] ^= 1
-    path.write_bytes(data)
-    torch.load(path, weights_only=True)  # does not notice it
-    with pytest.raises(Damaged, match="checksum"):
-        read_torch(path)
 
 
 @pytest.mark.parametrize("official", [False, True])
@@ -83,15 +70,6 @@ def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
         for read in (lambda path: read_text(path, "a text"), read_torch, read_safetensors):
             with pytest.raises(InputError, match=name):
                 read(tmp_path / name)
-
-
-def test_lack_of_memory_is_not_damage(path: Path, monkeypatch) -> None:
-    def fail(*args: object, **more: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(torch, "load", fail)
-    with pytest.raises(MemoryError):
-        read_torch(path)
 
 
 def test_a_safetensors_header_that_claims_too_much(tmp_path: Path) -> None:
