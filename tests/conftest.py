@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,23 +38,13 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of programs that tests start
 
 
-@dataclass(frozen=True)
 class Case:
     """One golden case: files as the published project wrote them, and what it computed."""
 
-    folder: Path
-
-    @property
-    def bert_path(self) -> Path:
-        return self.folder / "bert"
-
-    @property
-    def data_path(self) -> Path:
-        return self.folder / "data"
-
-    @property
-    def model_path(self) -> Path:
-        return self.folder / "checkpoint.pth.tar"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bert_path, self.data_path = folder / "bert", folder / "data"
+        self.model_path = folder / "checkpoint.pth.tar"
 
     def expected(self, part: str) -> dict[str, np.ndarray]:
         with np.load(self.folder / f"expected_{part}.npz") as arrays:

@@ -12,9 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from common import compile as compiling
 from common.compile import WORTH_COMPILING, compiling_pays
-from common.memory import chunk_size
 from model import DIME
-from router import Modality
 
 ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are only rounding
 
@@ -47,24 +45,6 @@ def assert_trained_alike(actual: tuple, expected: tuple) -> None:
 @pytest.mark.parametrize("pairs", [1, 2, 7])
 def test_chunks_change_no_score_gradient_or_statistic(direction: str, pairs: int) -> None:
     assert_trained_alike(trained(seeded(direction), pairs), trained(seeded(direction)))
-
-
-@pytest.mark.parametrize(("width", "chunks"), [(256, [96, 64]), (64, [160])])
-def test_chunks_hold_as_many_numbers_at_every_width(
-    width: int, chunks: list[int], monkeypatch
-) -> None:
-    assert [chunk_size("cpu", d) for d in (8, 64, 192, 256, 10**5)] == [384, 384, 128, 96, 1]
-    assert [chunk_size("cuda", d) for d in (64, 256)] == [4 * 8192, 8192]
-    sizes = {"embed_size": width, "num_head_IMRC": 16, "hid_IMRC": 8, "hid_router": 8}
-    model = small_model("i2t", **sizes)
-    routed = count_routed(model, monkeypatch)
-    query, context = (
-        Modality(torch.randn(n, 4, width), torch.randn(n, width), torch.ones(n, 4).bool())
-        for n in (5, 32)
-    )
-    with torch.no_grad():
-        model.space(query, context)
-    assert routed == chunks
 
 
 def count_routed(model: DIME, monkeypatch) -> list[int]:

@@ -87,10 +87,6 @@ def test_train_evaluate_and_ensemble_with_folds(tiny: Path, tmp_path: Path) -> N
     for number, fold in enumerate(folds):
         block = both[2 * number : 2 * number + 2, 10 * number : 10 * number + 10]
         assert fold == retrieval(block, image_of_caption(10)).to_json()
-    for side in ("i2t", "t2i"):
-        for name in NAMES:
-            mean = np.mean([fold[side][name] for fold in folds])
-            assert result["fold5"]["metrics"][side][name] == pytest.approx(mean)
     titles = [line for line in done.stdout.splitlines() if ":" not in line]
     assert titles == [*(f"Fold {number}" for number in range(1, 6)), "Mean of 5 folds"]
     assert done.stdout.count("rsum: ") == 6
@@ -128,18 +124,10 @@ def test_fold5_takes_testall_if_it_exists(tiny: Path, run_train: Run) -> None:
     assert evaluate(model, split="test", fold5=True).images == 10
 
 
-def test_short_captions_are_evaluated(tiny: Path, run_train: Run) -> None:
-    """The published code crashed where the longest caption has fewer than max_words tokens."""
-    write_split(tiny / "data/tiny", "test", 3, longest=1)
-    for direction in ("i2t", "t2i"):
-        assert evaluate(train_one(run_train, tiny, direction=direction)).captions == 15
-
-
 @pytest.mark.parametrize(
     ("options", "choice", "counted"),
     [
         ({}, None, True),
-        ({"compile": False}, False, True),
         ({"compile": True}, True, True),
         ({"shortlist": 1000}, False, False),  # only if asked for
         ({"shortlist": 1000, "compile": True}, True, False),

@@ -87,12 +87,14 @@ def test_any_number_of_layers_any_cells_and_any_routing(
     direction: str, layers: int, cells: str, routing: str
 ) -> None:
     options = {"num_layer_routing": layers, "cells": cells, "routing": routing}
-    paths, count = assert_equals_oracle(small_model(direction, **options)), cells.count(",") + 1
+    model, count = small_model(direction, **options), cells.count(",") + 1
+    paths = assert_equals_oracle(model)
     assert paths.shape[-1] == count**2 * (layers - 1) + count
     dense = paths[..., :-count].unflatten(-1, (-1, count)) if layers > 1 else paths[..., :0]
     if routing == "uniform":
         torch.testing.assert_close(dense, torch.full_like(dense, 1 / count))
         assert (paths[..., -count:] == 1).all()
+        assert not any("router" in name for name, _ in model.named_parameters())
     if routing == "hard":
         assert ((dense == 0) | (dense == 1)).all()
         assert ((paths[..., -count:] > 0).sum(-1) <= 1).all()
@@ -119,17 +121,6 @@ def test_gradients_of_ablations_equal_the_oracle(direction: str, ablation: str) 
         torch.testing.assert_close(value, gradient, atol=1e-4, rtol=1e-3, msg=name)
     assert sum(g.abs().max() > 1e-3 for g in expected.values()) > 10
     assert gradients.keys() <= expected.keys()
-
-
-@pytest.mark.parametrize("cells", ["", "RIC,", "IMRC,RIC", "ric", "RIC,RIC", "RIC,XYZ", "RIC CMRC"])
-def test_unknown_cells_or_another_order_are_refused(cells: str) -> None:
-    with pytest.raises(InputError, match=r"--cells .*RIC,GLGC,IMRC,CMRC"):
-        ModelConfig(cells=cells)
-
-
-def test_uniform_routing_has_no_routers() -> None:
-    names = [name for name, _ in small_model("i2t", routing="uniform").named_parameters()]
-    assert names and not any("router" in name for name in names)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_abs": True, "no_imgnorm": True}])
@@ -285,9 +276,10 @@ def test_path_loss_divides_by_the_option() -> None:
 
 
 SIZES = [("embed_size", 10), ("max_words", 1), ("hid_router", 0), ("img_dim", -1)]
+CELLS = ["", "RIC,", "IMRC,RIC", "ric", "RIC,RIC", "RIC,XYZ", "RIC CMRC"]
 
 
-@pytest.mark.parametrize(("name", "size"), SIZES)
-def test_impossible_sizes_are_named(name: str, size: int) -> None:
+@pytest.mark.parametrize(("name", "value"), [*SIZES, *(("cells", cells) for cells in CELLS)])
+def test_impossible_sizes_and_cells_are_named(name: str, value: object) -> None:
     with pytest.raises(InputError, match=f"--{name}"):
-        ModelConfig(**{name: size})
+        ModelConfig(**{name: value})

@@ -10,30 +10,23 @@ from router import INACTIVE, Cell, MergeLayer, Modality, Router, RoutingLayer
 CONTEXT = Modality(torch.zeros(3, 4, 5), torch.zeros(3, 5), torch.ones(3, 4, dtype=torch.bool))
 
 
-class Gates(nn.Module):
-    """A router whose gates a test gives."""
-
-    def __init__(self, gates: Tensor) -> None:
-        super().__init__()
-        self.gates = gates
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gates
-
-
 class FixedCell(Cell):
     """A cell that adds a number to its input and has the gates that a test gives it."""
 
     def __init__(self, number: float, gates: Tensor) -> None:
-        super().__init__(Gates(gates))
+        super().__init__(nn.Identity())
+        self.router.register_forward_hook(lambda *_: gates)
         self.number = number
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.number
 
 
-def test_gates_equal_the_equation_and_some_are_closed() -> None:
+def test_gates_equal_the_equation_start_open_and_can_close() -> None:
+    """They start at tanh(1.5), but for what the inner layer adds."""
     router = Router(5, 7, 3)
+    assert (router.mlp[2].bias == 1.5).all()
+    assert router(torch.zeros(1, 1, 6, 5)).min() > 0.8
     nn.init.zeros_(router.mlp[2].bias)
     x = 3 * torch.randn(2, 4, 6, 5)
     gates = router(x)
@@ -41,21 +34,6 @@ def test_gates_equal_the_equation_and_some_are_closed() -> None:
         for c in range(4):
             torch.testing.assert_close(gates[q, c], oracle.router(router, x[q, c]))
     assert (gates == 0).any() and (gates > 0).any()
-
-
-def test_every_path_starts_open() -> None:
-    """At tanh(1.5), but for what the inner layer adds."""
-    router = Router(5, 7, 3)
-    assert (router.mlp[2].bias == 1.5).all()
-    assert router(torch.zeros(1, 1, 6, 5)).min() > 0.8
-
-
-def test_gates_stay_in_float32_under_autocast() -> None:
-    router, x = Router(5, 7, 3), torch.randn(2, 4, 6, 5).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        gates = router(x)
-    assert gates.dtype == torch.float32
-    torch.testing.assert_close(gates, router(x.float()))
 
 
 def routed(layer: RoutingLayer | MergeLayer, xs: list[Tensor]) -> tuple:
@@ -90,15 +68,6 @@ def test_the_last_layer_averages_and_a_dead_cell_passes_its_input_on(
     above = sum(gates[k] * (xs[k] + k + 1) + dead[k] * xs[k] for k in range(2))
     torch.testing.assert_close(merged, above / (sum(gates) + sum(dead)))
     torch.testing.assert_close(raw[..., 0, :], torch.tensor(gates).expand(2, 3, 2))
-
-
-def test_dead_flags_are_constants_and_gates_get_gradients() -> None:
-    gates = torch.rand(2, 3, 2, 2, requires_grad=True)
-    layer = RoutingLayer({"a": FixedCell(1, gates[..., 0]), "b": FixedCell(2, gates[..., 1])})
-    mixed, _ = routed(layer, [torch.randn(2, 3, 6, 5)] * 2)
-    mixed[0].sum().backward()
-    assert gates.grad[:, :, 0].abs().min() > 0  # out-path 0 was asked for
-    assert gates.grad[:, :, 1].abs().max() == 0
 
 
 def test_hard_routing_takes_one_cell_and_has_the_gradient_of_all() -> None:
