@@ -167,10 +167,10 @@ def strike(way: str, pid: int, chance: random.Random) -> bool:
     try:
         if way == "worker":
             workers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            if not workers:
-                return False
-            os.kill(int(chance.choice(workers)), signal.SIGKILL)
-        elif way == "memory":
+            if workers:
+                os.kill(int(chance.choice(workers)), signal.SIGKILL)
+            return bool(workers)
+        if way == "memory":
             conftest.limit_memory(pid, chance.randrange(MORE_MEMORY))
         elif way == "disk":
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -81,21 +81,11 @@ class Options:
 WORDS = [n.to_bytes(size, "little") for size in (4, 8) for n in (0, 1, 127, 2**31, 2**32 - 1)]
 WORDS += b"\0 \n \r \xff \xe2\x80\xa8 \xed\xa0\x80 PK\x03\x04 PK\x05\x06 cos\nsystem\n".split(b" ")
 WORDS += [*b'(F4) t. R [ { " -1 1e999 NaN null'.split(), b"\x85" * 50, b"9" * 30]
-SETTINGS = settings(
-    database=None,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-byte_changes = st.lists(
-    st.tuples(
-        st.integers(0, 2**32 - 1),  # where
-        st.integers(0, 40) | st.just(2**40),  # bytes that go
-        st.binary(max_size=12) | st.sampled_from(WORDS),  # bytes that come
-    ),
-    max_size=6,
-)
+SETTINGS = settings(database=None, deadline=None, derandomize=True, phases=[Phase.generate])
+SETTINGS = settings(SETTINGS, suppress_health_check=list(HealthCheck))
+AT, GONE = st.integers(0, 2**32 - 1), st.integers(0, 40) | st.just(2**40)  # how many bytes go
+NEW = st.binary(max_size=12) | st.sampled_from(WORDS)
+byte_changes = st.lists(st.tuples(AT, GONE, NEW), max_size=6)
 
 
 def change_bytes(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
@@ -115,28 +105,21 @@ ODD: list[Any] = [
     *(torch.zeros(1).expand(2**40), torch.zeros(2, device="meta")),
     torch.nn.Parameter(torch.zeros(4)),
 ]
-value_changes = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, 2**16), max_size=6),
-        st.integers(0, len(ODD) - 1),
-        st.sampled_from(("set", "remove", "rename", "reshape", "type")),
-    ),
-    max_size=4,
-)
+PATH, ODDS = st.lists(st.integers(0, 2**16), max_size=6), st.integers(0, len(ODD) - 1)
+KIND = st.sampled_from(("set", "remove", "rename", "reshape", "type"))
+value_changes = st.lists(st.tuples(PATH, ODDS, KIND), max_size=4)
 
 
 def change_value(content: Any, path: list[int], odd: int, kind: str) -> Any:
     """Return plain data with one value replaced; `path` leads to it."""
-    if path and isinstance(content, dict) and content:
-        key = list(content)[path[0] % len(content)]
-        if len(path) == 1 and kind in ("remove", "rename"):
-            rest = {k: v for k, v in content.items() if k != key}
-            return rest if kind == "remove" else rest | {f"{key}x": content[key]}
-        return content | {key: change_value(content[key], path[1:], odd, kind)}
-    if path and isinstance(content, list) and content:
-        at = path[0] % len(content)
-        new = change_value(content[at], path[1:], odd, kind)
-        return [*content[:at], new, *content[at + 1 :]]
+    if path and isinstance(content, dict | list) and content:
+        keys = list(content) if isinstance(content, dict) else range(len(content))
+        key, new = keys[path[0] % len(keys)], content.copy()
+        if len(path) == 1 and kind in ("remove", "rename") and isinstance(content, dict):
+            value = new.pop(key)
+            return new if kind == "remove" else new | {f"{key}x": value}
+        new[key] = change_value(content[key], path[1:], odd, kind)
+        return new
     if isinstance(content, torch.Tensor) and content.numel() < 10**6:
         if kind == "reshape":
             return content.unsqueeze(0) if odd % 2 else content.double()
@@ -283,17 +266,17 @@ def read_tsv(path: Path) -> None:
 
 
 def extraction(folder: Path) -> Reader:
+    """Resume from a record, without the files of the input before."""
     about = {"model": "tsv"}
     known = about | {"ids": images_digest(list(NAMES), NAMES)}
     record = {"about": known, "rows": 1, "complete": False}
     seeds = [json.dumps(record | {"left_out": rows}).encode() for rows in ([], [0])]
 
     def read(path: Path) -> None:
-        """Resume from a record, without the files of the input before."""
         for old in path.parent.glob("dev_*.npy"):
             old.unlink()
-        write_array(path.parent / "dev_ims.npy.new", np.zeros((1, 36, 3), np.float32))
-        write_array(path.parent / "dev_boxes.npy.new", np.zeros((1, 36, 4), np.float32))
+        for name, width in (("ims", 3), ("boxes", 4)):
+            write_array(path.parent / f"dev_{name}.npy.new", np.zeros((1, 36, width), np.float32))
         (path.parent / "dev_caps.txt").write_text("a man\n" * 10)
         (path.parent / "dev_ids.txt").write_text("a\nb\n")
         resumed = Extraction(path.parent, "dev", NAMES)

@@ -150,9 +150,9 @@ BAD_BERTS = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_BERTS)
-def test_bad_berts_are_refused_by_name(bert_folder: Path, fault: str) -> None:
-    change, fact = BAD_BERTS[fault]
+@pytest.mark.parametrize("problem", BAD_BERTS)
+def test_bad_berts_are_refused_by_name(bert_folder: Path, problem: str) -> None:
+    change, fact = BAD_BERTS[problem]
     change(bert_folder)
     with pytest.raises(InputError, match="bert") as error:
         load_bert(bert_folder)
@@ -251,9 +251,9 @@ BAD_CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_CHECKPOINTS)
-def test_bad_checkpoints_are_refused_by_name(tmp_path: Path, fault: str) -> None:
-    change, fact = BAD_CHECKPOINTS[fault]
+@pytest.mark.parametrize("problem", BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_refused_by_name(tmp_path: Path, problem: str) -> None:
+    change, fact = BAD_CHECKPOINTS[problem]
     content, path = read_torch(OFFICIAL), tmp_path / "model.pth.tar"
     change(content)
     torch.save(content, path)
