@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -67,22 +68,16 @@ def test_help_shows_groups_and_defaults(capsys) -> None:
 
 
 def test_an_input_error_is_one_line_and_status_2(capsys) -> None:
-    def program() -> None:
-        raise InputError("file: holds\x1b[31m this,\nexpected that")
-
     with pytest.raises(SystemExit) as stop:
-        run(program)
+        run(Mock(side_effect=InputError("file: holds\x1b[31m this,\nexpected that")))
     assert stop.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith(r"error: file: holds\x1b[31m this, expected that")
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    def program() -> None:
-        raise KeyError("bug")
-
     with pytest.raises(KeyError):
-        run(program)
+        run(Mock(side_effect=KeyError("bug")))
 
 
 PRINTS = "from common.cli import print_line, run; run(lambda: print_line('x' * 9**6))"

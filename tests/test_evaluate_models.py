@@ -273,21 +273,21 @@ def array(folder: Path, values: np.ndarray, name: str = "array") -> Path:
 
 
 def saved(folder: Path, name: str, images: int = 10) -> Path:
-    scores = np.random.default_rng(0).random((images, 5 * images), dtype=np.float32)
-    return array(folder, scores, name)
+    return array(folder, np.random.default_rng(0).random((images, 5 * images), "f"), name)
 
 
 def test_five_thousand_images_are_reported_as_1k_and_5k(
     tmp_path: Path, capsys, monkeypatch
 ) -> None:
     path = str(saved(tmp_path, "a"))
-    evaluate_models.main(["--scores", path])
-    whole = capsys.readouterr().out
-    evaluate_models.main(["--scores", path, "--fold5"])
-    folds = capsys.readouterr().out
+
+    def printed(*more: str) -> str:
+        evaluate_models.main(["--scores", path, *more])
+        return capsys.readouterr().out
+
+    whole, folds = printed(), printed("--fold5")
     monkeypatch.setattr(evaluate_models, "MSCOCO_IMAGES", 10)
-    evaluate_models.main(["--scores", path])
-    assert capsys.readouterr().out == f"{folds}All images\n{whole}"
+    assert printed() == f"{folds}All images\n{whole}"
     result = evaluate(scores=path)
     assert result.fold5 and result.metrics == result.whole.metrics
 
