@@ -14,6 +14,7 @@ DESCRIPTION = """Train a DIME model for one direction on precomputed region feat
   python train.py --data_path data --data_name f30k_precomp --bert_path bert/uncased \\
       --logger_name runs/f30k --direction i2t --extra_stc 1 --lambda_softmax 4
   python train.py ... --resume auto       # continue where the run was cut off
+  python train.py ... --init MODEL        # begin with the weights of a trained model
 
 Writes checkpoint.pth.tar, model_best.pth.tar, metrics.jsonl, run.json, train.log and TensorBoard's
 events to LOGGER_NAME/DIRECTION. Evaluate the models with evaluate_models.py."""
@@ -34,6 +35,7 @@ def train(config: TrainConfig) -> None:
     from common.cli import pick_device
     from data import Split, TrainingBatches
     from model import DIME
+    from training.initial import load_initial_weights
     from training.loop import Trainer
     from training.resume import clear, find_checkpoint
     from training.text_cache import cache_text
@@ -45,6 +47,8 @@ def train(config: TrainConfig) -> None:
     folder = Path(config.data_path) / config.data_name
     split = Split.open(folder, "train", config.img_dim, training=True)
     config = replace(config, img_dim=split.img_dim)
+    if checkpoint is not None:  # the record of how the run began stays
+        config = replace(config, init=str(checkpoint.options.get("init", "")))
     dev = Split.open(folder, "dev", config.img_dim)
     skips = config.skips_single(split.regions_per_image)
     batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, skips)
@@ -53,6 +57,8 @@ def train(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
     if checkpoint is None:
+        if config.init:
+            trainer.log.run["init_sha256"] = load_initial_weights(trainer.model, config, bert)
         clear(config.folder)
     else:
         trainer.restore(checkpoint)

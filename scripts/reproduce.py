@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
 # Of the options that a resumed training may change, those that change its result.
-LENGTH = {"num_epochs", "max_steps", "val_step", "skip_bad_batches"}
+DECISIVE = {"num_epochs", "max_steps", "val_step", "skip_bad_batches", "init"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def check_model(each: Run, seed: int) -> dict[str, Any] | None:
     # The best model may be older than the last resume, run.json has the newest options.
     for file, options, names in (
         (path, read_checkpoint(path).options, lasting),
-        (beside, training.pop("options", {}), lasting | LENGTH),
+        (beside, training.pop("options", {}), lasting | DECISIVE),
     ):
         for name in sorted(names & options.keys()):
             problem = f"{file}: was trained with --{name} {brief_repr(options[name])}"

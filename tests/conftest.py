@@ -91,12 +91,13 @@ def write_split(
     repeat: bool = False,
     dtype: type = np.float32,
     longest: int = 9,
+    width: int = IMG_DIM,
     seed: int = 0,
 ) -> None:
     """Random features and captions in SCAN's layout; every caption has 1 to `longest` words."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, len(name), images))
-    features = rng.random((images, REGIONS, IMG_DIM)).astype(dtype)
+    features = rng.random((images, REGIONS, width)).astype(dtype)
     np.save(folder / f"{name}_ims.npy", np.repeat(features, 5, axis=0) if repeat else features)
     captions = [
         " ".join(rng.choice(WORDS.split(), size=rng.integers(1, longest + 1)))

@@ -22,7 +22,7 @@ GROUPS = {
     ),
     "validation and checkpoints": (
         *("logger_name", "log_step", "val_step", "val_captions", "save_step"),
-        *("resume", "overwrite"),
+        *("init", "resume", "overwrite"),
     ),
     "hardware": ("device", "precision", "workers", "compile", "activation_checkpointing"),
     "ablations": ("routing", "num_layer_routing", "cells", "cache_text"),
@@ -32,8 +32,8 @@ GROUPS = {
 # What a resumed run may change: its length, its paths, its hardware, how often it logs and saves.
 FREE = {
     *("num_epochs", "max_steps", "logger_name", "data_path", "bert_path", "workers", "device"),
-    *("log_step", "val_step", "save_step", "skip_bad_batches", "resume", "overwrite", "compile"),
-    "activation_checkpointing",
+    *("log_step", "val_step", "save_step", "skip_bad_batches", "compile"),
+    *("init", "resume", "overwrite", "activation_checkpointing"),
     *GROUPS["accepted and ignored"],
 }
 
@@ -64,6 +64,9 @@ class TrainConfig(DataConfig, ModelConfig):
         int, "skip up to so many batches whose loss or gradient is NaN or infinite"
     ] = 0
     val_captions: Annotated[int, "dev captions to validate on, whole images only"] = 5000
+    init: Annotated[
+        str, "begin with the weights of a checkpoint: native, official or .safetensors"
+    ] = ""
     resume: Annotated[
         str, "resume a run: auto (the newest checkpoint of its folder) or a checkpoint file"
     ] = ""
@@ -99,6 +102,8 @@ class TrainConfig(DataConfig, ModelConfig):
             raise InputError("--extra_stc: expected --direction i2t")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
+        if self.init and self.resume not in ("", "auto"):
+            raise InputError("--init and --resume FILE exclude each other")
 
     def skips_single(self, regions: int) -> bool:
         """Return whether batch normalisation would see a single value in a batch of one item.
