@@ -10,6 +10,7 @@ Readers and checks raise InputError, which names the file, its content and what 
 
 import hashlib
 import mmap
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from common.files import map_array, read_json, read_text
 SplitName = Literal["train", "dev", "test", "testall"]
 
 CAPTIONS_PER_IMAGE = 5
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, surrogates
 LONGEST_CAPTION = 10_000  # characters; a longer line is not a caption and slow to tokenise
 
 
@@ -138,10 +140,15 @@ def images_digest(ids: Sequence[str], names: dict[str, str]) -> str:
 
 def stays_inside(name: Any) -> bool:
     """Whether a file name from a stranger's file stays inside the folder it is joined to."""
-    if not isinstance(name, str) or not name.isprintable() or "\\" in name:
+    if not isinstance(name, str) or not is_one_line(name) or "\\" in name:
         return False
     path = PurePosixPath(name)
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a text has no control characters and no half of a surrogate pair; spaces are fine."""
+    return UNPRINTABLE.search(text) is None
 
 
 # Features
