@@ -43,8 +43,9 @@ from common.torch_files import read_torch
 from data import Split, TrainingBatches
 from evaluation import map_scores
 from model import DIME
-from scripts import convert_checkpoint, prepare_captions
+from scripts import convert_checkpoint
 from scripts.extract_regions import Extraction
+from scripts.parts import caption_files
 from scripts.parts.images import read_image
 from scripts.parts.regions import Tsv
 from tests import conftest
@@ -279,7 +280,19 @@ def annotations(folder: Path) -> Reader:
     coco = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}]}
     coco |= {"annotations": [{"image_id": 7, "id": n, "caption": "a man"} for n in range(5)]}
     seeds = [json.dumps(content).encode() for content in ({"images": [karpathy] * 2}, coco)]
-    return by_bytes("captions_val.json", seeds, prepare_captions.read)
+    return by_bytes("captions_val.json", seeds, caption_files.read)
+
+
+def captions_of_lines(folder: Path) -> Reader:
+    """Read a token file, a bar-separated file, a CSV table and JSON lines."""
+    record = {"file_name": "train/a.jpg", "text": "a man", "split": "dev"}
+    seeds = [
+        "a.jpg#0\ta man\nb.jpg#0\ta dog\na.jpg#1\ta boy\n",
+        "image_name| comment_number| comment\na.jpg| 0| a man\na.jpg| 1   a boy\n",
+        'file_name,text,split\na.jpg,"a ""man"", in red",test\nb.jpg,a dog,train\n',
+        f"{json.dumps(record)}\n{json.dumps(record | {'text': 'a dog'})}\n",
+    ]
+    return by_bytes("metadata.csv", [seed.encode() for seed in seeds], caption_files.read)
 
 
 def read_tsv(path: Path) -> None:
@@ -345,6 +358,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
         "id_mapping.json", json.dumps(NAMES).encode(), lambda path: read_names(path.parent)
     ),
     "annotations": annotations,
+    "caption_files": captions_of_lines,
     "tsv": simple("x.tsv", conftest.tsv_row("a", 0) + conftest.tsv_row("b", 1), read_tsv),
     "extraction": extraction,
     "image": image,
