@@ -156,7 +156,7 @@ FIVE = [f"Un café, n° {n}" for n in range(5)]
             "\n".join(json.dumps({"file_name": "a b#1.jpg", "caption": c}) for c in FIVE),
             "JSON lines",
         ),
-        ("m.json", json.dumps({"text": FIVE[0], "file_name": "a b#1.jpg"}), "JSON lines"),
+        ("m.json", json.dumps({"text": FIVE[0], "image": "a b#1.jpg"}), "JSON lines"),
     ],
 )
 def test_lines_and_tables(out: Path, prepare: Prepare, name: str, content: str, form: str) -> None:

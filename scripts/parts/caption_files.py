@@ -100,7 +100,7 @@ def recognise_json(path: Path, text: str) -> tuple[str, Iterator[CaptionedImage]
         content, end = json.JSONDecoder().raw_decode(text.lstrip())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}; expected {EXPECTED}") from error
-    if "file_name" in content:
+    if set(FILE_NAME) & set(content):
         return "JSON lines", read_records(path, json_records(path, text))
     has_images = isinstance(content.get("images"), list)
     problem = f"{path}: a JSON object of {summarise([*map(repr, content)]) or 'nothing'}, no images"
