@@ -80,7 +80,7 @@ class EvaluateConfig:
     ] = None
     save_scores: Annotated[str | None, "write the score matrix (images, captions), .npy"] = None
     json: Annotated[str | None, "write the result, unrounded"] = None
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     precision: Annotated[Precision | None, "bf16: products in bfloat16" + THEIRS] = None
     compile: Annotated[bool | None, "compile the routing (default: if it saves time)"] = None
     workers: Annotated[int, "processes that read features; 0: the program itself"] = 2

@@ -71,7 +71,7 @@ class TrainConfig(DataConfig, ModelConfig):
         str, "resume a run: auto (the newest checkpoint of its folder) or a checkpoint file"
     ] = ""
     overwrite: Annotated[bool, "delete the run in the folder and start again"] = False
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     precision: Annotated[Precision, "bf16 computes products in bfloat16, weights stay float32"] = (
         "fp32"
     )
