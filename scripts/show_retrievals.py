@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from common.cli import parse, run
-from common.errors import check_range, require
+from common.errors import check_range
 from common.layout import (
-    CAPTIONS_PER_IMAGE,
     SplitName,
     files_of,
     read_captions,
+    read_groups_of_scores,
     split_files,
 )
 from scripts.parts.figures import (
@@ -69,11 +69,15 @@ def draw_image(axes: Axes, path: Path, right: bool | None = None) -> None:
 
 
 def draw(
-    scores: np.ndarray, captions: Sequence[str], files: Sequence[Path], queries: int
+    scores: np.ndarray,
+    owner: np.ndarray,
+    captions: Sequence[str],
+    files: Sequence[Path],
+    queries: int,
 ) -> Figure:
     """Return rows of captions with images, then rows of images with captions.
 
-    `scores` are `[I, T]`, `files` the images.
+    `scores` are `[I, T]`, `owner` `[T]` the image of each caption, `files` the images.
     """
     figure = new_figure(13, 4.2 * queries)
     above, below = figure.subfigures(2, 1)  # type: ignore[misc]  # an array of two
@@ -85,13 +89,13 @@ def draw(
             axes.axis("off")
         row[0].text(0, 0.5, textwrap.fill(captions[caption], 30), **TEXT)
         for axes, image in zip(row[1:], best(scores[:, caption]), strict=False):
-            draw_image(axes, files[image], image == caption // CAPTIONS_PER_IMAGE)
+            draw_image(axes, files[image], image == owner[caption])
     rows = below.subplots(queries, 2, width_ratios=[1, 5.6], squeeze=False)
     for row, image in zip(rows, spread(len(files), queries), strict=True):
         draw_image(row[0], files[image])
         row[1].axis("off")
         for place, caption in enumerate(best(scores[image])):
-            right = image == caption // CAPTIONS_PER_IMAGE
+            right = image == owner[caption]
             text = f"{WORD[right]}: {captions[caption][:140]}"
             row[1].text(0, 1 - (place + 0.5) / ANSWERS, text, color=COLOUR[right], **TEXT)
     return figure
@@ -114,12 +118,11 @@ def main() -> None:
     path, folder = Path(options.scores), Path(options.data)
     captions = read_captions(split_files(folder, options.split)[1])
     scores = map_scores(path)
-    count = len(captions)
-    problem = f"{path}: shape {scores.shape}; expected {count} captions of {folder}"
-    require(scores.shape[1] == count, problem)
+    owner = read_groups_of_scores(path, scores.shape, folder, options.split).image_of_caption
     files = image_files(folder, options.split, len(scores), Path(options.images))
     check_figure(Path(options.out), [*files, path, *files_of(folder, options.split)])
-    write_figure(draw(scores, captions, files, min(options.queries, len(files))), Path(options.out))
+    queries = min(options.queries, len(files))
+    write_figure(draw(scores, owner, captions, files, queries), Path(options.out))
 
 
 if __name__ == "__main__":

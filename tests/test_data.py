@@ -155,6 +155,7 @@ def test_nan_in_a_large_file_is_found_in_its_batch(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.SMALL_FILE", 0)
+    monkeypatch.setattr("data.SAMPLED_ROWS", 2)  # images 0 and 3
     write_split(tmp_path, "dev", 4)
     spoil(np.nan)(tmp_path)
     split = Split.open(tmp_path, "dev", IMG_DIM)

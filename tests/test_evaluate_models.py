@@ -454,7 +454,7 @@ BAD_SCORES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
             *("--scores", saved(t, "a"), "--data_path", t.parent, "--data_name", captions(t, 45)),
             *("--split", "test"),
         ],
-        "a.npy: scores of 10 images",
+        "a.npy: shape (10, 50); expected (9, 45)",
     ),
     "half of the data": (
         lambda t: ["--scores", saved(t, "a"), "--data_path", t, "--split", "test"],

@@ -19,7 +19,6 @@ import torch
 from cells import CrossModalRefinement
 from common.cli import progress
 from common.files import write_text
-from common.layout import CAPTIONS_PER_IMAGE
 from data import Split
 from evaluation import Encoded, evaluation_mode
 from model import DIME
@@ -60,12 +59,12 @@ class Pairs:
         return paths.reshape(len(captions), -1, len(self.cells)).cpu().numpy()
 
     def routes(self, images: int) -> np.ndarray:
-        """Return gates `[pairs, P, N]` of the first images, each with its five captions."""
+        """Return gates `[pairs, P, N]` of the first images, each with all its captions."""
         gates = []
         with progress("routing", images, "images") as bar:
             for image in range(images):
-                first = image * CAPTIONS_PER_IMAGE
-                gates.append(self.route(image, range(first, first + CAPTIONS_PER_IMAGE)))
+                captions = self.split.groups.captions_of(np.array([image]))
+                gates.append(self.route(image, captions.tolist()))
                 bar.update()
         return np.concatenate(gates)
 
@@ -162,8 +161,8 @@ def write_tables(
         head += ["cluster", "x", "y"]
         for row, point, label in zip(numbers, *clusters, strict=True):
             row += [int(label), *_rounded(point)]
-    captions = pairs.split.captions
-    routes = ([k // CAPTIONS_PER_IMAGE, k, captions[k], *row] for k, row in enumerate(numbers))
+    captions, owner = pairs.split.captions, pairs.split.groups.image_of_caption
+    routes = ([int(owner[k]), k, captions[k], *row] for k, row in enumerate(numbers))
     _write_csv(out / "routes.csv", head, routes)
 
 
