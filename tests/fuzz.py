@@ -44,10 +44,10 @@ from data import Split, TrainingBatches
 from evaluation import map_scores
 from model import DIME
 from scripts import convert_checkpoint
-from scripts.extract_regions import Extraction
 from scripts.parts import caption_files
+from scripts.parts.extraction import Extraction
 from scripts.parts.images import read_image
-from scripts.parts.regions import Tsv
+from scripts.parts.tsv import Tsv
 from tests import conftest
 from training.config import TrainConfig
 from training.log import _earlier_sessions
@@ -296,14 +296,14 @@ def captions_of_lines(folder: Path) -> Reader:
 
 
 def read_tsv(path: Path) -> None:
-    source = Tsv([path], {"a": "a.jpg", "b": "b.jpg"}, False)
+    source = Tsv([path], {"a": "a", "b": "b"})
     for key in source.image_ids:
         source.read(key)
 
 
 def extraction(folder: Path) -> Reader:
     about = {"model": "tsv"}
-    known = about | {"ids": images_digest(list(NAMES), NAMES)}
+    known = about | {"ids": images_digest(list(NAMES), NAMES), "files": 2}
     record = {"about": known, "rows": 1, "complete": False}
     seeds = [json.dumps(record | {"left_out": rows}).encode() for rows in ([], [0])]
 
@@ -316,7 +316,7 @@ def extraction(folder: Path) -> Reader:
         (path.parent / "dev_caps.txt").write_text("a man\n" * 10)
         (path.parent / "dev_ids.txt").write_text("a\nb\n")
         resumed = Extraction(path.parent, "dev", NAMES)
-        resumed.begin(about, 3, overwrite=False)
+        resumed.begin(about, [(36, 3), (36, 4)], overwrite=False)
         if not resumed.complete:
             left = 2 - resumed.done
             resumed.put(left, [np.zeros((left, 36, 3)), np.zeros((left, 36, 4))], [])

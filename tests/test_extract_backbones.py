@@ -1,0 +1,116 @@
+"""extract_regions.py: features of images, made by backbones."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, run_here, save_noise
+from PIL import Image
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.transforms.functional import to_tensor
+
+from common.errors import InputError
+from scripts import check_data
+from scripts.parts import detector, lite2
+from scripts.parts.regions import ImageFiles, grid_boxes, open_backbone
+
+CPU = torch.device("cpu")
+
+
+def test_features_of_a_grid(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extract: Callable[..., str]
+) -> None:
+    """A training reads them; tests/test_demo.py goes on to metrics."""
+    (tmp_path / "images/1.png").write_bytes(b"no image")
+    (tmp_path / "images/2.png").unlink()
+    how = ["--model", "efficientnet_lite2", "--images", tmp_path / "images"]
+    assert "1.png" in extract(*how, status=2)
+    assert "ids 1, 2" in extract(*how, "--skip_broken", "--workers", 1)
+    assert (drawn / "train_ids.txt").read_text().split() == ["0", "5", "6", "7"]
+    features, boxes = np.load(drawn / "train_ims.npy"), np.load(drawn / "train_boxes.npy")
+    assert features.shape == (4, 36, 1280) and features.std() > 0.1
+    assert boxes.shape == (4, 36, 4) and boxes.min() >= 0 and boxes.max() <= 70
+    assert (boxes[..., 2:] > boxes[..., :2]).all()
+    assert run_here(monkeypatch, check_data.main, [drawn, "--full"]) == 0
+
+
+def save_detector(path: Path, **sizes: int) -> FasterRCNN:
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None)
+    model = FasterRCNN(backbone, 91, **sizes).eval()
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def test_boxes_of_a_detector(
+    drawn: Path, extract: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detector, "SHORT_SIDE", 32)
+    save_detector(tmp_path / "detector.pth")
+    how = ["--model", "fasterrcnn", "--images", tmp_path / "images"]
+    extract(*how, "--weights", tmp_path / "detector.pth")
+    features, boxes = np.load(drawn / "test_ims.npy"), np.load(drawn / "test_boxes.npy")
+    assert features.shape == (2, 36, 1024) and features.std(1).max() > 0
+    assert boxes.shape == (2, 36, 4) and boxes.min() >= 0
+    assert boxes[0, :, 2].max() <= 64 and boxes[0, :, 3].max() <= 48  # the size of image 4
+    weights = torch.load(tmp_path / "detector.pth")
+    weights["rpn.head.cls_logits.bias"][0] = torch.nan
+    torch.save(weights, tmp_path / "nan.pth")
+    for path in (tmp_path / "nan.pth", GOLDEN / "i2t/checkpoint.pth.tar"):
+        assert path.name in extract(*how, "--weights", path, "--overwrite", status=2)
+
+
+def test_detector_features_are_those_of_its_boxes(tmp_path: Path) -> None:
+    """The image is larger than the detector's input; torchvision's transformation is the oracle."""
+    model = save_detector(tmp_path / "detector.pth", min_size=64, max_size=128)
+    for module in model.modules():
+        if "running_var" in dict(module.named_buffers(recurse=False)):
+            module.eps = 0.0
+    image = save_noise(tmp_path / "image", 300, 150)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detector, "SHORT_SIDE", 64)
+        patch.setattr(detector, "LONG_SIDE", 128)
+        backbone = open_backbone("fasterrcnn", tmp_path / "detector.pth", CPU)
+        source = ImageFiles({"a": tmp_path / "image"}, backbone)
+    features, boxes = source.encode([source.read("a")])
+    assert boxes[0, :, 2].max() > 150 and len(np.unique(boxes[0], axis=0)) > 9
+    with torch.no_grad():
+        batch, _ = model.transform([to_tensor(image)])
+        maps, size = model.backbone(batch.tensors), batch.image_sizes
+        resized = resize_boxes(torch.from_numpy(boxes[0]), [150, 300], list(size[0]))
+        pooled = model.roi_heads.box_roi_pool(maps, [resized], size)
+        expected = model.roi_heads.box_head(pooled).numpy()
+    assert np.abs(features[0] - expected).max() < 1e-4 < 0.01 < np.ptp(expected, 0).max()
+
+
+def test_grid_rows_are_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = lite2.Lite2(CPU)
+    source = ImageFiles({"a": tmp_path / "image"}, backbone)
+    image = save_noise(tmp_path / "image", 300, 150).resize((260, 260), Image.Resampling.BICUBIC)
+    features, boxes = source.encode([source.read("a")])
+    with torch.no_grad():
+        pixels = (torch.from_numpy(np.array(image)).float() - 127) / 128
+        maps = backbone.model.extract_features(pixels.permute(2, 0, 1)[None])
+        cells = torch.nn.functional.adaptive_avg_pool2d(maps, 6)[0].numpy()  # [1280, 6, 6]
+    for row, (left, top, right, bottom) in enumerate(boxes[0]):
+        x, y = round(left / 50), round(top / 25)
+        assert (right, bottom) == (left + 50, top + 25)
+        assert np.abs(features[0, row] - cells[:, y, x]).max() < 1e-4
+    assert np.abs(cells - cells.transpose(0, 2, 1)).max() > 0.1
+    monkeypatch.setattr(lite2, "SHA256", "0" * 8)
+    with pytest.raises(InputError, match="SHA-256"):
+        lite2.Lite2(CPU)
+
+
+def test_boxes() -> None:
+    boxes = grid_boxes(60, 12)
+    assert boxes[0].tolist() == [0, 0, 10, 2] and boxes[7].tolist() == [10, 2, 20, 4]
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 99, 30]])
+    scores = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.5, 0.5]])
+    best = detector.best_boxes(boxes[:, None].expand(3, 2, 4), scores, (40, 50))
+    assert best[:4].tolist() == [[0, 0, 10, 10], [20, 20, 50, 30], [0, 0, 10, 9], [0, 0, 50, 40]]
+    assert len(best) == 36
