@@ -228,10 +228,21 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
 def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return what is known of models and data, the mean of the models' scores, and `owner`."""
     from checkpoint.bert import bert_files
-    from checkpoint.checkpoint import bert_folder, common_option, json_beside, read_checkpoint
+    from checkpoint.checkpoint import (
+        APART,
+        bert_folder,
+        common_option,
+        json_beside,
+        read_checkpoint,
+    )
 
     paths, device = config.model_path or [], pick_device(config.device)
     checkpoints = [read_checkpoint(path) for path in paths]
+    widths = sorted({checkpoint.config.img_dim for checkpoint in checkpoints})
+    require(
+        len(widths) == 1,
+        f"--model_path: models of features {widths} wide; expected one width; {APART}",
+    )
     data_name = config.data_name or common_option(checkpoints, "data_name")
     folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
     split = config.split

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 FORMAT = "dime-1"  # of native checkpoints; another number would mean other names or meanings
 # The options of an official checkpoint that count; it may hold others, of any kind.
 KNOWN = {field.name for field in fields(ModelConfig)} | {"data_path", "data_name", "bert_path"}
+APART = "evaluate each model with --save_scores, then all of them with --scores"
 BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
 
 
@@ -219,6 +220,7 @@ def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:
     values = {str(checkpoint.options.get(option)) for checkpoint in checkpoints}
     require(
         len(values) == 1 and "None" not in values,
-        f"--{option} is needed: the checkpoints have {', '.join(sorted(values))}",
+        f"--{option} is needed: the checkpoints have {', '.join(sorted(values))}"
+        + f"; or {APART}" * (len(values) > 1),
     )
     return values.pop()

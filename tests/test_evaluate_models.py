@@ -258,12 +258,13 @@ def official() -> dict:
         return torch.load(GOLDEN / "i2t/checkpoint.pth.tar", weights_only=True)
 
 
-def two_data_sets(tmp_path: Path) -> list[str]:
+def beside(tmp_path: Path, **options: object) -> list[str]:
+    """An ensemble of the golden model and of one with other options."""
     content = official()
-    content["opt"].data_name = "coco_precomp"
-    torch.save(content, tmp_path / "coco.pth.tar")
+    vars(content["opt"]).update(options)
+    torch.save(content, tmp_path / "other.pth.tar")
     first = str(GOLDEN / "i2t/checkpoint.pth.tar")
-    return ["--model_path", first, str(tmp_path / "coco.pth.tar")]
+    return ["--model_path", first, str(tmp_path / "other.pth.tar")]
 
 
 def nan_scores(tmp_path: Path) -> list[str]:
@@ -276,7 +277,11 @@ def nan_scores(tmp_path: Path) -> list[str]:
 REFUSED = {
     "no model": (no_model, "none.pth.tar: not found"),
     "truncated": (truncated, "cut.pth.tar"),
-    "two data sets": (two_data_sets, "--data_name is needed"),
+    "two data sets": (lambda t: beside(t, data_name="coco_precomp"), "--save_scores"),
+    "two widths": (
+        lambda t: beside(t, img_dim=7),
+        "[7, 20] wide; expected one width; evaluate each",
+    ),
     "NaN scores": (nan_scores, "nan.pth.tar"),
     "no fold": (
         lambda t: ["--fold5"],
