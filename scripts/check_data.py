@@ -24,6 +24,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+
 from common.cli import parse, print_line, progress, run
 from common.errors import InputError, check_range, require, summarise
 from common.files import explain_os_errors, read_json

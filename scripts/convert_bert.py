@@ -12,9 +12,12 @@ optimiser's state are left out; any other missing or surplus weight is an error.
 import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, run
 from common.errors import InputError, require, summarise

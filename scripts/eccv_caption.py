@@ -9,10 +9,13 @@ several files is an ensemble's. {split}_ids.txt in the data's folder has to name
 """
 
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, run
 from common.errors import InputError, require, summarise

@@ -16,11 +16,14 @@ writes the same bytes as an uninterrupted run.
 """
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, pick_device, print_line, progress, run
 from common.config import LARGEST

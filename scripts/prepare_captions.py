@@ -32,12 +32,15 @@ then have five, an image has one line in {split}_ids.txt, otherwise one for each
 
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, run
 from common.errors import check_range, require, summarise

@@ -19,11 +19,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+
 from common.cli import parse, print_line, run
 from common.errors import brief_repr, raise_first, require
 from common.files import read_json, sha256_of, write_json
 from common.signals import Stopped, handled
-from scripts.parts.experiments import REGISTRY, Run, as_typed, read_registry
+from scripts.parts.experiments import (
+    REGISTRY,
+    Run,
+    as_typed,
+    read_registry,
+    require_project_folder,
+)
 from scripts.parts.run_results import fingerprints, legend, problems, read_result, recall_table
 from training.config import FREE, TrainConfig
 
@@ -155,13 +163,16 @@ def main() -> None:
     action, *rest = sys.argv[1:] or ["--help"]
     require(action == "run" or not rest, f"{action}: {' '.join(rest)}: expected no option")
     if action == "list":
+        require_project_folder()
         runs, _ = read_registry(REGISTRY)
         print_line("\n".join(map(overview, runs.values())))
     elif action == "table":
+        require_project_folder()
         _, tables = read_registry(REGISTRY)
         print_line("\n".join([*map(recall_table, tables.values()), legend()]))
     elif action == "run":
         options = parse(RunOptions, rest, __doc__, "reproduce.py run")
+        require_project_folder()
         given = {"data_path": options.data_path, "bert_path": options.bert_path}
         runs, _ = read_registry(REGISTRY, {name: path for name, path in given.items() if path})
         for name in options.names:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import parse
-from common.errors import InputError
+from common.errors import InputError, require
 from common.files import read_text
 from common.layout import SplitName
 from training.config import TrainConfig
@@ -151,6 +151,12 @@ def read_registry(
     except (ValueError, AttributeError, KeyError, TypeError, InputError) as error:
         raise InputError(f"{path}: not a registry of runs: {error!r}") from error
     return runs, tables
+
+
+def require_project_folder() -> None:
+    """Raise InputError elsewhere: results and runs are named relative to the project's folder."""
+    paper, folder = RESULTS / "paper.json", REGISTRY.parent.parent
+    require(paper.is_file(), f"{paper}: not found; run this program in {folder}")
 
 
 def as_typed(command: list[str]) -> str:
