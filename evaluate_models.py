@@ -227,7 +227,7 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
 
 def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return what is known of models and data, the mean of the models' scores, and `owner`."""
-    from checkpoint.bert import bert_files
+    from checkpoint.bert_files import bert_files
     from checkpoint.checkpoint import (
         APART,
         bert_folder,

@@ -30,8 +30,7 @@ def train(config: TrainConfig) -> None:
     """Train in the run's folder. Raises InputError."""
     import torch  # here, so that --help answers at once
 
-    from checkpoint.bert import load_bert
-    from checkpoint.checkpoint import check_positions
+    from checkpoint.checkpoint import bert_to_train_with, check_positions
     from common.cli import pick_device
     from data import Split, TrainingBatches
     from model import DIME
@@ -42,7 +41,7 @@ def train(config: TrainConfig) -> None:
 
     device = pick_device(config.device)
     checkpoint = find_checkpoint(config.folder, config.resume, config.overwrite)
-    bert = load_bert(config.bert_path)
+    bert = bert_to_train_with(config.bert_path, checkpoint)
     check_positions(bert, config)
     folder = Path(config.data_path) / config.data_name
     split = Split.open(folder, "train", config.img_dim, training=True)

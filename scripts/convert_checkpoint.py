@@ -75,18 +75,18 @@ def main() -> None:
 
 def write_arrays(out: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
     """Write weights as safetensors, and beside it the options and the SHA-256 as JSON."""
-    from checkpoint.checkpoint import FORMAT, json_beside
+    from checkpoint.checkpoint import FORMAT, describe_text, json_beside
     from common.torch_files import write_safetensors
 
     # The JSON holds the SHA-256 of the weights: the two cannot be mixed up.
-    about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
+    about = {"format": FORMAT, "options": checkpoint.options} | describe_text(bert)
     digest = write_safetensors(out, checkpoint.weights)
     write_json(json_beside(out), about | _run_of(checkpoint) | {"sha256": digest})
 
 
 def check_outputs(options: Options) -> None:
     """Raise InputError if an output exists, is named twice or cannot be written."""
-    from checkpoint.bert import bert_files
+    from checkpoint.bert_files import bert_files
     from checkpoint.checkpoint import json_beside
 
     out = Path(options.out)

@@ -254,6 +254,23 @@ def bert_file(folder: Path, name: str) -> Reader:
     return by_bytes(name, [(source / name).read_bytes()], read)
 
 
+def bert_index(folder: Path) -> Reader:
+    """Return a reader of the index of weights in two shards."""
+    source = Path(shutil.copytree(BERT, folder / "bert"))
+    weights, shards = read_torch(source / "pytorch_model.bin"), ["a.safetensors", "b.safetensors"]
+    (source / "pytorch_model.bin").unlink()
+    weight_map = {name: shards[i % 2] for i, name in enumerate(weights)}
+    for shard in shards:
+        save_file({k: v for k, v in weights.items() if weight_map[k] == shard}, source / shard)
+    name = "model.safetensors.index.json"
+
+    def read(path: Path) -> None:
+        shutil.copy(path, source)
+        load_bert(source)
+
+    return by_bytes(name, [json.dumps({"weight_map": weight_map}).encode()], read)
+
+
 def read_captions(path: Path) -> None:
     shutil.copy(DATA / "dev_ims.npy", path.parent)
     Vocabulary.load(BERT).encode(Split.open(path.parent, "dev", WIDTH).captions, 12)
@@ -267,6 +284,11 @@ def read_features(path: Path) -> None:
 
 def read_words(path: Path) -> None:
     Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9)
+
+
+def read_flags(path: Path) -> None:
+    shutil.copy(BERT / "vocab.txt", path.parent)
+    read_words(path)
 
 
 def scores(folder: Path) -> Reader:
@@ -337,6 +359,9 @@ def simple(name: str, seed: bytes, read: Callable[[Path], Any]) -> Callable[[Pat
     return lambda folder: by_bytes(name, [seed], read)
 
 
+WORD_IDS = {word: i for i, word in enumerate((BERT / "vocab.txt").read_text().split())}
+TOKENIZER = {"version": "1.0", "model": {"type": "WordPiece", "vocab": WORD_IDS}}
+FLAGS = {"do_lower_case": False, "strip_accents": None, "tokenize_chinese_chars": True}
 SESSION = {"resumed_at": [1, 2], "earlier": [{"commit": "a"}], "seconds": 3.5, "options": {"a": 1}}
 READERS: dict[str, Callable[[Path], Reader]] = {
     "official_checkpoint": lambda folder: by_values(
@@ -350,6 +375,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "bert_arrays": lambda folder: bert_file(folder, "model.safetensors"),
     "bert_sizes": lambda folder: bert_file(folder, "bert_config.json"),
     "bert_words": simple("vocab.txt", (BERT / "vocab.txt").read_bytes(), read_words),
+    "bert_tokenizer": simple("tokenizer.json", json.dumps(TOKENIZER).encode(), read_words),
+    "bert_flags": simple("tokenizer_config.json", json.dumps(FLAGS).encode(), read_flags),
+    "bert_index": bert_index,
     "captions": simple("dev_caps.txt", (DATA / "dev_caps.txt").read_bytes(), read_captions),
     "features": simple("dev_ims.npy", (DATA / "dev_ims.npy").read_bytes(), read_features),
     "scores": scores,
