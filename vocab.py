@@ -64,17 +64,16 @@ class Tokenization:
         # the transformers library (the published code read all captions as uncased BERT of 2018).
         path = folder / FLAGS
         stated = read_json(path, "options of BERT's tokeniser") if os.path.lexists(path) else {}
-        flags: dict[str, Any] = dict(zip(FLAG_NAMES, (True, None, True), strict=True))
-        if stated.keys().isdisjoint(flags):
+        if stated.keys().isdisjoint(FLAG_NAMES):
             return cls()
-        flags = {name: stated.get(name, default) for name, default in flags.items()}
-        if flags["strip_accents"] is None:
-            flags["strip_accents"] = flags["do_lower_case"]
-        for name, value in flags.items():
+        lower = stated.get("do_lower_case", True)
+        accents = stated.get("strip_accents")  # null: as do_lower_case says
+        chinese = stated.get("tokenize_chinese_chars", True)
+        values = (lower, lower if accents is None else accents, chinese)
+        for name, value in zip(FLAG_NAMES, values, strict=True):
             if type(value) is not bool:
                 raise InputError(f"{path}: {name} is {brief_repr(value)}; expected true or false")
-        lower, accents, chinese = flags.values()
-        return cls(lower, accents, chinese, published=False)
+        return cls(*values, published=False)
 
     @classmethod
     def of_checkpoint(cls, stored: Any, path: Path) -> "Tokenization":
@@ -85,7 +84,7 @@ class Tokenization:
         if stored is None:
             return cls()
         names = [field.name for field in fields(cls)]
-        is_complete = isinstance(stored, dict) and sorted(stored) == sorted(names)
+        is_complete = isinstance(stored, dict) and stored.keys() == set(names)
         if not (is_complete and all(type(value) is bool for value in stored.values())):
             raise InputError(f"{path}: tokenization: expected {', '.join(names)}, true or false")
         return cls(**stored)

@@ -10,7 +10,7 @@ from transformers import BertConfig
 
 from checkpoint.weights import Weights, check_named
 from common.errors import InputError, brief_repr, require, summarise
-from common.files import read_json
+from common.files import explain_os_errors, read_json
 from common.torch_files import read_safetensors, read_torch
 from vocab import FLAGS, TOKENIZER, WORDS
 
@@ -38,7 +38,9 @@ def bert_files(folder: str | Path) -> list[Path]:
     """Return every file that BERT may be read from; no output may replace one of them."""
     folder = Path(folder)
     named = [folder / name for name in (WORDS, TOKENIZER, FLAGS, *CONFIGURATIONS, *WEIGHTS)]
-    shards = (path for end in (".safetensors", ".bin") for path in sorted(folder.glob(f"*{end}")))
+    with explain_os_errors(folder, "a folder to read BERT from"):
+        entries = sorted(folder.iterdir()) if os.path.isdir(folder) else []
+    shards = [path for path in entries if path.suffix in (".safetensors", ".bin")]
     return list(dict.fromkeys([*named, *shards]))
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, run_here
+from conftest import GOLDEN, run_here, tiny_train
 from safetensors.torch import save_file
 from tokenizers import BertWordPieceTokenizer
 
+import evaluate_models
 from checkpoint.bert import case_advice, describe_bert, load_bert, write_bert
 from checkpoint.bert_files import bert_files
 from checkpoint.checkpoint import (
@@ -27,6 +28,7 @@ from checkpoint.checkpoint import (
 from common.errors import InputError
 from common.torch_files import read_torch
 from scripts import convert_checkpoint
+from training.resume import NEWEST
 from training.text_cache import cache_text
 from vocab import Tokenization, Vocabulary
 
@@ -222,7 +224,33 @@ def test_a_checkpoint_that_says_nothing_was_trained_with_the_uncased_tokeniser(
     assert str(folder) in record.getMessage() and "case kept" in record.getMessage()
 
 
-@pytest.mark.parametrize("value", [[], {"lower_case": True}, asdict(CASED) | {"published": 0}])
+def test_a_resumed_run_keeps_its_tokenization(
+    tiny: Path,
+    run_train: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def warnings() -> list[str]:
+        messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        caplog.clear()
+        return messages
+
+    put(tiny / "bert" / FLAGS, SAYS_CASED)
+    assert run_train(*tiny_train(tiny), "--max_steps", "1") == 0
+    assert warnings() == []
+    (tiny / "bert" / FLAGS).unlink()
+    assert run_train(*tiny_train(tiny), "--max_steps", "2", "--resume", "auto") == 0
+    (of_training,) = warnings()
+    checkpoint = read_checkpoint(tiny / "runs/i2t" / NEWEST)
+    assert checkpoint.tokenization == CASED and checkpoint.state["step"] == 2
+    models = ["--model_path", checkpoint.path]
+    assert run_here(monkeypatch, evaluate_models.main, models) == 0
+    (of_evaluation,) = warnings()
+    for message in (of_training, of_evaluation):
+        assert str(tiny / "bert") in message and "case kept" in message
+
+
+@pytest.mark.parametrize("value", [[], {1: True, "a": True}, asdict(CASED) | {"published": 0}])
 def test_a_bad_tokenization_is_refused(folder: Path, tmp_path: Path, value: Any) -> None:
     path = native(folder, tmp_path / "a.pth.tar")
     torch.save(read_torch(path) | {"tokenization": value}, path)
