@@ -90,22 +90,30 @@ def write_split(
     name: str,
     images: int,
     *,
+    counts: Sequence[int] | None = None,
     repeat: bool = False,
     dtype: type = np.float32,
     longest: int = 9,
     width: int = IMG_DIM,
     seed: int = 0,
 ) -> None:
-    """Random features and captions in SCAN's layout; every caption has 1 to `longest` words."""
+    """Random features and captions in SCAN's layout; every caption has 1 to `longest` words.
+
+    With `counts` the images have so many captions, and an ids file says so.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, len(name), images))
     features = rng.random((images, REGIONS, width)).astype(dtype)
-    np.save(folder / f"{name}_ims.npy", np.repeat(features, 5, axis=0) if repeat else features)
+    each = [5] * images if counts is None else list(counts)
+    np.save(folder / f"{name}_ims.npy", np.repeat(features, each, axis=0) if repeat else features)
     captions = [
         " ".join(rng.choice(WORDS.split(), size=rng.integers(1, longest + 1)))
-        for _ in range(5 * images)
+        for _ in range(sum(each))
     ]
     (folder / f"{name}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    if counts is not None:
+        ids = [f"{name}{i}\n" for i, count in enumerate(counts) for _ in range(count)]
+        (folder / f"{name}_ids.txt").write_text("".join(ids))
 
 
 TSV_WIDTH = 6
