@@ -34,14 +34,15 @@ def train(config: TrainConfig) -> None:
     from common.cli import pick_device
     from data import Split, TrainingBatches
     from model import DIME
-    from training.initial import load_initial_weights
+    from training.initial import load_initial_weights, read_initial
     from training.loop import Trainer
     from training.resume import clear, find_checkpoint
     from training.text_cache import cache_text
 
     device = pick_device(config.device)
     checkpoint = find_checkpoint(config.folder, config.resume, config.overwrite)
-    bert = bert_to_train_with(config.bert_path, checkpoint)
+    initial = read_initial(config) if config.init and checkpoint is None else None
+    bert = bert_to_train_with(config.bert_path, checkpoint or initial)
     check_positions(bert, config)
     folder = Path(config.data_path) / config.data_name
     split = Split.open(folder, "train", config.img_dim, training=True)
@@ -55,13 +56,14 @@ def train(config: TrainConfig) -> None:
     require(len(batches) > 0, f"--batch_size {config.batch_size} {reason}")
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
+    if initial is not None:
+        sha256 = load_initial_weights(trainer.model, initial, config, bert)
+        trainer.log.run["init_sha256"] = sha256
     if checkpoint is None:
-        if config.init:
-            trainer.log.run["init_sha256"] = load_initial_weights(trainer.model, config, bert)
         clear(config.folder)
     else:
         trainer.restore(checkpoint)
-        del checkpoint  # frees its copy of the weights
+    del checkpoint, initial  # frees their copies of the weights
     if config.cache_text and not trainer.complete:
         path = cache_text(config.folder, trainer.model.text, bert, split.captions, config.max_words)
         trainer.batches = replace(batches, hidden_states=path)

@@ -179,15 +179,15 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
     return tokenize_as_trained(checkpoint, bert)
 
 
-def bert_to_train_with(folder: str | Path, resumed: Checkpoint | None) -> Bert:
-    """Return a folder's BERT, with the tokenisation of the run that is resumed, if there is one.
+def bert_to_train_with(folder: str | Path, trained: Checkpoint | None) -> Bert:
+    """Return a folder's BERT, with the tokenisation of the model that is trained on, if any.
 
     Warns if captions are not read as the folder says, or if its vocabulary is cased and captions
     are not. Raises InputError like `load_bert`.
     """
     bert = load_bert(folder)
-    if resumed is not None:
-        return tokenize_as_trained(resumed, bert)
+    if trained is not None:
+        return tokenize_as_trained(trained, bert)
     for line in case_advice(bert.vocabulary):
         log.warning(line)
     return bert

@@ -246,7 +246,11 @@ def test_a_resumed_run_keeps_its_tokenization(
     models = ["--model_path", checkpoint.path]
     assert run_here(monkeypatch, evaluate_models.main, models) == 0
     (of_evaluation,) = warnings()
-    for message in (of_training, of_evaluation):
+    begun = ["--init", str(checkpoint.path), "--logger_name", str(tiny / "more")]
+    assert run_train(*tiny_train(tiny), *begun, "--max_steps", "1") == 0
+    (of_new_run,) = warnings()
+    assert read_checkpoint(tiny / "more/i2t" / NEWEST).tokenization == CASED
+    for message in (of_training, of_evaluation, of_new_run):
         assert str(tiny / "bert") in message and "case kept" in message
 
 

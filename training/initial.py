@@ -18,25 +18,32 @@ from model import DIME
 from training.config import TrainConfig
 
 
-def load_initial_weights(model: DIME, config: TrainConfig, bert: Bert) -> str:
-    """Load the weights of `config.init` into a new model; returns the SHA-256 of the file.
+def read_initial(config: TrainConfig) -> Checkpoint:
+    """Read the model that `config.init` names.
 
-    Raises InputError if the file is of a model with other options or another BERT.
+    Raises InputError if the file is no model, or if `--overwrite` would delete it.
     """
     path = Path(config.init)
     is_deleted = config.overwrite and path.resolve().parent == config.folder.resolve()
     require(
         not is_deleted, f"--init {path}: --overwrite would delete it; expected a copy elsewhere"
     )
-    checkpoint = read_checkpoint(path)
-    theirs = checkpoint.config
+    return read_checkpoint(path)
+
+
+def load_initial_weights(model: DIME, initial: Checkpoint, config: TrainConfig, bert: Bert) -> str:
+    """Load the weights of `initial` into a new model; returns the SHA-256 of the file.
+
+    Raises InputError if the file is of a model with other options or another BERT.
+    """
+    path, theirs = initial.path, initial.config
     for option in fields(ModelConfig):
         then, now = getattr(theirs, option.name), getattr(config, option.name)
         if then != now:
             problem = f"--init {path}: was trained with --{option.name} {then}"
             raise InputError(f"{problem}; expected {now}, as in this run")
-    _check_bert(checkpoint, bert)
-    load_state_dict_strict(model, checkpoint.weights, path, keep=BERT_KEYS)
+    _check_bert(initial, bert)
+    load_state_dict_strict(model, initial.weights, path, keep=BERT_KEYS)
     return sha256_of(path)
 
 
