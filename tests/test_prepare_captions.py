@@ -229,7 +229,7 @@ def test_split_is_a_seeded_share_of_the_images(out: Path, prepare: Prepare) -> N
 @pytest.mark.parametrize(
     ("files", "options", "expected"),
     [
-        ({"c.txt": table(4)}, [], ("c.txt", "--split")),
+        ({"test/c.txt": table(4)}, [], ("test/c.txt", "--split")),  # only of metadata is it a split
         ({"c.json": karpathy(["train"])}, SPLIT, ("c.json", "--split")),
         ({"c.txt": table(4)}, ["--split", "0.8", "0.1", "0.1"], ("--split 0.1", "test")),
         ({"c.txt": table(4)}, ["--split", "0.8", "0.1"], ("--split 0.8 0.1",)),
