@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import run_here
 
+from common.layout import read_groups
 from scripts import prepare_captions
 from scripts.parts import caption_files
 
@@ -180,6 +181,14 @@ def test_captions_of_an_image_need_not_be_consecutive(out: Path, prepare: Prepar
     assert ids_in(out) == {"train": ["b.jpg", "b.jpg", "a.jpg"]}
 
 
+@pytest.mark.parametrize(
+    "text", ["image,caption,split\na.jpg,a man,test\n", json.dumps(karpathy(["test"]))]
+)
+def test_a_byte_order_mark_is_taken_off(out: Path, prepare: Prepare, text: str) -> None:
+    prepare({"own": "\ufeff" + text})
+    assert ids_in(out).keys() == {"test"}
+
+
 def test_white_space_in_captions_is_one_space(out: Path, prepare: Prepare) -> None:
     prepare({"c.csv": 'image,caption,split\na.jpg," a\n\tman \u2028 runs",test\n'})
     assert lines(out / "test_caps.txt") == ["a man runs"]
@@ -277,6 +286,7 @@ def test_captions_an_image(
     are_five = set(kept) == {5}
     ids = [f"{i}.jpg" for i, k in enumerate(kept) for _ in range(1 if are_five else k)]
     assert ids_in(out) == {"dev": ids}
+    assert tuple(read_groups(out, "dev", sum(kept), len(kept)).counts) == kept
     assert (f"{min(kept)} to {max(kept)} captions an image" in printed) != are_five
     left_out = sum(counts) - sum(kept)
     assert (f"{left_out} captions of" in printed) == (left_out > 0)
