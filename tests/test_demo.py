@@ -99,7 +99,8 @@ def test_retrievals_are_marked_right_or_wrong(
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size[0] > 1000
     captions, files = read_captions(tmp_path / "test_caps.txt"), sorted(tmp_path.glob("images/*"))
-    above, below = show_retrievals.draw(np.load(tmp_path / "s.npy"), captions, files, 3).subfigs
+    scores, owner = np.load(tmp_path / "s.npy"), np.arange(15) // 5
+    above, below = show_retrievals.draw(scores, owner, captions, files, 3).subfigs
     marks = [axes.get_xlabel() for axes in above.axes if axes.get_xlabel()]
     assert marks == ["right", "wrong", "wrong"] + 2 * ["wrong", "wrong", "right"]
     widths = [axes.spines["left"].get_linewidth() for axes in above.axes if axes.get_xlabel()]
@@ -117,7 +118,7 @@ def test_retrievals_refuse_scores_that_do_not_fit(
 ) -> None:
     np.save(tmp_path / "s.npy", np.zeros((2, 10), np.float32))
     assert run_here(monkeypatch, show_retrievals.main, retrieved) == 2
-    assert "s.npy: shape (2, 10); expected 15 captions" in capsys.readouterr().err
+    assert "s.npy: shape (2, 10); expected (3, 15)" in capsys.readouterr().err
 
 
 def test_a_drawing_is_not_written_over_an_image(
