@@ -287,18 +287,17 @@ def check_finite_rows(path: Path, values: np.ndarray, rows: Sequence[int] | np.n
 
 
 def check_numbers(path: Path, values: np.ndarray, rows: np.ndarray, dtype: np.dtype) -> None:
-    """Raise InputError if many of `values` `[rows, L, n]`, read from `dtype`, can be no features.
+    """Raise InputError if `values` `[rows, L, n]`, read from `dtype`, can be no features.
 
-    Such numbers are larger than LARGEST_FEATURE, or subnormal: a few may be by chance, so many mean
-    that other data was read as `dtype`. float16 is subnormal from 6e-5 on, where features are.
+    They are larger than LARGEST_FEATURE, or many are subnormal: then numbers of another type were
+    read as `dtype`. A few are subnormal by chance, in float16 more: there it begins at 6e-5.
     """
     size = np.abs(values)
-    tiny = (size > 0) & (size < np.finfo(dtype).tiny)
-    share = SUBNORMAL_SHARE[dtype.itemsize]
-    allowed = SUBNORMAL_LEAST + share * np.count_nonzero(size)
-    problem = f"{path}: rows {rows[0]} to {rows[-1]}"
-    advice = f"no features; usually another type of number was read as {dtype}"
+    zeros = np.count_nonzero(size == 0)
+    subnormal = np.count_nonzero(size < np.finfo(dtype).tiny) - zeros
+    allowed = SUBNORMAL_LEAST + SUBNORMAL_SHARE[dtype.itemsize] * (size.size - zeros)
+    problem = f"{path}: rows {rows[0]} to {rows[-1]} hold"
+    advice = f"no features; usually numbers of another type were read as {dtype}"
     largest = float(size.max())
-    require(largest <= LARGEST_FEATURE, f"{problem} hold {largest:.3g}: {advice}")
-    count = np.count_nonzero(tiny)
-    require(bool(count <= allowed), f"{problem} hold {count} subnormal numbers: {advice}")
+    require(largest <= LARGEST_FEATURE, f"{problem} {largest:.3g}: {advice}")
+    require(subnormal <= allowed, f"{problem} {subnormal} subnormal numbers: {advice}")
