@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,9 +114,10 @@ def test_batches_equal_loops(tmp_path: Path, counts: list[int], repeat: bool) ->
     images, owner = np.load(tmp_path / "images/train_ims.npy"), owner_of(counts)
     split = Split.open(tmp_path, "train", IMG_DIM, training=True)
     vocabulary = Vocabulary.load(GOLDEN / "i2t/bert")
+    plain = DataConfig(batch_size=4, workers=0)
+    without = TrainingBatches(split, vocabulary, plain, 12, False)
     for extra in ({"extra_stc": 2}, {"extra_img": 2}):
-        config = DataConfig(batch_size=4, workers=0, **extra)
-        batches = TrainingBatches(split, vocabulary, config, 12, False)
+        batches = replace(without, config=replace(plain, **extra))
         paired, others = [], []
         for position in range(len(batches)):
             batch = batches[1, position]
@@ -123,12 +125,14 @@ def test_batches_equal_loops(tmp_path: Path, counts: list[int], repeat: bool) ->
             paired += captions[: batch.pairs]
             expected = np.stack([images[owner[t]] for t in captions[: batch.pairs]])
             assert (batch.regions[: batch.pairs].numpy() == expected).all()
-            ids, _ = vocabulary.encode([split.captions[t] for t in captions], 12)
-            assert torch.equal(batch.ids, ids)
+            assert captions[: batch.pairs] == without[1, position].captions.tolist()
+            ids, mask = vocabulary.encode([split.captions[t] for t in captions], 12)
+            assert torch.equal(batch.ids, ids) and torch.equal(batch.mask, mask)
             for row in batch.regions[batch.pairs :].numpy():
                 others.append(int((images == row).all((1, 2)).argmax()))
             others += captions[batch.pairs :]
-        assert sorted(paired) == list(range(len(owner))) and len(others) == 2 * len(paired)
+        assert sorted(paired) == list(range(len(owner))) != paired
+        assert len(others) == 2 * len(paired)
         assert set(others) <= set(range(10 if "extra_img" in extra else len(owner)))
 
 
