@@ -5,8 +5,9 @@
 
 The folder of Google's zip file holds `bert_model.ckpt.index`, `bert_model.ckpt.data-*`,
 `bert_config.json` and `vocab.txt`. The new one gets `config.json`, `vocab.txt` and
-`model.safetensors`, and `tokenizer_config.json` if there was one. No other program needs TensorFlow. The pooler, the heads of pre-training and an
-optimiser's state are left out; any other missing or surplus weight is an error.
+`model.safetensors`, and `tokenizer_config.json` if there was one. No other program needs
+TensorFlow. The pooler, the heads of pre-training and an optimiser's state are left out; any other
+missing or surplus weight is an error.
 """
 
 import logging
