@@ -89,13 +89,6 @@ def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     return captions
 
 
-def count_images(path: Path, captions: Sequence[str]) -> int:
-    """Return how many images the captions of file `path` describe, five each."""
-    is_whole = len(captions) % CAPTIONS_PER_IMAGE == 0
-    require(is_whole, f"{path}: {len(captions)} captions; expected five an image")
-    return len(captions) // CAPTIONS_PER_IMAGE
-
-
 # Captions of an image
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import TSV_WIDTH, tsv_row, write_rows
 
 from common.errors import InputError
+from data import Split
 from scripts.parts.tsv import Tsv
 
 
@@ -66,3 +67,17 @@ def test_missing_rows_are_left_out(drawn: Path, extract: Callable[..., str]) -> 
     assert_rows_of_ids(drawn, [0, 2, 6, 7])
     assert not list(drawn.glob("*.new"))
     assert "complete" in extract(*how, "--skip_broken")
+
+
+def test_captions_of_left_out_images_go_with_them(drawn: Path, extract: Callable[..., str]) -> None:
+    """Images have one to three captions, so the ids file has a line for each of them."""
+    counts = {"0": 2, "1": 3, "2": 1, "5": 1, "6": 3}
+    ids = [key for key, count in counts.items() for _ in range(count)]
+    (drawn / "train_ids.txt").write_text("\n".join(ids))
+    (drawn / "train_caps.txt").write_text("\n".join(f"{key} {n}" for n, key in enumerate(ids)))
+    extract(*write_rows(drawn, 1, 5), "--skip_broken")
+    assert_rows_of_ids(drawn, [0, 2, 6])
+    assert (drawn / "train_ids.txt").read_text().split() == ["0", "0", "2", "6", "6", "6"]
+    captions = (drawn / "train_caps.txt").read_text().splitlines()
+    assert captions == ["0 0", "0 1", "2 5", "6 7", "6 8", "6 9"]
+    assert Split.open(drawn, "train", TSV_WIDTH).groups.counts.tolist() == [2, 1, 3]

@@ -20,15 +20,14 @@ from common.files import (
     write_lines,
 )
 from common.layout import (
-    CAPTIONS_PER_IMAGE,
     SplitName,
     boxes_file,
     check_named,
-    count_images,
     extraction_file,
     ids_file,
     images_digest,
     read_captions,
+    read_groups,
     read_ids,
     split_files,
 )
@@ -57,7 +56,8 @@ class Extraction:
         if self.state.get("renaming"):
             self._rename()  # before captions and ids are read: they may be of two extractions
         self.captions = read_captions(captions)
-        self.ids = read_ids(ids, count_images(captions, self.captions))
+        self.groups = read_groups(folder, split, len(self.captions))
+        self.ids = read_ids(ids, self.groups.images)
         check_named(ids, self.ids, names)
 
     @property
@@ -145,11 +145,12 @@ class Extraction:
         for path, shape in self.files.items():
             _write(path, os.SEEK_SET, _header(len(kept), shape))
         if left_out:
-            n, ids = CAPTIONS_PER_IMAGE, [self.ids[row] for row in kept]
-            captions = [c for row in kept for c in self.captions[n * row : n * (row + 1)]]
-            for path, lines in zip(self.texts, (captions, ids), strict=True):
-                write_lines(_new(path), lines)
-            self.state["about"]["ids"] = images_digest(ids, self.names)
+            of_kept = self.groups.captions_of(np.array(kept))
+            rows = kept if self.groups.is_five else self.groups.image_of_caption[of_kept]
+            captions, ids = self.texts
+            write_lines(_new(captions), [self.captions[caption] for caption in of_kept])
+            write_lines(_new(ids), [self.ids[row] for row in rows])
+            self.state["about"]["ids"] = images_digest([self.ids[row] for row in kept], self.names)
         self._rename()
         return [self.ids[row] for row in sorted(left_out)]
 
