@@ -266,7 +266,7 @@ def _check_distinct(path: Path, features: np.memmap) -> None:
     """Raise InputError if rows that should be one an image are repeated, side by side or tiled."""
     for step in {1, len(features) // CAPTIONS_PER_IMAGE} - {0, len(features)}:
         if _equal(features, spread(len(features) - step, SAMPLED_ROWS), step):
-            problem = f"{path}: row {step} equals row 0, and others repeat as well"
+            problem = f"{path}: rows repeat after {step}"
             raise InputError(f"{problem}; expected an image a row, since each caption has its id")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.cli import progress
 from common.errors import InputError, require
 from common.files import map_array
-from common.layout import CAPTIONS_PER_IMAGE, CaptionGroups
+from common.layout import CaptionGroups
 from common.memory import chunk_size, describe_oom, is_oom
 from common.results import ProtocolResult, Recall, Retrieval
 from common.workers import load
@@ -243,11 +243,6 @@ def recall_upper_bound(known: np.ndarray, owner: Sequence[int] | np.ndarray) -> 
     own = known[np.asarray(owner), np.arange(len(owner))]  # [T]
     images = np.bincount(owner, own, len(known)) > 0
     return {"i2t": 100 * float(images.mean()), "t2i": 100 * float(own.mean())}
-
-
-def image_of_caption(captions: int) -> np.ndarray:
-    """Return the image `[captions]` of each caption in SCAN's layout, five an image."""
-    return CaptionGroups.of_five(captions // CAPTIONS_PER_IMAGE).image_of_caption
 
 
 def ranks(scores: Tensor | np.ndarray, owner: Sequence[int] | np.ndarray) -> Ranks:

@@ -116,6 +116,11 @@ def write_split(
         (folder / f"{name}_ids.txt").write_text("".join(ids))
 
 
+def image_of_caption(captions: int) -> np.ndarray:
+    """Return the image of each caption in SCAN's layout, five an image."""
+    return np.arange(captions) // 5
+
+
 TSV_WIDTH = 6
 
 

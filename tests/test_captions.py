@@ -232,8 +232,8 @@ THREE = np.random.default_rng(0).random((30, REGIONS, IMG_DIM), dtype="f")  # 30
     [
         (None, THREE[:10], "dev_ims.npy: rows 0 to 4 differ"),  # one caption an image
         (None, np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: rows 0 to 4 differ"),
-        (LETTERS, np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: row 2 equals row 0"),
-        (LETTERS, np.repeat(THREE[:4], [2, 3, 2, 3], 0), "dev_ims.npy: row 1 equals row 0"),
+        (LETTERS, np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: rows repeat after 2"),
+        (LETTERS, np.repeat(THREE[:4], [2, 3, 2, 3], 0), "dev_ims.npy: rows repeat after 1"),
         ([*"aaabccccdd"], np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: rows 0 to 2 differ"),
         ([*"aaabccccdd"], THREE[:10], "dev_ims.npy: rows 0 to 2 differ"),
         ([*"abcccccccc"], np.repeat(THREE[:5], 2, 0), "dev_ims.npy: rows 2 to 9 differ"),

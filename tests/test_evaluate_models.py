@@ -13,14 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, GOLDEN, ROOT, Case, run_program, tiny_train, write_split
+from conftest import (
+    CASES,
+    GOLDEN,
+    ROOT,
+    Case,
+    image_of_caption,
+    run_program,
+    tiny_train,
+    write_split,
+)
 from test_files import largest_file
 
 import evaluate_models
 from common.errors import InputError
 from data import Split
 from evaluate_models import evaluate
-from evaluation import image_of_caption, retrieval
+from evaluation import retrieval
 from model import DIME
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")

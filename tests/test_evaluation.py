@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, image_of_caption
 
 from common.errors import InputError
 from common.results import EvaluationResult, ProtocolResult, Retrieval
@@ -14,7 +14,6 @@ from evaluation import (
     bootstrap_ci,
     evaluate_folds,
     evaluate_whole,
-    image_of_caption,
     ranks,
     retrieval,
 )

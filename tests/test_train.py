@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, IMG_DIM, ROOT, Run, run_program, same, tiny_train
+from conftest import GOLDEN, IMG_DIM, ROOT, Run, image_of_caption, run_program, same, tiny_train
 from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -17,7 +17,7 @@ import train
 from common.cli import parse
 from data import Batch
 from evaluate_models import evaluate
-from evaluation import Recall, Retrieval, image_of_caption, retrieval
+from evaluation import Recall, Retrieval, retrieval
 from training import loop
 from training.config import GROUPS, TrainConfig
 from training.resume import BEST, NEWEST
