@@ -25,6 +25,20 @@ def test_images_are_found_with_and_without_subfolders(tmp_path: Path) -> None:
         read_image(tmp_path / ("a" * 300))
 
 
+def test_names_in_another_unicode_form_are_found(tmp_path: Path) -> None:
+    (tmp_path / "cafe\u0301").mkdir()
+    path = tmp_path / "cafe\u0301/u\u0308\u0301.png"
+    path.write_bytes(b"")
+    assert find_images(tmp_path, {"1": "caf\u00e9/\u01d8.png"}) == {"1": path}
+    assert find_images(tmp_path, {"1": "caf\u00e9/\u01d6.png"})["1"].name == "\u01d6.png"
+    path.with_name("\u00fc\u0301.png").write_bytes(b"")
+    with pytest.raises(InputError, match="2 files"):
+        find_images(tmp_path, {"1": "caf\u00e9/\u01d8.png"})
+    exact = path.with_name("\u01d8.png")
+    exact.write_bytes(b"")
+    assert find_images(tmp_path, {"1": "cafe\u0301/\u01d8.png"}) == {"1": exact}
+
+
 def test_images_of_all_kinds(tmp_path: Path) -> None:
     """Each becomes 8-bit RGB with the colours that are seen."""
     path = tmp_path / "image"

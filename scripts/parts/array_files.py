@@ -3,34 +3,33 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import InputError, require
-from common.files import explain_os_errors, map_array, require_regular_file, sha256_of
+from common.files import map_array, require_regular_file, sha256_of
 from common.memory import is_oom
 from scripts.parts.images import find_images
 from scripts.parts.regions import Arrays, is_feature
 
-FEATURES, BOXES, COUNT = ("x", "features"), ("bbox", "boxes"), "num_bbox"  # names in a .npz file
+FEATURES, BOXES, COUNT = ("x", "features"), ("bbox", "boxes"), ("num_bbox",)  # in a .npz file
 LARGEST_ARRAY = 2**28  # bytes; 100 regions of 2048 numbers are 1 MB
 
 
 class ArrayFiles:
     """One file an image, called like its key: `keys` are these names by id, without ending.
 
-    A .npz file holds features and boxes, a .npy file features alone. All have the shape of the
+    A .npz file holds features and perhaps boxes, a .npy file features. All have the shapes of the
     first; `encode` raises InputError otherwise. Raises InputError if none can be read.
     """
 
     def __init__(self, folder: Path, keys: Mapping[str, str]) -> None:
-        of_kind = [
+        npz, npy = (
             find_images(folder, {key: name + ending for key, name in keys.items()})
             for ending in (".npz", ".npy")
-        ]
-        self.files = {
-            key: next((f[key] for f in of_kind if f[key].exists()), of_kind[0][key]) for key in keys
-        }
+        )
+        self.files = {key: npy[key] if npy[key].exists() else npz[key] for key in keys}
         there = {key: path for key, path in self.files.items() if path.exists()}
         problem = f"{folder}: no {next(iter(self.files.values())).name}, nor files of other images"
         require(bool(there), f"{problem}; expected .npz or .npy files, called as --key says")
@@ -54,53 +53,56 @@ class ArrayFiles:
     def read(self, key: str) -> tuple[Path, Arrays]:
         """Return an image's file and its features, and boxes if it has any. Raises InputError."""
         path = self.files[key]
-        arrays = read_arrays(path)
-        count = arrays[0].shape[0]
-        for values, expected in zip(arrays, ("(regions, width)", f"({count}, 4)"), strict=False):
-            is_right = values.ndim == 2 and values.size and values.dtype.kind == "f"
-            is_right = is_right and (values is arrays[0] or values.shape == (count, 4))
-            problem = f"{path}: {values.dtype} of shape {values.shape}"
-            require(bool(is_right), f"{problem}; expected floats {expected}")
-            require(is_feature(values), f"{path}: holds numbers that are no features or boxes")
-        return path, tuple(values.astype(np.float32) for values in arrays)
+        features, *boxes = arrays = read_arrays(path)
+        is_table = features.ndim == 2 and features.size > 0
+        is_table = is_table and all(array.shape == (len(features), 4) for array in boxes)
+        problem = f"{path}: arrays of {[array.shape for array in arrays]}"
+        require(is_table, f"{problem}; expected features (regions, width), boxes (regions, 4)")
+        for array in arrays:
+            is_right = array.dtype.kind == "f" and is_feature(array)
+            problem = f"{path}: {array.dtype} numbers that are no features or boxes"
+            require(is_right, f"{problem}; expected floats, up to 1e6")
+        return path, tuple(array.astype(np.float32) for array in arrays)
 
     def encode(self, items: Sequence[tuple[Path, Arrays]]) -> Arrays:
         """Return features, and boxes if there are any, as the files have them, float32."""
         for path, arrays in items:
             shapes = [array.shape for array in arrays]
             problem = f"{path}: arrays of {shapes}, but {self.shapes} in {self.first}"
-            require(
-                shapes == self.shapes, f"{problem}; expected one number of regions in all files"
-            )
+            require(shapes == self.shapes, f"{problem}; expected one number of regions")
         return tuple(map(np.stack, zip(*(arrays for _, arrays in items), strict=True)))
 
 
 def read_arrays(path: Path) -> list[np.ndarray]:
     """Return the features of a file, and the boxes if it holds any. Raises InputError."""
-    expected = f"one of {', '.join(FEATURES)}, and {' or '.join(BOXES)}, in a .npz file"
     if path.suffix == ".npy":
         return [np.array(map_array(path, "features, a .npy file"))]
+    expected = f"a .npz file with {' or '.join(FEATURES)}, and {' or '.join(BOXES)}"
     require_regular_file(path, expected)
     try:
-        with explain_os_errors(path, expected), np.load(path, allow_pickle=False) as arrays:
-            sizes = {info.filename: info.file_size for info in arrays.zip.infolist()}
-            named = {}
-            for name in (*FEATURES, *BOXES, COUNT):
-                if name in arrays.files:
-                    if sizes[f"{name}.npy"] > LARGEST_ARRAY:
-                        raise ValueError(f"{name} has {sizes[name + '.npy']} bytes")
-                    named[name] = arrays[name]
-            features = next(named[name] for name in FEATURES if name in named)
-            boxes = [named[name] for name in BOXES if name in named][:1]
-            count = int(named.get(COUNT, len(features)))  # rows behind it are padding
-            return [array[:count] for array in (features, *boxes)]
-    except InputError:
-        raise
-    except StopIteration:
-        raise InputError(
-            f"{path}: holds neither {' nor '.join(FEATURES)}; expected {expected}"
-        ) from None
+        # The file is opened here, since numpy forgets to close a damaged one.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            features, boxes, count = [
+                _read_one(arrays, names) for names in (FEATURES, BOXES, COUNT)
+            ]
+            if features is None:
+                raise ValueError(f"holds {', '.join(arrays.files)}")
+            end = len(features) if count is None else int(count)  # rows behind it are padding
+            return [array[:end] for array in (features, boxes) if array is not None]
     except Exception as error:  # numpy and zipfile raise errors of many types
         if is_oom(error):
             raise
-        raise InputError(f"{path}: damaged: {error}; expected {expected}") from error
+        raise InputError(
+            f"{path}: {str(error) or type(error).__name__}; expected {expected}"
+        ) from error
+
+
+def _read_one(arrays: Any, names: Sequence[str]) -> Any:
+    """Return the first of the named arrays that a .npz file holds, or None."""
+    name = next((name for name in names if name in arrays.files), None)
+    if name is None:
+        return None
+    size = arrays.zip.getinfo(f"{name}.npy").file_size  # known before memory is taken
+    if size > LARGEST_ARRAY:
+        raise ValueError(f"{name} has {size} bytes")
+    return arrays[name]

@@ -41,7 +41,7 @@ class Detector:
         """Return features and boxes, the most certain first."""
         from torchvision.models.detection.transform import resize_boxes
 
-        images = [torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255 for pixels, _ in items]
+        images = [torch.from_numpy(pixels).permute(2, 0, 1) / 255 for pixels, _ in items]
         batch, _ = self.model.transform([image.to(self.device) for image in images])
         maps = self.model.backbone(batch.tensors)
         proposals, _ = self.model.rpn(batch, maps)

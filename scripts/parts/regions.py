@@ -20,15 +20,12 @@ from torch.utils.data import Dataset
 
 from common.errors import InputError, require
 from common.files import read_json
+from common.layout import LARGEST_FEATURE, SUBNORMAL_SHARE
 from scripts.parts.images import read_image
 
 GRID = 6  # cells of a side
 REGIONS = GRID**2  # of a backbone; files may have another number
 BACKBONES = ("efficientnet_lite2", "fasterrcnn", "hf")
-LARGEST = 1e6  # larger numbers are no features: the file has another type, or is damaged
-SUBNORMAL = (
-    0.001  # share of the numbers that may be subnormal, as numbers of another type often are
-)
 
 Arrays = tuple[np.ndarray, ...]  # features [images, regions, width], boxes [images, regions, 4]
 DecodedImage = tuple[np.ndarray, tuple[int, int]]  # pixels [height, width, 3]; width and height
@@ -73,10 +70,10 @@ class ImageFiles:
 def decode(files: Mapping[str, Path], resize: tuple[int, int] | None, key: str) -> DecodedImage:
     """Return the pixels of the image with id `key`, resized both ways, and its own size."""
     image = read_image(files[key])
-    if resize is None:
-        return np.asarray(image), image.size
-    side, resample = resize
-    return np.asarray(image.resize((side, side), Image.Resampling(resample))), image.size
+    size = image.size
+    if resize:
+        image = image.resize((resize[0], resize[0]), Image.Resampling(resize[1]))
+    return np.array(image), size  # a copy: torch warns of arrays that it may not write to
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,8 @@ def reopen_backbone(record: Path, weights: Path, device: torch.device) -> Backbo
 def is_feature(values: np.ndarray) -> bool:
     """Whether all numbers can be features: finite, not huge, hardly any subnormal."""
     sizes = np.abs(values[values != 0])
-    if not float(sizes.max(initial=0)) <= LARGEST:  # NaN is not, and makes the maximum NaN
+    if not float(sizes.max(initial=0)) <= LARGEST_FEATURE:  # NaN is not, and makes the maximum NaN
         return False
     if values.dtype == np.float16:  # whose smallest numbers are common
         return True
-    return bool((sizes < np.finfo(values.dtype).tiny).sum() <= SUBNORMAL * sizes.size)
+    return bool((sizes < np.finfo(values.dtype).tiny).sum() <= SUBNORMAL_SHARE[4] * sizes.size)

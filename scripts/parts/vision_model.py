@@ -16,13 +16,17 @@ from torch import Tensor
 
 from checkpoint.weights import check_finite
 from common.errors import InputError, require, summarise
-from common.files import sha256_of
+from common.files import read_json, sha256_of
 from common.memory import is_oom
 from common.torch_files import read_torch
 from scripts.parts.regions import GRID, Arrays, DecodedImage, grid_boxes, pool_cells
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 UNUSED = ("pooler", "head.")  # what only makes a vector of the whole image
+NUMBERS = (  # of an image processor, all that features depend on
+    *("size", "do_center_crop", "crop_size", "resample"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 BILINEAR = 2  # as Pillow and image processors call it
 TOWER = "vision_model."  # CLIP and SigLIP have a tower of text beside it
 
@@ -34,7 +38,7 @@ class VisionModel:
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        require(folder.is_dir(), f"--weights {folder}: not found; expected a transformers folder")
+        read_json(folder / "config.json", "a vision model, saved by transformers")
         self.folder, self.device = folder, device
         try:
             self.model, self.processor, problems = load(folder)
@@ -47,7 +51,8 @@ class VisionModel:
         require(not problems, f"{folder}: missing or misshapen weights: {summarise(problems)}")
         check_finite(self.model.state_dict(), folder)
         self.model.to(device)
-        numbers = json.loads(json.dumps(self.processor.to_dict()))  # as the record holds them
+        numbers = {name: self.processor.to_dict().get(name) for name in NUMBERS}
+        numbers = json.loads(json.dumps(numbers))  # as the record will hold them
         side, resample = self._input_side(numbers), numbers.get("resample")
         self.resize: tuple[int, int] | None = (side, BILINEAR if resample is None else resample)
         blank = np.zeros((side, side, 3), np.uint8)
