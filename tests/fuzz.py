@@ -45,6 +45,7 @@ from evaluation import map_scores
 from model import DIME
 from scripts import convert_checkpoint
 from scripts.parts import caption_files
+from scripts.parts.array_files import ArrayFiles
 from scripts.parts.extraction import Extraction
 from scripts.parts.images import read_image
 from scripts.parts.tsv import Tsv
@@ -323,6 +324,15 @@ def read_tsv(path: Path) -> None:
         source.read(key)
 
 
+def array_files(folder: Path) -> Reader:
+    """Read features of .npz files, stored and compressed."""
+    arrays = {"x": np.ones((3, 5), np.float32), "bbox": np.ones((3, 4), np.float32)}
+    np.savez(folder / "plain.npz", **arrays, num_bbox=3)
+    np.savez_compressed(folder / "small.npz", **arrays)
+    seeds = [(folder / name).read_bytes() for name in ("plain.npz", "small.npz")]
+    return by_bytes("a.npz", seeds, lambda path: ArrayFiles(path.parent, {"a": "a"}).read("a"))
+
+
 def extraction(folder: Path) -> Reader:
     about = {"model": "tsv"}
     known = about | {"ids": images_digest(list(NAMES), NAMES), "files": 2}
@@ -388,6 +398,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "annotations": annotations,
     "caption_files": captions_of_lines,
     "tsv": simple("x.tsv", conftest.tsv_row("a", 0) + conftest.tsv_row("b", 1), read_tsv),
+    "array_files": array_files,
     "extraction": extraction,
     "image": image,
     "run_json": simple("run.json", json.dumps(SESSION).encode(), _earlier_sessions),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from checkpoint.weights import check_finite
@@ -27,6 +28,7 @@ NUMBERS = (  # of an image processor, all that features depend on
     *("size", "do_center_crop", "crop_size", "resample"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 )
+LARGEST_SIDE = 5000  # pixels of a model's input
 BILINEAR = 2  # as Pillow and image processors call it
 TOWER = "vision_model."  # CLIP and SigLIP have a tower of text beside it
 
@@ -42,6 +44,10 @@ class VisionModel:
         self.folder, self.device = folder, device
         try:
             self.model, self.processor, problems = load(folder)
+            numbers = {name: self.processor.to_dict().get(name) for name in NUMBERS}
+            numbers = json.loads(json.dumps(numbers))  # as the record will hold them
+            resample = BILINEAR if numbers["resample"] is None else numbers["resample"]
+            resample = int(Image.Resampling(resample))
         except InputError:
             raise
         except Exception as error:  # transformers raises errors of many types
@@ -51,10 +57,8 @@ class VisionModel:
         require(not problems, f"{folder}: missing or misshapen weights: {summarise(problems)}")
         check_finite(self.model.state_dict(), folder)
         self.model.to(device)
-        numbers = {name: self.processor.to_dict().get(name) for name in NUMBERS}
-        numbers = json.loads(json.dumps(numbers))  # as the record will hold them
-        side, resample = self._input_side(numbers), numbers.get("resample")
-        self.resize: tuple[int, int] | None = (side, BILINEAR if resample is None else resample)
+        side = self._input_side(numbers)
+        self.resize: tuple[int, int] | None = (side, resample)
         blank = np.zeros((side, side, 3), np.uint8)
         self.width = self.encode([(blank, (GRID, GRID))])[0].shape[2]
         self.about = {
@@ -74,7 +78,7 @@ class VisionModel:
         sides: list[Any] = [
             size.get(name) or size.get("shortest_edge") for name in ("height", "width")
         ]
-        is_square = type(sides[0]) is int and sides[0] == sides[1]
+        is_square = type(sides[0]) is int and 0 < sides[0] == sides[1] < LARGEST_SIDE
         require(is_square, f"{self.folder}: images of {size}; expected one size, a square")
         return sides[0]
 
