@@ -239,5 +239,12 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     bert = transformers.BertConfig(vocab_size=30, **{k: SIZES[k] for k in list(SIZES)[:4]})
     transformers.BertModel(bert).save_pretrained(folder)
     assert_refused("takes no images")
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for name, part in (("config", "AutoModel"), ("preprocessor_config", "AutoImageProcessor")):
+        save_model(folder, "vit")
+        own = {"model_type": "own", "auto_map": {part: "code.Own", "AutoConfig": "code.Own"}}
+        (folder / f"{name}.json").write_text(json.dumps(own))
+        assert_refused("")
+    assert not (tmp_path / "ran").exists()
     (folder / "config.json").write_text("{")
     assert_refused("config.json")

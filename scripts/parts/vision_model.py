@@ -95,12 +95,12 @@ class VisionModel:
                 input_data_format="channels_last",
                 return_tensors="pt",
             )["pixel_values"]
-            output = self.model(pixel_values=pixels.to(self.device))
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            output = self.model(pixel_values=pixels.to(self.device)).last_hidden_state
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             if is_oom(error):
                 raise
             raise self._unusable(error) from error
-        maps = self._maps(output.last_hidden_state, pixels.shape[-1])
+        maps = self._maps(output, pixels.shape[-1])
         return pool_cells(maps), np.stack([grid_boxes(*size) for _, size in items])
 
     def _maps(self, output: Tensor, side: int) -> Tensor:
@@ -116,7 +116,7 @@ class VisionModel:
             is_square = cells in (patches, tokens / cells)
             require(is_square, f"{self.folder}: {tokens} tokens of no square map")
             output = output[:, tokens - cells**2 :].transpose(1, 2).unflatten(2, (cells, cells))
-        cells = min(output.shape[2:])
+        cells = min(output.shape[2:], default=0)
         problem = f"{self.folder}: a map of {cells} cells a side; expected {GRID} or more"
         require(output.ndim == 4 and cells >= GRID, problem)
         return output
