@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from conftest import GOLDEN, IMG_DIM, REGIONS, tiny_train, write_split
+from PIL import Image
 
 from checkpoint.checkpoint import bert_of, build_model, read_checkpoint
 from common.config import DataConfig
@@ -20,7 +21,7 @@ from common.layout import CaptionGroups, read_captions
 from common.results import Retrieval
 from data import Split, TrainingBatches
 from evaluation import bootstrap_ci, evaluate_folds, ranks, recall_upper_bound, retrieval
-from scripts import check_data, inspect_routes
+from scripts import check_data, inspect_routes, show_retrievals
 from scripts.parts.routes import write_tables
 from vocab import Vocabulary
 
@@ -329,3 +330,17 @@ def test_check_data_and_inspect_routes_follow(trained: Path, tmp_path: Path) -> 
         rows = list(csv.DictReader(file))
     assert [int(row["image"]) for row in rows] == [0, 0, 0, 1]
     assert np.array_equal(gates[3], pairs.route(1, [3])[0])
+
+
+def test_show_retrievals_follows(tmp_path: Path) -> None:
+    files = [tmp_path / f"{k}.png" for k in range(3)]
+    for path in files:
+        Image.new("RGB", (12, 9)).save(path)
+    owner = np.array(owner_of([2, 1, 3]))
+    scores = np.eye(3, dtype="f")[:, owner]  # each caption finds its image first
+    captions = [f"caption {k}" for k in range(6)]
+    above, below = show_retrievals.draw(scores, owner, captions, files, 3).subfigs
+    marks = [axes.get_xlabel() for axes in above.axes if axes.get_xlabel()]
+    assert marks == ["right", "wrong", "wrong"] * 3
+    answers = [[text.get_text()[:5] for text in axes.texts] for axes in below.axes[1::2]]
+    assert [answer.count("right") for answer in answers] == [2, 1, 3]
