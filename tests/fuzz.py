@@ -324,6 +324,14 @@ def read_tsv(path: Path) -> None:
         source.read(key)
 
 
+def tsv(folder: Path) -> Reader:
+    rows = [conftest.tsv_row("a", 0), conftest.tsv_row("b", 1)]
+    fields = rows[0].rstrip().split(b"\t")
+    port = b"\t".join([*fields[:4], *(str(field).encode() for field in fields[4:])])
+    lxmert = b"\t".join([*fields[:3], b"\t\t\t", *fields[3:]])
+    return by_bytes("x.tsv", [b"".join(rows), port, lxmert], read_tsv)
+
+
 def array_files(folder: Path) -> Reader:
     """Read features of .npz files, stored and compressed."""
     arrays = {"x": np.ones((3, 5), np.float32), "bbox": np.ones((3, 4), np.float32)}
@@ -397,7 +405,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     ),
     "annotations": annotations,
     "caption_files": captions_of_lines,
-    "tsv": simple("x.tsv", conftest.tsv_row("a", 0) + conftest.tsv_row("b", 1), read_tsv),
+    "tsv": tsv,
     "array_files": array_files,
     "extraction": extraction,
     "image": image,
