@@ -325,11 +325,15 @@ def read_tsv(path: Path) -> None:
 
 
 def tsv(folder: Path) -> Reader:
+    """Read rows of bottom-up attention, of its ports to Python 3 and of LXMERT."""
     rows = [conftest.tsv_row("a", 0), conftest.tsv_row("b", 1)]
-    fields = rows[0].rstrip().split(b"\t")
-    port = b"\t".join([*fields[:4], *(str(field).encode() for field in fields[4:])])
-    lxmert = b"\t".join([*fields[:3], b"\t\t\t", *fields[3:]])
-    return by_bytes("x.tsv", [b"".join(rows), port, lxmert], read_tsv)
+    ports, lxmert = [], []
+    for row in rows:
+        *head, count, boxes, features = row.rstrip().split(b"\t")
+        coded = [str(field).encode() for field in (boxes, features)]
+        ports.append(b"\t".join([*head, count, *coded]) + b"\n")
+        lxmert.append(b"\t".join([*head, *[b""] * 4, count, boxes, features]) + b"\n")
+    return by_bytes("x.tsv", [b"".join(kind) for kind in (rows, ports, lxmert)], read_tsv)
 
 
 def array_files(folder: Path) -> Reader:
