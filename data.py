@@ -18,23 +18,25 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.config import DataConfig
-from common.errors import require
+from common.errors import InputError, require
 from common.layout import (
     CAPTIONS_PER_IMAGE,
+    CaptionGroups,
     SplitName,
     check_finite_rows,
+    check_numbers,
     map_features,
     read_captions,
+    read_groups,
     read_rows,
-    rows_per_image,
     split_files,
 )
 from common.workers import load
 from vocab import Vocabulary
 
-SMALL_FILE = 2**28  # bytes; features up to this size are searched for NaN when they are opened
-SAMPLED_ROWS = 16  # rows of a larger file that its fingerprint covers
-ROWS_AT_ONCE = 500  # read while searching for NaN
+SMALL_FILE = 2**28  # bytes; all rows of features up to this size are checked when they are opened
+SAMPLED_ROWS = 16  # rows of a larger file that its fingerprint covers; images that are checked
+CHECKED_AT_ONCE = 2**24  # bytes, about
 ORDER, EXTRAS = 1, 2  # first number of the two random streams' seeds, so that they never coincide
 
 
@@ -44,35 +46,45 @@ class Split:
 
     path: Path  # the *_ims.npy file
     captions: tuple[str, ...]
-    rows_per_image: int  # 5 if each image's row is repeated for its captions, else 1
+    groups: CaptionGroups  # which captions describe which image
+    row_a_caption: bool  # whether each image's row is repeated for its captions
 
     @classmethod
     def open(
         cls, folder: str | Path, name: SplitName, img_dim: int | None, training: bool = False
     ) -> "Split":
-        """Open `folder/{name}_ims.npy` and `_caps.txt` and check that they fit each other.
+        """Open the features, captions and ids of a split and check that they fit each other.
 
         `img_dim` is the expected width of the features; None accepts any. An empty caption is an
-        error only in training. Raises InputError that names the file and what was expected.
+        error only in training. All rows are checked, or those of some images if the file is larger
+        than SMALL_FILE. Raises InputError that names the file and what was expected.
         """
         path, captions_path = split_files(folder, name)
         captions = read_captions(captions_path, allow_empty=not training)
         features = map_features(path)
-        width = features.shape[2]
+        rows, width = len(features), features.shape[2]
         require(
             img_dim in (None, width),
             f"{path}: features are {width} wide; expected {img_dim}, the model's --img_dim",
         )
-        split = cls(path, captions, rows_per_image(path, len(features), len(captions)))
-        if features.nbytes <= SMALL_FILE:
-            for first in range(0, len(features), ROWS_AT_ONCE):
-                split.regions(np.arange(first, min(first + ROWS_AT_ONCE, len(features))))
+        five = rows == len(captions) and _has_five_rows_an_image(features)
+        images = rows // CAPTIONS_PER_IMAGE if five else rows
+        groups = read_groups(folder, name, len(captions), images)
+        if rows not in (groups.images, len(captions)):
+            problem = f"{path}: {rows} rows for {len(captions)} captions of {groups.images} images"
+            raise InputError(f"{problem}; expected a row for each image or one for each caption")
+        if groups.images == len(captions):
+            _check_distinct(path, features)
+        split = cls(path, captions, groups, rows == len(captions))
+        count = split.images if features.nbytes <= SMALL_FILE else SAMPLED_ROWS
+        for _ in split.checked_rows(spread(split.images, count)):
+            pass
         return split
 
     @property
     def images(self) -> int:
         """Number of distinct images."""
-        return len(self.captions) // CAPTIONS_PER_IMAGE
+        return self.groups.images
 
     @property
     def regions_per_image(self) -> int:
@@ -96,10 +108,13 @@ class Split:
     def fingerprint(self) -> str:
         """SHA-256 of the captions, the features' shape and type, and the features.
 
-        Of a file above SMALL_FILE it covers SAMPLED_ROWS rows.
+        Of a file above SMALL_FILE it covers SAMPLED_ROWS rows. If an image has not five captions,
+        it covers their numbers.
         """
         features = self._features
         digest = hashlib.sha256("\n".join(self.captions).encode())
+        if not self.groups.is_five:
+            digest.update(self.groups.counts.astype("<i8").data)
         digest.update(f"{features.shape} {features.dtype.str}".encode())
         count = len(features) if features.nbytes <= SMALL_FILE else SAMPLED_ROWS
         for row in np.linspace(0, len(features) - 1, count, dtype=int):
@@ -108,11 +123,44 @@ class Split:
 
     def image_rows(self, images: np.ndarray) -> np.ndarray:
         """Row of the features of each image."""
-        return images * self.rows_per_image
+        return self.groups.first[images] if self.row_a_caption else images
 
     def caption_rows(self, captions: np.ndarray) -> np.ndarray:
         """Row of the features that each caption belongs to."""
-        return captions if self.rows_per_image > 1 else captions // CAPTIONS_PER_IMAGE
+        return captions if self.row_a_caption else self.groups.image_of_caption[captions]
+
+    def rows_of(self, images: np.ndarray) -> np.ndarray:
+        """All rows of some images: one each, or one for each caption."""
+        return self.groups.captions_of(images) if self.row_a_caption else images
+
+    def checked_rows(self, images: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield all rows of some images, `[rows, L, img_dim]` float32, several images at a time.
+
+        Raises InputError on NaN or inf, on numbers that no feature can be, and if rows of one image
+        differ.
+        """
+        size = len(self.rows_of(images)) * self._features[0].size * 4
+        blocks = size // CHECKED_AT_ONCE + 1
+        for block in np.array_split(images, min(blocks, len(images))):
+            rows = self.rows_of(block)
+            values = self.regions(rows).numpy()
+            check_numbers(self.path, values, rows, self._features.dtype)
+            if self.row_a_caption:
+                self._check_repeats(values, self.groups.image_of_caption[rows])
+            yield values
+
+    def _check_repeats(self, values: np.ndarray, images: np.ndarray) -> None:
+        """Raise InputError if rows `[rows, L, img_dim]` of the same one of `images` differ."""
+        differ = (values[1:] != values[:-1]).any((1, 2)) & (images[1:] == images[:-1])
+        if differ.any():
+            image = images[1:][differ][0]
+            first = self.groups.first[image]
+            ids = self.path.name.replace("_ims.npy", "_ids.txt")
+            raise InputError(
+                f"{self.path}: rows {first} to {first + self.groups.counts[image] - 1} differ; "
+                "expected one row, repeated for each caption of an image (or, with another number "
+                f"of captions an image, {ids} with an id for each caption)"
+            )
 
     def regions(self, rows: np.ndarray) -> Tensor:
         """Features of `rows`, `[rows, L, img_dim]` float32. Raises InputError on NaN or inf."""
@@ -200,6 +248,32 @@ class ImageBlocks(Dataset):
 
     def __getitem__(self, block: tuple[int, int]) -> Tensor:
         return self.split.regions(self.split.image_rows(np.arange(*block)))
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """Return at most `count` places, spread evenly over `length` ones."""
+    return np.unique(np.linspace(0, length - 1, count, dtype=int))
+
+
+def _has_five_rows_an_image(features: np.memmap) -> bool:
+    """Return whether rows are repeated as SCAN's are, judged by some images."""
+    n = CAPTIONS_PER_IMAGE
+    first = spread(len(features) // n, SAMPLED_ROWS) * n
+    return len(features) % n == 0 and all(_equal(features, first, k) for k in range(1, n))
+
+
+def _check_distinct(path: Path, features: np.memmap) -> None:
+    """Raise InputError if rows that should be one an image are repeated, side by side or tiled."""
+    for step in {1, len(features) // CAPTIONS_PER_IMAGE} - {0, len(features)}:
+        if _equal(features, spread(len(features) - step, SAMPLED_ROWS), step):
+            problem = f"{path}: rows repeat after {step}"
+            raise InputError(f"{problem}; expected an image a row, since each caption has its id")
+
+
+def _equal(features: np.memmap, rows: np.ndarray, step: int) -> bool:
+    """Return whether most of `rows` equal those `step` rows behind them."""
+    same = (read_rows(features, rows) == read_rows(features, rows + step)).all((1, 2))
+    return bool(2 * same.sum() > len(same))
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from common.cli import parse, pick_device, print_line, run, warn_if_bf16_is_slow
 from common.config import Precision
 from common.errors import InputError, check_range, require
 from common.files import check_writable, write_array, write_json
-from common.layout import files_of, read_captions, split_files
+from common.layout import files_of, read_groups_of_scores, split_files
 from common.results import MSCOCO_IMAGES, EvaluationResult, ProtocolResult
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class EvaluateConfig:
     ] = None
     save_scores: Annotated[str | None, "write the score matrix (images, captions), .npy"] = None
     json: Annotated[str | None, "write the result, unrounded"] = None
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     precision: Annotated[Precision | None, "bf16: products in bfloat16" + THEIRS] = None
     compile: Annotated[bool | None, "compile the routing (default: if it saves time)"] = None
     workers: Annotated[int, "processes that read features; 0: the program itself"] = 2
@@ -152,7 +152,8 @@ def _evaluate(config: EvaluateConfig) -> tuple[EvaluationResult, np.ndarray]:
     paths = config.scores or config.model_path or []
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise InputError(f"{', '.join(paths)}: one file twice; expected different ones")
-    about, scores = _scores_of_files(config) if config.scores else _scores_of_models(config)
+    read = _scores_of_files if config.scores else _scores_of_models
+    about, scores, owner = read(config)
     images, captions = scores.shape
     folds = config.fold5 or images == MSCOCO_IMAGES
     unknown = dict.fromkeys(("models", "scores", "fingerprints", "seconds", "shortlist"))
@@ -160,8 +161,8 @@ def _evaluate(config: EvaluateConfig) -> tuple[EvaluationResult, np.ndarray]:
         **unknown | about,
         images=images,
         captions=captions,
-        whole=evaluate_whole(scores, config.bootstrap),
-        fold5=evaluate_folds(scores, config.bootstrap) if folds else None,
+        whole=evaluate_whole(scores, owner, config.bootstrap),
+        fold5=evaluate_folds(scores, owner, config.bootstrap) if folds else None,
         fold5_asked=config.fold5,
     )
     return result, scores
@@ -188,24 +189,18 @@ def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None
         check_writable(path, [*inputs, *outputs[:number]])
 
 
-def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the mean of saved score matrices, and what the options say about them."""
+def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Return what the options say about saved score matrices, their mean, and `owner`."""
     import numpy as np
 
     import evaluation as ev
     from checkpoint.checkpoint import warn_of_selection
-    from common.layout import count_images
 
     paths, split = config.scores or [], config.split
     folder = Path(config.data_path) / str(config.data_name) if config.data_path and split else None
     _check_outputs(config, [*paths, *(files_of(folder, split) if folder and split else [])])
     matrices = [ev.map_scores(Path(path)) for path in paths]
-    images = len(matrices[0])
-    if folder and split:
-        captions = split_files(folder, split)[1]
-        expected = count_images(captions, read_captions(captions))
-        if images != expected:
-            raise InputError(f"{paths[0]}: scores of {images} images; {captions} has {expected}")
+    groups = read_groups_of_scores(Path(paths[0]), matrices[0].shape, folder, split)
     for path, matrix in zip(paths, matrices, strict=True):
         if matrix.shape != matrices[0].shape:
             raise InputError(
@@ -215,19 +210,31 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
         if ev.is_reranked(matrix):
             log.warning("%s: looks like scores of a shortlist; the result is approximate", path)
     if config.fold5:
-        ev.check_folds(images, paths[0])
+        ev.check_folds(groups.images, paths[0])
     about = {"scores": paths, "data_name": config.data_name, "split": split}
     dtype = np.result_type(np.float32, *matrices)
-    return about, ev.mean_matrix(np.array(matrix, dtype) for matrix in matrices)
+    mean = ev.mean_matrix(np.array(matrix, dtype) for matrix in matrices)
+    return about, mean, groups.image_of_caption
 
 
-def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the mean of the models' score matrices, and what is known of models and data."""
-    from checkpoint.bert import bert_files
-    from checkpoint.checkpoint import bert_folder, common_option, json_beside, read_checkpoint
+def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Return what is known of models and data, the mean of the models' scores, and `owner`."""
+    from checkpoint.bert_files import bert_files
+    from checkpoint.checkpoint import (
+        APART,
+        bert_folder,
+        common_option,
+        json_beside,
+        read_checkpoint,
+    )
 
     paths, device = config.model_path or [], pick_device(config.device)
     checkpoints = [read_checkpoint(path) for path in paths]
+    widths = sorted({checkpoint.config.img_dim for checkpoint in checkpoints})
+    require(
+        len(widths) == 1,
+        f"--model_path: models of features {widths} wide; expected one width; {APART}",
+    )
     data_name = config.data_name or common_option(checkpoints, "data_name")
     folder = Path(config.data_path or common_option(checkpoints, "data_path")) / data_name
     split = config.split
@@ -249,7 +256,7 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
         "seconds": round(time.monotonic() - since, 2),
         "shortlist": limits,
     }
-    return about, scores
+    return about, scores, models[0].split.groups.image_of_caption
 
 
 @dataclass(frozen=True)
@@ -320,7 +327,7 @@ def _ensemble_scores(
     for model, _, _ in runs:  # one query at a time is scored, and compiled code takes at least two
         model.compile_if_it_pays(bool(config.compile), 0)
     exact = ev.mean_matrix(ev.score_some(m, e, wanted, device, name) for m, e, name in runs)
-    bound = ev.recall_upper_bound(wanted, ev.image_of_caption(wanted.shape[1]))
+    bound = ev.recall_upper_bound(wanted, models[0].split.groups.image_of_caption)
     share = float(wanted.mean())
     limits = {"count": config.shortlist, "share": share, "recall_upper_bound": bound}
     return ev.rank_last(exact, coarse, wanted), limits

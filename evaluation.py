@@ -17,7 +17,7 @@ from torch import Tensor
 from common.cli import progress
 from common.errors import InputError, require
 from common.files import map_array
-from common.layout import CAPTIONS_PER_IMAGE
+from common.layout import CaptionGroups
 from common.memory import chunk_size, describe_oom, is_oom
 from common.results import ProtocolResult, Recall, Retrieval
 from common.workers import load
@@ -86,7 +86,7 @@ def encode_split(
     """Encode a split's images (or its first `images`) and all their captions."""
     images = split.images if images is None else images
     indices: dict[str, int] = {}
-    captions = split.captions[: images * CAPTIONS_PER_IMAGE]
+    captions = split.captions[: split.groups.counts[:images].sum()]
     text = np.array([indices.setdefault(caption, len(indices)) for caption in captions])
     blocks = [(i, min(i + IMAGE_BLOCK, images)) for i in range(0, images, IMAGE_BLOCK)]
     ids, mask = vocabulary.encode(list(indices), model.config.max_words)
@@ -245,11 +245,6 @@ def recall_upper_bound(known: np.ndarray, owner: Sequence[int] | np.ndarray) -> 
     return {"i2t": 100 * float(images.mean()), "t2i": 100 * float(own.mean())}
 
 
-def image_of_caption(captions: int) -> np.ndarray:
-    """Return the image `[captions]` of each caption; every five captions in a row share one."""
-    return np.arange(captions) // CAPTIONS_PER_IMAGE
-
-
 def ranks(scores: Tensor | np.ndarray, owner: Sequence[int] | np.ndarray) -> Ranks:
     """Return ranks from 0: of each image's best caption `[I]`, of each caption's image `[T]`.
 
@@ -303,15 +298,19 @@ def ranks_by_fold(scores: np.ndarray, owner: np.ndarray) -> list[Ranks]:
     return folds
 
 
-def bootstrap_ci(folds: Sequence[Ranks], samples: int, seed: int = 0) -> dict[str, Any]:
+def bootstrap_ci(
+    folds: Sequence[Ranks], owner: np.ndarray, samples: int, seed: int = 0
+) -> dict[str, Any]:
     """Return confidence intervals: the JSON of `Retrieval` with `[low, high]` as values.
 
-    Images are drawn with replacement within each fold, together with their captions; the searched
-    items stay all. The interval covers the choice of test images, not the variance between training
-    seeds.
+    `owner` `[T]` is the image of each caption of all folds together, ascending. Images are drawn
+    with replacement within each fold, together with their captions; the searched items stay all.
+    The interval covers the choice of test images, not the variance between training seeds.
     """
+    groups = [CaptionGroups(counts) for counts in np.split(np.bincount(owner), len(folds))]
     rng = np.random.default_rng(seed)
-    drawn = [Retrieval.mean([_resample(*fold, rng) for fold in folds]) for _ in range(samples)]
+    parts = list(zip(folds, groups, strict=True))
+    drawn = [Retrieval.mean([_resample(*part, rng) for part in parts]) for _ in range(samples)]
     values = [[*asdict(r.i2t).values(), *asdict(r.t2i).values(), r.rsum] for r in drawn]
     tail = (100 - LEVEL) / 2
     bounds = np.percentile(values, (tail, 100 - tail), axis=0).T.tolist()
@@ -323,27 +322,25 @@ def bootstrap_ci(folds: Sequence[Ranks], samples: int, seed: int = 0) -> dict[st
     return {**sides, "rsum": bounds[-1]}
 
 
-def _resample(
-    of_images: np.ndarray, of_captions: np.ndarray, rng: np.random.Generator
-) -> Retrieval:
+def _resample(ranks: Ranks, groups: CaptionGroups, rng: np.random.Generator) -> Retrieval:
     """Return the metrics of as many images, drawn with replacement."""
+    of_images, of_captions = ranks
     chosen = rng.integers(len(of_images), size=len(of_images))
-    captions = of_captions.reshape(len(of_images), CAPTIONS_PER_IMAGE)[chosen]
-    return Retrieval.of(of_images[chosen], captions.ravel())
+    return Retrieval.of(of_images[chosen], of_captions[groups.captions_of(chosen)])
 
 
-def evaluate_whole(scores: np.ndarray, bootstrap: int = 0) -> ProtocolResult:
-    """Return the metrics of scores `[I, 5 I]`; with `bootstrap` samples also their intervals."""
-    whole = ranks(scores, image_of_caption(scores.shape[1]))
-    intervals = bootstrap_ci([whole], bootstrap) if bootstrap else None
+def evaluate_whole(scores: np.ndarray, owner: np.ndarray, bootstrap: int = 0) -> ProtocolResult:
+    """Return the metrics of scores `[I, T]`; with `bootstrap` samples also their intervals."""
+    whole = ranks(scores, owner)
+    intervals = bootstrap_ci([whole], owner, bootstrap) if bootstrap else None
     return ProtocolResult(Retrieval.of(*whole), intervals=intervals)
 
 
-def evaluate_folds(scores: np.ndarray, bootstrap: int = 0) -> ProtocolResult:
-    """Return the mean metrics of five folds of scores `[I, 5 I]`, and their intervals if asked."""
-    folds = ranks_by_fold(scores, image_of_caption(scores.shape[1]))
+def evaluate_folds(scores: np.ndarray, owner: np.ndarray, bootstrap: int = 0) -> ProtocolResult:
+    """Return the mean metrics of five folds of scores `[I, T]`, and their intervals if asked."""
+    folds = ranks_by_fold(scores, owner)
     results = tuple(Retrieval.of(*fold) for fold in folds)
-    intervals = bootstrap_ci(folds, bootstrap) if bootstrap else None
+    intervals = bootstrap_ci(folds, owner, bootstrap) if bootstrap else None
     return ProtocolResult(Retrieval.mean(results), results, intervals)
 
 
@@ -358,16 +355,16 @@ def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def map_scores(path: Path) -> np.ndarray:
-    """Return a score matrix `[I, 5 I]` by memory map. Raises InputError if it is not one."""
+    """Return a score matrix `[I, T]` by memory map. Raises InputError if it is not one."""
     matrix = map_array(path, "a score matrix, a .npy file")
     if (
         matrix.ndim != 2
-        or not matrix.shape[1] == CAPTIONS_PER_IMAGE * len(matrix) > 0
+        or not matrix.shape[1] >= len(matrix) > 0
         or matrix.dtype not in (np.float16, np.float32, np.float64)  # in native byte order
     ):
         raise InputError(
             f"{path}: {matrix.dtype}, shape {matrix.shape}; expected floats in native byte order, "
-            f"(images, {CAPTIONS_PER_IMAGE} captions an image)"
+            "shape (images, captions)"
         )
     for first in range(0, len(matrix), ROW_BLOCK):
         block = matrix[first : first + ROW_BLOCK]

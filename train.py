@@ -14,6 +14,7 @@ DESCRIPTION = """Train a DIME model for one direction on precomputed region feat
   python train.py --data_path data --data_name f30k_precomp --bert_path bert/uncased \\
       --logger_name runs/f30k --direction i2t --extra_stc 1 --lambda_softmax 4
   python train.py ... --resume auto       # continue where the run was cut off
+  python train.py ... --init MODEL        # begin with the weights of a trained model
 
 Writes checkpoint.pth.tar, model_best.pth.tar, metrics.jsonl, run.json, train.log and TensorBoard's
 events to LOGGER_NAME/DIRECTION. Evaluate the models with evaluate_models.py."""
@@ -29,22 +30,25 @@ def train(config: TrainConfig) -> None:
     """Train in the run's folder. Raises InputError."""
     import torch  # here, so that --help answers at once
 
-    from checkpoint.bert import load_bert
-    from checkpoint.checkpoint import check_positions
+    from checkpoint.checkpoint import bert_to_train_with, check_positions
     from common.cli import pick_device
     from data import Split, TrainingBatches
     from model import DIME
+    from training.initial import load_initial_weights, read_initial
     from training.loop import Trainer
     from training.resume import clear, find_checkpoint
     from training.text_cache import cache_text
 
     device = pick_device(config.device)
     checkpoint = find_checkpoint(config.folder, config.resume, config.overwrite)
-    bert = load_bert(config.bert_path)
+    initial = read_initial(config) if config.init and checkpoint is None else None
+    bert = bert_to_train_with(config.bert_path, checkpoint or initial)
     check_positions(bert, config)
     folder = Path(config.data_path) / config.data_name
     split = Split.open(folder, "train", config.img_dim, training=True)
     config = replace(config, img_dim=split.img_dim)
+    if checkpoint is not None:  # the record of how the run began stays
+        config = replace(config, init=str(checkpoint.options.get("init", "")))
     dev = Split.open(folder, "dev", config.img_dim)
     skips = config.skips_single(split.regions_per_image)
     batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, skips)
@@ -52,11 +56,14 @@ def train(config: TrainConfig) -> None:
     require(len(batches) > 0, f"--batch_size {config.batch_size} {reason}")
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
+    if initial is not None:
+        sha256 = load_initial_weights(trainer.model, initial, config, bert)
+        trainer.log.run["init_sha256"] = sha256
     if checkpoint is None:
         clear(config.folder)
     else:
         trainer.restore(checkpoint)
-        del checkpoint  # frees its copy of the weights
+    del checkpoint, initial  # frees their copies of the weights
     if config.cache_text and not trainer.complete:
         path = cache_text(config.folder, trainer.model.text, bert, split.captions, config.max_words)
         trainer.batches = replace(batches, hidden_states=path)

@@ -4,24 +4,30 @@ Knows nothing of images or of the model.
 """
 
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from common.errors import require
+from common.errors import InputError, brief_repr, require
+from common.files import read_json
 from common.layout import read_lines
 
 # Captions are tokenised in the loader's workers. A thread pool of the parent does not survive the
 # fork, and one thread tokenises 25,000 captions in about a second.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+WORDS, TOKENIZER, FLAGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
+FLAG_NAMES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 LONGEST_WORD = 100  # characters; a longer word is one [UNK]
+NO_WORD = re.compile("[\n\ud800-\udfff]")  # a line of UTF-8 cannot hold them
 
 # REFERENCE: a carriage return is dropped like any other control character; the library alone would
 # make it a space.
@@ -38,24 +44,95 @@ CLEAN = normalizers.Sequence(
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The entries of a `vocab.txt`, line number = id."""
+class Tokenization:
+    """How captions become words. The defaults are the uncased tokeniser of SPEC §1."""
 
-    path: Path
+    lower_case: bool = True
+    strip_accents: bool = True
+    split_chinese: bool = False  # each Chinese character is a word
+    # Python cleans and lower-cases first, as in 2018: the library alone makes a carriage return a
+    # space, and does not know the final sigma.
+    published: bool = True
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Tokenization":
+        """Return what `tokenizer_config.json` says, or SPEC §1's tokeniser if it says nothing.
+
+        Raises InputError if a flag is neither true nor false.
+        """
+        # DEVIATION: a tokenizer_config.json decides on case, accents and Chinese characters, as in
+        # the transformers library (the published code read all captions as uncased BERT of 2018).
+        path = folder / FLAGS
+        stated = read_json(path, "options of BERT's tokeniser") if os.path.lexists(path) else {}
+        if stated.keys().isdisjoint(FLAG_NAMES):
+            return cls()
+        lower = stated.get("do_lower_case", True)
+        accents = stated.get("strip_accents")  # null: as do_lower_case says
+        chinese = stated.get("tokenize_chinese_chars", True)
+        values = (lower, lower if accents is None else accents, chinese)
+        for name, value in zip(FLAG_NAMES, values, strict=True):
+            if type(value) is not bool:
+                raise InputError(f"{path}: {name} is {brief_repr(value)}; expected true or false")
+        return cls(*values, published=False)
+
+    @classmethod
+    def of_checkpoint(cls, stored: Any, path: Path) -> "Tokenization":
+        """Return what a checkpoint stores, or SPEC §1's tokeniser if it stores None.
+
+        Raises InputError unless all fields are there.
+        """
+        if stored is None:
+            return cls()
+        names = [field.name for field in fields(cls)]
+        is_complete = isinstance(stored, dict) and stored.keys() == set(names)
+        if not (is_complete and all(type(value) is bool for value in stored.values())):
+            raise InputError(f"{path}: tokenization: expected {', '.join(names)}, true or false")
+        return cls(**stored)
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The content of a `tokenizer_config.json`; SPEC §1's tokeniser has none."""
+        values = (self.lower_case, self.strip_accents, self.split_chinese)
+        return {} if self.published else dict(zip(FLAG_NAMES, values, strict=True))
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """What the fields do to captions, in words."""
+        return (
+            "lower case" if self.lower_case else "case kept",
+            "accents removed" if self.strip_accents else "accents kept",
+            "Chinese characters split" if self.split_chinese else "Chinese characters not split",
+            "cleaned as in 2018" if self.published else "cleaned as the tokenizers library does",
+        )
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """WordPieces, index = id, and how captions are split into them."""
+
+    path: Path  # of the file that was read
     entries: tuple[str, ...]
+    tokenization: Tokenization = Tokenization()
 
     @classmethod
     def load(cls, folder: str | Path) -> "Vocabulary":
-        """Read `folder/vocab.txt`.
+        """Read `vocab.txt` or else `tokenizer.json` of a folder, and its `tokenizer_config.json`.
 
-        Raises InputError if it is missing, not UTF-8 or lacks a special entry.
+        Raises InputError if a file is missing or damaged, or if a special entry is missing.
         """
-        path = Path(folder) / "vocab.txt"
-        entries = read_lines(path, "the vocabulary of BERT, in the folder of --bert_path")
+        folder = Path(folder)
+        path = folder / WORDS
+        if not os.path.lexists(path) and os.path.lexists(folder / TOKENIZER):
+            path = folder / TOKENIZER
+            entries = _read_tokenizer(path)
+        else:
+            wanted = f"the vocabulary of BERT (or {TOKENIZER}), in the folder of --bert_path"
+            entries = read_lines(path, wanted)
         for special in (PAD, UNK, CLS, SEP):
             require(special in entries, f"{path}: no entry {special}; a BERT vocabulary has one")
-        require(entries[0] == PAD, f"{path}: first entry {entries[0]!r}, expected {PAD} (id 0)")
-        return cls(path, entries)
+        pad = entries.index(PAD)
+        require(pad == 0, f"{path}: {PAD} has id {pad}; expected 0, which captions are padded with")
+        return cls(path, entries, Tokenization.of_folder(folder))
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -63,9 +140,13 @@ class Vocabulary:
         tokenizer = Tokenizer(
             models.WordPiece(ids, unk_token=UNK, max_input_chars_per_word=LONGEST_WORD)
         )
+        # No special tokens are registered: [CLS] in a caption is ordinary text.
         # REFERENCE: CJK characters stay inside their word.
         tokenizer.normalizer = normalizers.BertNormalizer(
-            clean_text=False, handle_chinese_chars=False, strip_accents=True, lowercase=True
+            clean_text=True,
+            handle_chinese_chars=self.tokenization.split_chinese,
+            strip_accents=self.tokenization.strip_accents,
+            lowercase=self.tokenization.lower_case,
         )
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return tokenizer
@@ -92,8 +173,32 @@ class Vocabulary:
 
     def _pieces(self, captions: Sequence[str]) -> list[list[int]]:
         """Ids of the WordPieces of captions, uncut, without `[CLS]` and `[SEP]`."""
-        # Python lower-cases as the tokeniser of 2018 did and knows the final sigma; the library
-        # does not. Dropped characters go first, because they decide which sigma is final.
-        lower = [CLEAN.normalize_str(caption).lower() for caption in captions]
-        encoded = self._tokenizer.encode_batch(lower, add_special_tokens=False)
+        rules = self.tokenization
+        if rules.published:
+            # Dropped characters go first, because they decide which sigma is final.
+            captions = [CLEAN.normalize_str(caption) for caption in captions]
+            captions = [text.lower() for text in captions] if rules.lower_case else captions
+        encoded = self._tokenizer.encode_batch(captions, add_special_tokens=False)
         return [pieces.ids for pieces in encoded]
+
+
+def _read_tokenizer(path: Path) -> tuple[str, ...]:
+    """Return the entries in a `tokenizer.json`, in the order of their ids; nothing else is used.
+
+    Raises InputError unless it is of WordPieces whose ids are 0, 1, 2, ...
+    """
+    model = read_json(path, "a WordPiece tokenizer").get("model")
+    is_wordpiece = isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece"
+    ids = model.get("vocab") if model and is_wordpiece else None
+    if not isinstance(ids, dict):
+        raise InputError(f"{path}: no model.vocab of a WordPiece tokenizer")
+    for entry, i in ids.items():
+        if type(i) is not int or NO_WORD.search(entry):
+            raise InputError(
+                f"{path}: {entry[:40]!r} has id {brief_repr(i)}; expected words and ids"
+            )
+    entries = sorted(ids, key=ids.__getitem__)
+    for expected, entry in enumerate(entries):
+        if ids[entry] != expected:
+            raise InputError(f"{path}: {entry[:40]!r} has id {ids[entry]}; expected {expected}")
+    return tuple(entry.strip() for entry in entries)  # as the lines of vocab.txt

@@ -3,13 +3,13 @@
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 
-from checkpoint.bert import Bert, assemble_bert, load_bert
+from checkpoint.bert import Bert, assemble_bert, case_advice, load_bert
 from checkpoint.official import PARTS, native_names
 from checkpoint.weights import Weights, check_named, load_state_dict_strict
 from common.cli import LARGEST_FLOAT, keep_float32
@@ -19,12 +19,14 @@ from common.files import read_json, sha256_of
 from common.layout import SplitName
 from common.torch_files import read_safetensors, read_torch, write_torch
 from model import DIME
+from vocab import Tokenization
 
 log = logging.getLogger(__name__)
 
 FORMAT = "dime-1"  # of native checkpoints; another number would mean other names or meanings
 # The options of an official checkpoint that count; it may hold others, of any kind.
 KNOWN = {field.name for field in fields(ModelConfig)} | {"data_path", "data_name", "bert_path"}
+APART = "evaluate each model with --save_scores, then all of them with --scores"
 BERT_KEYS = "text.bert."  # frozen, known by its fingerprint, and not stored
 
 
@@ -37,6 +39,7 @@ class Checkpoint:
     weights: Weights  # without BERT's
     bert_weights: Weights | None  # the BERT that an official checkpoint brings
     bert_fingerprint: str | None  # of the BERT that a native checkpoint was trained with
+    tokenization: Tokenization  # that it was trained with
     state: dict[str, Any]  # the rest: optimiser, epoch, step, best scores, random states
 
     @property
@@ -91,7 +94,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     _check_options(options, source)
     require(isinstance(bert, str), f"{source}: lacks the fingerprint of its BERT")
     check_named(weights, path)
-    return Checkpoint(path, options, weights, None, bert, content)
+    tokenization = Tokenization.of_checkpoint(content.pop("tokenization", None), source)
+    return Checkpoint(path, options, weights, None, bert, tokenization, content)
 
 
 def json_beside(path: Path) -> Path:
@@ -126,7 +130,7 @@ def _official_checkpoint(path: Path, content: dict[str, Any]) -> Checkpoint:
     state = {name: content.get(name) for name in ("epoch", "best_rsum", "best_r1")}
     # REFERENCE: the published trainer counts epochs from 1, so a file names the next epoch.
     state |= {"step": content.get("Eiters"), "position": 0}
-    return Checkpoint(path, options, weights, bert, None, state)
+    return Checkpoint(path, options, weights, bert, None, Tokenization(), state)
 
 
 def _check_options(options: Any, path: Path) -> None:
@@ -144,8 +148,14 @@ def write_checkpoint(
     """Write plain data and tensors, which `torch.load(weights_only=True)` reads, too."""
     # DEVIATION: BERT's weights are known by a fingerprint (the published code stored them).
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(BERT_KEYS)}
-    content = {"format": FORMAT, "options": options, "weights": weights, "bert": bert.fingerprint}
+    content = {"format": FORMAT, "options": options, "weights": weights} | describe_text(bert)
     write_torch(path, content | state)
+
+
+def describe_text(bert: Bert) -> dict[str, Any]:
+    """Return what a native checkpoint stores of the BERT that it was trained with."""
+    tokenization = asdict(bert.vocabulary.tokenization)
+    return {"bert": bert.fingerprint, "tokenization": tokenization}
 
 
 def bert_folder(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Path:
@@ -157,14 +167,46 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
     """Return the checkpoint's BERT, from `bert_path` or the folder that it was trained with.
 
     An official checkpoint brings BERT's weights; the folder gives vocabulary and configuration.
+    Captions are read as in training; a warning names the folder if it says otherwise.
     Raises InputError if the folder holds another BERT than a native checkpoint's.
     """
     folder = bert_folder(checkpoint, bert_path)
     if checkpoint.bert_weights is not None:
-        return assemble_bert(folder, checkpoint.bert_weights, checkpoint.path)
+        bert = assemble_bert(folder, checkpoint.bert_weights, checkpoint.path)
+    else:
+        bert = load_bert(folder)
+        check_same_bert(checkpoint, bert)
+    return tokenize_as_trained(checkpoint, bert)
+
+
+def bert_to_train_with(folder: str | Path, trained: Checkpoint | None) -> Bert:
+    """Return a folder's BERT, with the tokenisation of the model that is trained on, if any.
+
+    Warns if captions are not read as the folder says, or if its vocabulary is cased and captions
+    are not. Raises InputError like `load_bert`.
+    """
     bert = load_bert(folder)
-    check_same_bert(checkpoint, bert)
+    if trained is not None:
+        return tokenize_as_trained(trained, bert)
+    for line in case_advice(bert.vocabulary):
+        log.warning(line)
     return bert
+
+
+def tokenize_as_trained(checkpoint: Checkpoint, bert: Bert) -> Bert:
+    """Return a BERT with the tokenisation that a checkpoint was trained with.
+
+    Warns if the folder's is another one.
+    """
+    trained, words = checkpoint.tokenization, bert.vocabulary
+    if trained == words.tokenization:
+        return bert
+    rules = zip(trained.rules, words.tokenization.rules, strict=True)
+    then, now = zip(*[pair for pair in rules if pair[0] != pair[1]], strict=True)
+    message = "%s: captions are read as in training: %s; the folder of BERT, %s, says: %s"
+    folder = words.path.parent
+    log.warning(message, checkpoint.path, ", ".join(then), folder, ", ".join(now))
+    return replace(bert, vocabulary=replace(words, tokenization=trained))
 
 
 def check_same_bert(checkpoint: Checkpoint, bert: Bert) -> None:
@@ -219,6 +261,7 @@ def common_option(checkpoints: Sequence[Checkpoint], option: str) -> str:
     values = {str(checkpoint.options.get(option)) for checkpoint in checkpoints}
     require(
         len(values) == 1 and "None" not in values,
-        f"--{option} is needed: the checkpoints have {', '.join(sorted(values))}",
+        f"--{option} is needed: the checkpoints have {', '.join(sorted(values))}"
+        + f"; or {APART}" * (len(values) > 1),
     )
     return values.pop()

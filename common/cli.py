@@ -135,14 +135,16 @@ def keep_float32() -> None:
 
 
 def pick_device(name: str) -> "torch.device":
-    """Return the device called `name`; `auto` is a GPU if there is one. Raises InputError."""
+    """Return the device called `name`; `auto` is a CUDA GPU if there is one. Raises InputError."""
     import torch
 
     keep_float32()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_known = name.split(":")[0] in ("cpu", "cuda")
-    require(is_known, f"--device {name}: expected auto, cpu, cuda, cuda:1, ...")
+    is_known = name.split(":")[0] in ("cpu", "cuda", "mps")
+    require(is_known, f"--device {name}: expected auto, cpu, cuda, cuda:1, mps, ...")
+    has_device = not name.startswith("mps") or torch.backends.mps.is_available()
+    require(has_device, f"--device {name}: cannot be used here: it needs torch on an Apple GPU")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as error:

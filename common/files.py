@@ -4,6 +4,7 @@ Every reader of a stranger's file and every writer goes through these functions.
 of the content. Files of torch and safetensors are in torch_files.py.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -51,11 +52,17 @@ def require_regular_file(path: Path, wanted: str) -> int:
 
 
 def read_text(path: Path, wanted: str) -> str:
-    """Return the content of a UTF-8 file. Raises InputError with the first line that is not."""
+    """Return the content of a UTF-8 file, without a byte order mark at its start.
+
+    Raises InputError with the first line that is not UTF-8.
+    """
     size = require_regular_file(path, wanted)
     require(size <= LONGEST_TEXT, f"{path}: {size} bytes; expected at most {LONGEST_TEXT}")
     with explain_os_errors(path, wanted):
         data = path.read_bytes()
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    require(not is_utf16, f"{path}: is UTF-16; expected UTF-8")
+    data = data.removeprefix(codecs.BOM_UTF8)  # as editors of Windows write it
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

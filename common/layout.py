@@ -1,8 +1,9 @@
 """layout.py — the folder of a data set as SCAN laid it out: names and checked readers (SPEC §10).
 
     {split}_ims.npy     region features (rows, regions, width), one row an image or one a caption
-    {split}_caps.txt    captions, one a line, five an image, in the order of the images
-    {split}_ids.txt     ids, one a line, for each image or five times for its captions; optional
+    {split}_caps.txt    captions, one a line, in the order of the images
+    {split}_ids.txt     ids, one a line: an image's id for each caption, however many it has, or
+                        for each image, if it has five captions, as without the file; optional
     id_mapping.json     file name of each id's image; optional
 
 Readers and checks raise InputError, which names the file, its content and what was expected.
@@ -10,8 +11,11 @@ Readers and checks raise InputError, which names the file, its content and what 
 
 import hashlib
 import mmap
-from collections import Counter
+import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -23,6 +27,10 @@ from common.files import map_array, read_json, read_text
 SplitName = Literal["train", "dev", "test", "testall"]
 
 CAPTIONS_PER_IMAGE = 5
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, surrogates
+LARGEST_FEATURE = 1e6
+SUBNORMAL_LEAST = 10  # subnormal numbers that are no proof of anything
+SUBNORMAL_SHARE = {2: 0.5, 4: 0.001}  # of the numbers that are not 0, by bytes a number
 LONGEST_CAPTION = 10_000  # characters; a longer line is not a caption and slow to tokenise
 
 
@@ -81,11 +89,114 @@ def read_captions(path: Path, allow_empty: bool = True) -> tuple[str, ...]:
     return captions
 
 
-def count_images(path: Path, captions: Sequence[str]) -> int:
-    """Return how many images the captions of file `path` describe, five each."""
-    is_whole = len(captions) % CAPTIONS_PER_IMAGE == 0
-    require(is_whole, f"{path}: {len(captions)} captions; expected five an image")
-    return len(captions) // CAPTIONS_PER_IMAGE
+# Captions of an image
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionGroups:
+    """How many captions each image has. They are consecutive, in the order of the images."""
+
+    counts: np.ndarray  # [I] int64, each 1 or more
+
+    @classmethod
+    def of_five(cls, images: int) -> "CaptionGroups":
+        """Return SCAN's layout: five captions an image."""
+        return cls(np.full(images, CAPTIONS_PER_IMAGE))
+
+    def __str__(self) -> str:
+        low, high = self.counts.min(), self.counts.max()
+        return f"{low}" if low == high else f"{low} to {high}"
+
+    @property
+    def images(self) -> int:
+        """Number of images, I."""
+        return len(self.counts)
+
+    @property
+    def is_five(self) -> bool:
+        """Whether this is SCAN's layout."""
+        return bool((self.counts == CAPTIONS_PER_IMAGE).all())
+
+    @cached_property
+    def image_of_caption(self) -> np.ndarray:
+        """The image of each caption, `[T]`: ascending and consecutive."""
+        return np.repeat(np.arange(self.images), self.counts)
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """The first caption of each image, `[I]`."""
+        return self.counts.cumsum() - self.counts
+
+    def captions_of(self, images: np.ndarray) -> np.ndarray:
+        """Return all captions of some images, image by image."""
+        counts = self.counts[images]
+        place = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        return np.repeat(self.first[images], counts) + place
+
+    def whole_images(self, captions: int) -> int:
+        """Return how many images have all their captions among the first `captions`."""
+        return int((self.counts.cumsum() <= captions).sum())
+
+
+def read_groups(
+    folder: str | Path, name: SplitName, captions: int, images: int | None = None
+) -> CaptionGroups:
+    """Return which of the `captions` of a split describe the same image.
+
+    Consecutive lines of {split}_ids.txt with the same id are one image's captions. Without the
+    file, or if it has a line for every five captions, each image has five. If all ids differ, they
+    may be SCAN's ids of captions: `images`, the number of images if it is known, decides.
+    """
+    path = ids_file(folder, name)
+    known = "" if images is None else f"{images} rows for "
+    if path.exists():
+        lines = read_lines(path, "ids, one a line")
+        if len(lines) == captions:
+            counts = np.array(list(_group_ids(path, lines).values()))
+            if images is None or not len(counts) == captions == CAPTIONS_PER_IMAGE * images:
+                return CaptionGroups(counts)
+        elif len(lines) * CAPTIONS_PER_IMAGE != captions:
+            problem = f"{path}: ends at line {len(lines)}, but there are {known}{captions} captions"
+            raise InputError(f"{problem}; expected an id for each caption, or for every five")
+    if captions % CAPTIONS_PER_IMAGE:
+        problem = f"{split_files(folder, name)[1]}: {known}{captions} captions"
+        raise InputError(f"{problem}; expected five an image, or {path} with an id a caption")
+    return CaptionGroups.of_five(captions // CAPTIONS_PER_IMAGE)
+
+
+def read_groups_of_scores(
+    path: Path, shape: tuple[int, ...], folder: Path | None, name: SplitName | None
+) -> CaptionGroups:
+    """Return which captions of a score matrix describe which image.
+
+    `folder` and `name` are the split of the scores; without them an image has five captions. Raises
+    InputError if the matrix, file `path`, is of another number of images or captions.
+    """
+    if folder is None or name is None:
+        groups = CaptionGroups.of_five(shape[0])
+        of = "five captions an image, or --data_path, --data_name and --split of others"
+    else:
+        captions = read_captions(split_files(folder, name)[1])
+        groups = read_groups(folder, name, len(captions), shape[0])
+        of = f"{name} of {folder}"
+    expected = (groups.images, len(groups.image_of_caption))
+    require(shape == expected, f"{path}: shape {shape}; expected {expected}: {of}")
+    return groups
+
+
+def _group_ids(path: Path, lines: Sequence[str]) -> dict[str, int]:
+    """Return how many consecutive lines have each id. Raises InputError if an id comes again."""
+    counts: dict[str, int] = {}
+    line = 1
+    for key, group in groupby(lines):
+        require(bool(key), f"{path}: line {line} is empty; expected an id")
+        if key in counts:
+            problem = f"{path}: line {line} repeats {brief_repr(key)} of line"
+            expected = "expected an image's captions on consecutive lines"
+            raise InputError(f"{problem} {lines.index(key) + 1}; {expected}")
+        counts[key] = len(list(group))
+        line += counts[key]
+    return counts
 
 
 # Ids and file names of images
@@ -94,20 +205,10 @@ def count_images(path: Path, captions: Sequence[str]) -> int:
 def read_ids(path: Path, images: int) -> tuple[str, ...]:
     """Return the id of each image, from a file with one line an image or one a caption."""
     lines = read_lines(path, "ids, one a line")
-    if len(lines) not in (images, images * CAPTIONS_PER_IMAGE):
-        raise InputError(
-            f"{path}: {len(lines)} ids for {images} images; expected one an image or one a caption"
-        )
-    if "" in lines:
-        raise InputError(f"{path}: line {lines.index('') + 1} is empty; expected an id")
-    ids = lines if len(lines) == images else lines[::CAPTIONS_PER_IMAGE]
-    for number, line in enumerate(lines):
-        expected = ids[number * images // len(lines)]
-        if line != expected:
-            problem = f"{path}: line {number + 1} is {brief_repr(line)}"
-            raise InputError(f"{problem}; expected {brief_repr(expected)}, the same image's id")
-    repeated = [key for key, count in Counter(ids).items() if count > 1]
-    require(not repeated, f"{path}: {summarise(repeated)} is there twice; expected each image once")
+    ids = tuple(_group_ids(path, lines))
+    if len(ids) != images:
+        problem = f"{path}: {len(ids)} different ids on {len(lines)} lines for {images} images"
+        raise InputError(f"{problem}; expected one an image, on each line of its captions or once")
     return ids
 
 
@@ -138,10 +239,15 @@ def images_digest(ids: Sequence[str], names: dict[str, str]) -> str:
 
 def stays_inside(name: Any) -> bool:
     """Whether a file name from a stranger's file stays inside the folder it is joined to."""
-    if not isinstance(name, str) or not name.isprintable() or "\\" in name:
+    if not isinstance(name, str) or not is_one_line(name) or "\\" in name:
         return False
     path = PurePosixPath(name)
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a text has no control characters and no half of a surrogate pair; spaces are fine."""
+    return UNPRINTABLE.search(text) is None
 
 
 # Features
@@ -155,19 +261,6 @@ def map_features(path: Path) -> np.memmap:
     if features.dtype.kind != "f" or features.dtype.itemsize not in (2, 4):
         raise InputError(f"{path}: {features.dtype} features; expected float32 or float16")
     return features
-
-
-def rows_per_image(path: Path, rows: int, captions: int) -> int:
-    """Return 5 if each image's row is repeated for its captions, 1 if it is not.
-
-    Raises InputError, for features `path`, if the counts do not fit each other.
-    """
-    if captions % CAPTIONS_PER_IMAGE or rows not in (captions, captions // CAPTIONS_PER_IMAGE):
-        raise InputError(
-            f"{path}: {rows} rows for {captions} captions; expected five captions an image, "
-            "and a row for each image or one for each caption"
-        )
-    return CAPTIONS_PER_IMAGE if rows == captions else 1
 
 
 def read_rows(features: np.memmap, rows: np.ndarray) -> np.ndarray:
@@ -184,3 +277,20 @@ def check_finite_rows(path: Path, values: np.ndarray, rows: Sequence[int] | np.n
     bad = np.asarray(rows)[~np.isfinite(values).all((1, 2))]
     if len(bad):
         raise InputError(f"{path}: row {bad.min()} holds NaN or infinite numbers")
+
+
+def check_numbers(path: Path, values: np.ndarray, rows: np.ndarray, dtype: np.dtype) -> None:
+    """Raise InputError if `values` `[rows, L, n]`, read from `dtype`, can be no features.
+
+    They are larger than LARGEST_FEATURE, or many are subnormal: then numbers of another type were
+    read as `dtype`. A few are subnormal by chance, in float16 more: there it begins at 6e-5.
+    """
+    size = np.abs(values)
+    zeros = np.count_nonzero(size == 0)
+    subnormal = np.count_nonzero(size < np.finfo(dtype).tiny) - zeros
+    allowed = SUBNORMAL_LEAST + SUBNORMAL_SHARE[dtype.itemsize] * (size.size - zeros)
+    problem = f"{path}: rows {rows[0]} to {rows[-1]} hold"
+    advice = f"no features; usually numbers of another type were read as {dtype}"
+    largest = float(size.max())
+    require(largest <= LARGEST_FEATURE, f"{problem} {largest:.3g}: {advice}")
+    require(subnormal <= allowed, f"{problem} {subnormal} subnormal numbers: {advice}")

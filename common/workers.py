@@ -1,13 +1,15 @@
 """workers.py — items of a dataset, read ahead by worker processes."""
 
+import errno
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import active_children, parent_process
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from typing import Any
 
@@ -15,6 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import InputError
+
+# Messages of torch, in the worker or in the program, if /dev/shm is full: workers pass tensors on
+# in shared memory.
+SHM_MESSAGES = ("shared memory", "Bus error", "unable to mmap", "No space left on device")
+NO_SHM = errno.ENOSPC  # exit status of such a worker
 
 
 def load(dataset: Dataset, keys: Sequence[Any], workers: int, pin: bool = False) -> Iterator[Any]:
@@ -33,51 +40,57 @@ def load(dataset: Dataset, keys: Sequence[Any], workers: int, pin: bool = False)
         # Torch draws the workers' seeds; the global generator is left to BERT's dropout.
         generator=torch.Generator(),
     )
+    processes: list[BaseProcess] = []
     try:
-        for item in _iterate(loader):
+        for item in _iterate(loader, processes):
             if isinstance(item, InputError):
                 raise item
             yield item
     except (RuntimeError, OSError, EOFError) as error:
         if not workers or str(error).startswith("Caught "):  # an error of the dataset itself
             raise
-        reason = f"a process died or could not be started: {str(error) or type(error).__name__}"
+        reason = _explain(error, processes)
         raise InputError(f"--workers {workers}: {reason} (--workers 0 needs none)") from error
 
 
-def _iterate(loader: DataLoader) -> Iterator[Any]:
+def _iterate(loader: DataLoader, processes: list[BaseProcess]) -> Iterator[Any]:
     """Return the loader's iterator, which raises at the next item if a worker has died.
 
-    Torch's SIGCHLD handler would raise at once, in the middle of an optimiser step for example.
+    The workers are added to `processes`. Torch's SIGCHLD handler would raise at once, in the middle
+    of an optimiser step for example.
     """
     handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    others, workers = active_children(), []  # type: ignore[var-annotated]
+    others = active_children()
 
     def end_workers(error: Exception, key: object) -> None:
-        for worker in workers:
-            worker.terminate()
+        for process in processes:
+            process.terminate()
 
-    with _on_unsendable(end_workers):
+    # By default, a queue drops an item that it cannot send, for lack of memory say, and its
+    # receiver waits for it forever: 3 of 200 cycles of tests.chaos hung.
+    usual = vars(Queue)["_on_queue_feeder_error"]
+    Queue._on_queue_feeder_error = staticmethod(end_workers)  # type: ignore[attr-defined]
+    try:
         items = iter(loader)
-    workers += [process for process in active_children() if process not in others]
+    finally:
+        Queue._on_queue_feeder_error = usual  # type: ignore[attr-defined]
+    processes += [process for process in active_children() if process not in others]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)
     return items
 
 
-@contextmanager
-def _on_unsendable(handler: Callable[[Exception, object], None]) -> Iterator[None]:
-    """Call `handler` if a queue that is made meanwhile cannot send an item.
+def _explain(error: Exception, processes: Sequence[BaseProcess]) -> str:
+    """Return why reading failed."""
+    wait([process.sentinel for process in processes], timeout=1)  # until it has an exit status
+    full = any(process.exitcode in (NO_SHM, -signal.SIGBUS) for process in processes)
+    if full or _is_out_of_shm(error):
+        return "no shared memory is left in /dev/shm; a container needs --shm-size 8g or --ipc=host"
+    return f"a process died or could not be started: {str(error) or type(error).__name__}"
 
-    By default such an item is dropped, for lack of memory say, and its receiver waits for it
-    forever: 3 of 200 cycles of tests.chaos hung.
-    """
-    usual = vars(Queue)["_on_queue_feeder_error"]
-    Queue._on_queue_feeder_error = staticmethod(handler)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        Queue._on_queue_feeder_error = usual  # type: ignore[attr-defined]
+
+def _is_out_of_shm(error: Exception) -> bool:
+    return any(text in str(error) for text in SHM_MESSAGES)
 
 
 def _identity(item: Any) -> Any:
@@ -88,21 +101,22 @@ def _prepare_worker(worker: int) -> None:
     # A terminal sends these to every process of the program, which ends its workers itself.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_program, args=[os.getppid()], daemon=True).start()
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
 def _end_worker(error: Exception, item: object) -> None:
-    os._exit(1)  # which the program notices
+    os._exit(NO_SHM if _is_out_of_shm(error) else 1)  # which the program notices
 
 
-def _end_with_parent() -> None:
-    """End this process within a second of its parent's end.
+def _end_with_program(parent: int) -> None:
+    """End this process within a second of the program's end; `parent` is its parent process.
 
-    A worker of a killed program would otherwise wait forever to write into a full pipe.
+    A worker of a killed program would otherwise wait forever to write into a full pipe. A parent
+    may be a fork server, and another process may have inherited what `is_alive` asks.
     """
-    parent = parent_process()
-    while parent is not None and os.getppid() == parent.pid:
+    program = parent_process()
+    while program is not None and program.is_alive() and os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 

@@ -26,6 +26,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+
 from common.cli import has_fast_bf16, parse, pick_device, print_line, run
 from common.config import Direction, Precision
 from common.files import check_writable, write_json

@@ -4,13 +4,13 @@
     python -m scripts.check_data data/f30k_precomp --bert_path bert    # BERT and WordPieces, too
     python -m scripts.check_data data/f30k_precomp --full              # reads every row
 
-The table has images, ids, regions x width, and with --bert_path the longest caption in WordPieces
-and the number of captions that --max_words cuts. Problems are missing or cut files, surplus bytes,
-rows that do not fit the captions, repeated rows that differ, NaN or inf, different widths, ids that
-occur twice, in two splits or without a file name, features of other images than the ids, and a
-vocabulary that makes more than 5 % of a split's WordPieces [UNK]. Warnings are empty captions and
-rows that are all zeros. Without --full, 200 images of each split, spread evenly, are read; files up
-to 256 MiB are searched for NaN entirely even so.
+The table has images, captions an image, ids, regions x width, and with --bert_path the longest
+caption in WordPieces and the number of captions that --max_words cuts. Problems are missing or cut
+files, surplus bytes, rows that do not fit the captions, repeated rows that differ, NaN or inf,
+numbers that no feature can be, different widths, ids that return, that occur in two splits or have
+no file name, features of other images than the ids, and a vocabulary that makes more than 5 % of a
+split's WordPieces [UNK]. Warnings are empty captions and rows that are all zeros. Without --full,
+200 images of each split, spread evenly, are read; files up to 256 MiB are checked entirely even so.
 
 Exit status 0: no problem; 1: problems, the first ones of each split; 2: no data set or no
 vocabulary.
@@ -24,7 +24,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, progress, run
 from common.errors import InputError, check_range, require, summarise
@@ -48,9 +48,8 @@ if TYPE_CHECKING:
     from vocab import Vocabulary
 
 HAS_PROBLEMS = 1  # exit status
-HEAD = ["split", "images", "ids", "regions", "longest caption", "captions cut"]
+HEAD = ["split", "images", "captions an image", "ids", "regions", "longest caption", "captions cut"]
 SAMPLED_IMAGES = 200  # of a split
-IMAGES_AT_ONCE = 16  # 24 MB if SCAN's rows are repeated
 CAPTIONS_AT_ONCE = 1000
 SAME_IMAGES = {"test", "testall"}  # MSCOCO's test is the first thousand images of testall
 MOST_UNKNOWN = 0.05  # share of [UNK] above which the vocabulary is of another language
@@ -127,7 +126,7 @@ def check(options: Options) -> Report:
                 if vocabulary:
                     words = count_words(name, split.captions, vocabulary, options.max_words)
             shape = f"{split.regions_per_image} x {split.img_dim}"
-            counts = f"{split.images:,}", f"{len(ids.get(name, ())):,}"
+            counts = f"{split.images:,}", str(split.groups), f"{len(ids.get(name, ())):,}"
             report.rows.append([name, *counts, shape, *words])
     report.problems += problems_between(folder, widths, ids)
     return report
@@ -154,7 +153,7 @@ def image_ids(
     if not path.exists():
         return ()
     lines = read_lines(path, "ids, one a line")
-    if len(lines) == len(set(lines)) == len(split.captions):  # the captions' ids
+    if split.images < len(split.captions) == len(set(lines)):  # the captions' ids
         return ()
     ids = read_ids(path, split.images)
     if names:
@@ -176,30 +175,24 @@ def check_extraction(path: Path, digest: str) -> None:
 
 
 def check_features(report: Report, split: "Split", full: bool) -> None:
-    """Read rows, all or a sample.
+    """Read rows, all or those of some images.
 
-    Raises InputError if a row holds NaN, if the repeated rows of an image differ, or if the file is
-    longer than its header says.
+    Raises InputError as `Split.checked_rows` does, or if the file is longer than its header says.
     """
-    features, repeats, empty_rows = map_features(split.path), split.rows_per_image, 0
+    from data import spread
+
+    features, empty = map_features(split.path), 0
     surplus = split.path.stat().st_size - features.offset - features.nbytes
     require(surplus == 0, f"{split.path}: {surplus} bytes more than its header asks for")
-    count = split.images if full else SAMPLED_IMAGES
-    sample = np.unique(np.linspace(0, split.images - 1, count, dtype=int))
-    with progress(f"reading {split.path.name}", len(sample), "images") as bar:
-        for first in range(0, len(sample), IMAGES_AT_ONCE):
-            images = sample[first : first + IMAGES_AT_ONCE]
-            rows = (images[:, None] * repeats + np.arange(repeats)).ravel()
-            values = split.regions(rows).numpy().reshape(len(images), repeats, -1)
-            unequal = images[(values != values[:, :1]).any((1, 2))]
-            if len(unequal):
-                problem = f"{split.path}: the five rows of image {unequal[0]} differ"
-                raise InputError(f"{problem}; expected one row, repeated for each caption")
-            empty_rows += int((~values.any(2)).sum())
-            bar.update(len(images))
-    if empty_rows:
+    images = spread(split.images, split.images if full else SAMPLED_IMAGES)
+    total = len(split.rows_of(images))
+    with progress(f"reading {split.path.name}", total, "rows") as bar:
+        for rows in split.checked_rows(images):
+            empty += int((~rows.any((1, 2))).sum())
+            bar.update(len(rows))
+    if empty:
         report.warnings.append(
-            f"{split.path}: {empty_rows} of the {len(sample) * repeats} rows read are all zeros, "
+            f"{split.path}: {empty} of the {total} rows read are all zeros, "
             "as an extraction that was cut off leaves them"
         )
 

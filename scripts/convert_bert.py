@@ -5,16 +5,20 @@
 
 The folder of Google's zip file holds `bert_model.ckpt.index`, `bert_model.ckpt.data-*`,
 `bert_config.json` and `vocab.txt`. The new one gets `config.json`, `vocab.txt` and
-`model.safetensors`. No other program needs TensorFlow. The pooler, the heads of pre-training and an
-optimiser's state are left out; any other missing or surplus weight is an error.
+`model.safetensors`, and `tokenizer_config.json` if there was one. No other program needs
+TensorFlow. The pooler, the heads of pre-training and an optimiser's state are left out; any other
+missing or surplus weight is an error.
 """
 
 import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, run
 from common.errors import InputError, require, summarise

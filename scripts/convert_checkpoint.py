@@ -15,9 +15,12 @@ The optimiser's state is not converted: training cannot resume from a converted 
 
 import logging
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, run
 from common.errors import require
@@ -77,11 +80,11 @@ def check_outputs(out: Path, half: bool) -> None:
 
 def write_arrays(out: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
     """Write weights as safetensors, and beside it the options and the SHA-256 as JSON."""
-    from checkpoint.checkpoint import FORMAT, json_beside
+    from checkpoint.checkpoint import FORMAT, describe_text, json_beside
     from common.torch_files import write_safetensors
 
     # The JSON holds the SHA-256 of the weights: the two cannot be mixed up.
-    about = {"format": FORMAT, "options": checkpoint.options, "bert": bert.fingerprint}
+    about = {"format": FORMAT, "options": checkpoint.options} | describe_text(bert)
     digest = write_safetensors(out, checkpoint.weights)
     write_json(json_beside(out), about | _run_of(checkpoint) | {"sha256": digest})
 

@@ -7,9 +7,12 @@ copy. Exits with 2 if the ensemble's rsum is below --least.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common import provenance
 from common.cli import parse, print_line, run

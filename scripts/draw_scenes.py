@@ -9,6 +9,7 @@ white, grey or black ground. Captions come from a small grammar; each names ever
 images share one. The same version of Pillow gives the same files.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import cos, pi, sin
@@ -17,6 +18,8 @@ from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, run
 from common.errors import check_range

@@ -9,10 +9,13 @@ several files is an ensemble's. {split}_ids.txt in the data's folder has to name
 """
 
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, run
 from common.errors import InputError, require, summarise
@@ -90,8 +93,9 @@ def main() -> None:
 
     matrices = [map_scores(Path(path)) for path in options.scores]
     shapes = {matrix.shape for matrix in matrices}
-    require(len(shapes) == 1, f"--scores: matrices of shapes {shapes}; expected the same shape")
     captions = caption_ids(metrics, Path(options.data), options.split, len(matrices[0]))
+    shape = (len(captions), captions.size)
+    require(shapes == {shape}, f"--scores: matrices of shapes {shapes}; expected {shape}")
     scores = mean_matrix(matrix.astype("float64") for matrix in matrices)
     for name, ways in compute(metrics, scores, captions).items():
         print_line(f"{name}: i2t {ways['i2t']:.1f}, t2i {ways['t2i']:.1f}\n")

@@ -17,15 +17,18 @@ Clusters need scikit-learn (pip install scikit-learn).
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+
 from common.cli import parse, pick_device, print_line, run
 from common.errors import check_range, require
 from common.files import check_new_folder, explain_os_errors, map_array
-from common.layout import CAPTIONS_PER_IMAGE, SplitName, boxes_file
+from common.layout import SplitName, boxes_file
 from scripts.parts.figures import image_files, write_figure
 
 if TYPE_CHECKING:
@@ -48,7 +51,7 @@ class Options:
     bert_path: Annotated[str | None, "folder of BERT (default: the checkpoint's)"] = None
     split: Annotated[SplitName, "which images"] = "test"
     device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
-    count: Annotated[int, "first images of the split, each with its five captions"] = 200
+    count: Annotated[int, "first images of the split, each with all its captions"] = 200
     clusters: Annotated[int, "spectral clusters, at most 8"] = 5
     images: Annotated[str | None, "folder of the images that id_mapping.json names"] = None
     pair: Annotated[list[int] | None, "an image and a caption, by number in the split"] = None
@@ -78,7 +81,7 @@ def open_pairs(options: Options) -> Pairs:
         known = 0 <= image < split.images and 0 <= caption < len(split.captions)
         sizes = f"{split.images} images and {len(split.captions)} captions"
         require(known, f"--pair {image} {caption}: {split.path} has {sizes}")
-        count = max(count, image + 1, caption // CAPTIONS_PER_IMAGE + 1)
+        count = max(count, image + 1, int(split.groups.image_of_caption[caption]) + 1)
     model = build_model(checkpoint, bert, device)
     encoded = encode_split(model, split, bert.vocabulary, device=device, images=count)
     return Pairs(model, split, bert.vocabulary, encoded)

@@ -5,10 +5,13 @@
 Reads metrics.jsonl of each run's folder.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, run
 from scripts.parts.figures import COLOURS, check_figure, new_figure, write_figure

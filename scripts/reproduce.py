@@ -19,11 +19,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+
 from common.cli import parse, print_line, run
 from common.errors import brief_repr, require
 from common.files import read_json, write_json
 from common.signals import Stopped, handled
-from scripts.parts.experiments import REGISTRY, Run, as_typed, read_registry
+from scripts.parts.experiments import (
+    REGISTRY,
+    Run,
+    as_typed,
+    read_registry,
+    require_project_folder,
+)
 from scripts.parts.run_results import find_problem, fingerprints, legend, read_result, recall_table
 from training.config import FREE, TrainConfig
 
@@ -31,7 +39,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
 # Options that a resumed training may change, and that change its result.
-LENGTH = {"num_epochs", "max_steps", "val_step", "skip_bad_batches"}
+DECISIVE = {"num_epochs", "max_steps", "val_step", "skip_bad_batches", "init"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def check_model(each: Run, seed: int) -> dict[str, Any] | None:
         training = read_json(file, "how a model was trained")
         unfinished = f"{file}: the training did not finish; resume it (train.py --resume auto)"
         require(training.get("complete") is not False, unfinished)
-        options, names = training.pop("options", {}), names | LENGTH
+        options, names = training.pop("options", {}), names | DECISIVE
     else:
         file = each.model(seed)
         options = read_checkpoint(file).options
@@ -143,13 +151,16 @@ def main() -> None:
     action, *rest = sys.argv[1:] or ["--help"]
     require(action == "run" or not rest, f"{action}: {' '.join(rest)}: expected no option")
     if action == "list":
+        require_project_folder()
         runs, _ = read_registry(REGISTRY)
         print_line("\n".join(map(overview, runs.values())))
     elif action == "table":
+        require_project_folder()
         _, tables = read_registry(REGISTRY)
         print_line("\n".join([*map(recall_table, tables.values()), legend()]))
     elif action == "run":
         options = parse(RunOptions, rest, __doc__, "reproduce.py run")
+        require_project_folder()
         given = {"data_path": options.data_path, "bert_path": options.bert_path}
         runs, _ = read_registry(REGISTRY, {name: path for name, path in given.items() if path})
         for name in options.names:

@@ -7,15 +7,18 @@ A figure that was not measured is `not run`.
 """
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+
 from common.cli import parse, print_line, run
 from common.errors import require
 from common.files import read_json, read_text, write_text
-from scripts.parts.experiments import REGISTRY, RESULTS, read_registry
+from scripts.parts.experiments import REGISTRY, RESULTS, read_registry, require_project_folder
 from scripts.parts.run_results import legend, recall_table, table_rows
 from scripts.parts.tables import demo_table, markdown, origin, short_commit, speed_tables
 
@@ -110,6 +113,7 @@ def updated(page: str) -> str:
 
 def main() -> None:
     options = parse(Options, None, __doc__)
+    require_project_folder()
     for page, blocks in PAGES.items():
         if options.write:
             write_text(Path(page), updated(page))

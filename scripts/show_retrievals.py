@@ -9,15 +9,23 @@ over the split, so nobody chooses the good ones.
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+
 from common.cli import parse, run
-from common.errors import require
-from common.layout import CAPTIONS_PER_IMAGE, SplitName, files_of, read_captions, split_files
+from common.layout import (
+    SplitName,
+    files_of,
+    read_captions,
+    read_groups_of_scores,
+    split_files,
+)
 from scripts.parts.figures import (
     COLOURS,
     check_figure,
@@ -58,10 +66,12 @@ def draw_image(axes: Axes, path: Path, right: bool | None = None) -> None:
         axes.set_xlabel(WORD[right], fontsize=8)
 
 
-def draw(scores: np.ndarray, captions: Sequence[str], files: Sequence[Path]) -> Figure:
+def draw(
+    scores: np.ndarray, owner: np.ndarray, captions: Sequence[str], files: Sequence[Path]
+) -> Figure:
     """Return rows of captions with images, then rows of images with captions.
 
-    `scores` are `[I, T]`, `files` the images.
+    `scores` are `[I, T]`, `owner` `[T]` the image of each caption, `files` the images.
     """
     queries = min(QUERIES, len(files))
     figure = new_figure(13, 4.2 * queries)
@@ -74,13 +84,13 @@ def draw(scores: np.ndarray, captions: Sequence[str], files: Sequence[Path]) -> 
             axes.axis("off")
         row[0].text(0, 0.5, textwrap.fill(captions[caption], 30), **TEXT)
         for axes, image in zip(row[1:], best(scores[:, caption]), strict=False):
-            draw_image(axes, files[image], image == caption // CAPTIONS_PER_IMAGE)
+            draw_image(axes, files[image], image == owner[caption])
     rows = below.subplots(queries, 2, width_ratios=[1, 5.6], squeeze=False)
     for row, image in zip(rows, spread(len(files), queries), strict=True):
         draw_image(row[0], files[image])
         row[1].axis("off")
         for place, caption in enumerate(best(scores[image])):
-            right = image == caption // CAPTIONS_PER_IMAGE
+            right = image == owner[caption]
             text = f"{WORD[right]}: {captions[caption][:140]}"
             row[1].text(0, 1 - (place + 0.5) / ANSWERS, text, color=COLOUR[right], **TEXT)
     return figure
@@ -103,11 +113,10 @@ def main() -> None:
     path, folder, out = Path(options.scores), Path(options.data), Path(options.out)
     captions = read_captions(split_files(folder, options.split)[1])
     scores = map_scores(path)
-    problem = f"{path}: shape {scores.shape}; expected {len(captions)} captions of {folder}"
-    require(scores.shape[1] == len(captions), problem)
+    owner = read_groups_of_scores(path, scores.shape, folder, options.split).image_of_caption
     files = image_files(folder, options.split, len(scores), Path(options.images))
     check_figure(out, [*files, path, *files_of(folder, options.split)])
-    write_figure(draw(scores, captions, files), out)
+    write_figure(draw(scores, owner, captions, files), out)
 
 
 if __name__ == "__main__":

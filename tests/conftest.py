@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 import evaluate_models
 import train
@@ -25,6 +26,7 @@ from common import provenance
 from common.files import write_json
 from data import Split
 from model import DIME
+from scripts import extract_regions, prepare_captions
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,21 +81,35 @@ def write_split(
     name: str,
     images: int,
     *,
+    counts: Sequence[int] | None = None,
     repeat: bool = False,
     dtype: type = np.float32,
     longest: int = 9,
+    width: int = IMG_DIM,
     seed: int = 0,
 ) -> None:
-    """Random features and captions in SCAN's layout; every caption has 1 to `longest` words."""
+    """Random features and captions in SCAN's layout; every caption has 1 to `longest` words.
+
+    With `counts` the images have so many captions, and an ids file says so.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, len(name), images))
-    features = rng.random((images, REGIONS, IMG_DIM)).astype(dtype)
-    np.save(folder / f"{name}_ims.npy", np.repeat(features, 5, axis=0) if repeat else features)
+    features = rng.random((images, REGIONS, width)).astype(dtype)
+    each = [5] * images if counts is None else list(counts)
+    np.save(folder / f"{name}_ims.npy", np.repeat(features, each, axis=0) if repeat else features)
     captions = [
         " ".join(rng.choice(WORDS.split(), size=rng.integers(1, longest + 1)))
-        for _ in range(5 * images)
+        for _ in range(sum(each))
     ]
     (folder / f"{name}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    if counts is not None:
+        ids = [f"{name}{i}\n" for i, count in enumerate(counts) for _ in range(count)]
+        (folder / f"{name}_ids.txt").write_text("".join(ids))
+
+
+def image_of_caption(captions: int) -> np.ndarray:
+    """Return the image of each caption in SCAN's layout, five an image."""
+    return np.arange(captions) // 5
 
 
 TSV_WIDTH = 6
@@ -226,3 +242,60 @@ def report(part: str, results: dict[str, object], path: Path) -> None:
     about = provenance.of(shlex.join(["python", "-m", module, *sys.argv[1:]]))
     parts = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, parts | {part: about | results})
+
+
+# Images and extractions of their regions
+
+
+def draw(folder: Path, count: int = 10) -> Path:
+    """Draw an image of a square each; return the path of their captions in Karpathy's form."""
+    folder.mkdir()
+    entries = []
+    for i in range(count):
+        image = Image.new("RGB", (60 + i, 48), "white")
+        ImageDraw.Draw(image).rectangle((4 * i, 5, 4 * i + 20, 30), fill=(20 * i, 90, 40))
+        image.save(folder / f"{i}.png")
+        split = "val" if i % 5 == 3 else "test" if i % 5 == 4 else "train"
+        texts = [{"raw": f"a man in {word} {i}"} for word in ("red", "blue", "black", "white", "a")]
+        entries.append({"imgid": i, "filename": f"{i}.png", "split": split, "sentences": texts})
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({"dataset": "own", "images": entries}))
+    return path
+
+
+@pytest.fixture
+def extract(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run the program on tmp_path/data/own; return standard output, or error after status 2."""
+
+    def run(*more: object, status: int = 0) -> str:
+        argv = ["--data", tmp_path / "data/own", "--workers", 0, "--batch_size", 2, *more]
+        capsys.readouterr()
+        assert run_here(monkeypatch, extract_regions.main, argv) == status
+        printed = capsys.readouterr()
+        return printed.err if status else printed.out
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    argv = [draw(tmp_path / "images"), "--out", tmp_path / "data/own"]
+    assert run_here(monkeypatch, prepare_captions.main, argv) == 0
+    return tmp_path / "data/own"
+
+
+def save_noise(path: Path, width: int, height: int) -> Image.Image:
+    """Save an image that changes if it is turned, mirrored or has its colours swapped."""
+    colours = np.random.default_rng(0).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(path, "PNG")
+    return image
+
+
+def write_rows(drawn: Path, *left_out: int) -> list[object]:
+    """Write a TSV row for all but some images; return the options that read it."""
+    rows = b"".join(tsv_row(key, key) for key in range(10) if key not in left_out)
+    (drawn / "rows.tsv").write_bytes(rows)
+    return ["--model", "tsv", "--tsv", drawn / "rows.tsv"]

@@ -43,10 +43,12 @@ from common.torch_files import read_torch
 from data import Split, TrainingBatches
 from evaluation import map_scores
 from model import DIME
-from scripts import convert_checkpoint, prepare_captions
-from scripts.extract_regions import Extraction
+from scripts import convert_checkpoint
+from scripts.parts import caption_files
+from scripts.parts.array_files import ArrayFiles
+from scripts.parts.extraction import Extraction
 from scripts.parts.images import read_image
-from scripts.parts.regions import Tsv
+from scripts.parts.tsv import Tsv
 from tests import conftest
 from training.config import TrainConfig
 from training.log import _earlier_sessions
@@ -234,6 +236,23 @@ def read_words(path: Path) -> None:
     Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9)
 
 
+def bert_index(folder: Path) -> Reader:
+    """Return a reader of the index of weights in two shards."""
+    source = Path(shutil.copytree(BERT, folder / "bert"))
+    weights, shards = read_torch(source / "pytorch_model.bin"), ["a.safetensors", "b.safetensors"]
+    (source / "pytorch_model.bin").unlink()
+    weight_map = {name: shards[i % 2] for i, name in enumerate(weights)}
+    for shard in shards:
+        save_file({k: v for k, v in weights.items() if weight_map[k] == shard}, source / shard)
+    name = "model.safetensors.index.json"
+
+    def read(path: Path) -> None:
+        shutil.copy(path, source)
+        load_bert(source)
+
+    return by_bytes(name, [json.dumps({"weight_map": weight_map}).encode()], read)
+
+
 def read_captions(path: Path) -> None:
     shutil.copy(DATA / "dev_ims.npy", path.parent)
     Vocabulary.load(BERT).encode(Split.open(path.parent, "dev", WIDTH).captions, 12)
@@ -243,6 +262,11 @@ def read_features(path: Path) -> None:
     shutil.copy(DATA / "dev_caps.txt", path.parent)
     split = Split.open(path.parent, "dev", WIDTH)
     split.regions(split.image_rows(np.arange(min(3, split.images))))
+
+
+def read_flags(path: Path) -> None:
+    shutil.copy(BERT / "vocab.txt", path.parent)
+    read_words(path)
 
 
 def scores(folder: Path) -> Reader:
@@ -256,19 +280,52 @@ def annotations(folder: Path) -> Reader:
     coco = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}]}
     coco |= {"annotations": [{"image_id": 7, "id": n, "caption": "a man"} for n in range(5)]}
     seeds = [json.dumps(content).encode() for content in ({"images": [karpathy] * 2}, coco)]
-    return by_bytes("captions_val.json", seeds, prepare_captions.read)
+    return by_bytes("captions_val.json", seeds, caption_files.read)
+
+
+def captions_of_lines(folder: Path) -> Reader:
+    """Read a token file, a bar-separated file, a CSV table and JSON lines."""
+    record = {"file_name": "train/a.jpg", "text": "a man", "split": "dev"}
+    seeds = [
+        "a.jpg#0\ta man\nb.jpg#0\ta dog\na.jpg#1\ta boy\n",
+        "image_name| comment_number| comment\na.jpg| 0| a man\na.jpg| 1   a boy\n",
+        'file_name,text,split\na.jpg,"a ""man"", in red",test\nb.jpg,a dog,train\n',
+        f"{json.dumps(record)}\n{json.dumps(record | {'text': 'a dog'})}\n",
+    ]
+    return by_bytes("metadata.csv", [seed.encode() for seed in seeds], caption_files.read)
 
 
 def read_tsv(path: Path) -> None:
-    source = Tsv([path], {"a": "a.jpg", "b": "b.jpg"}, False)
+    source = Tsv([path], {"a": "a", "b": "b"})
     for key in source.image_ids:
         source.read(key)
+
+
+def tsv(folder: Path) -> Reader:
+    """Read rows of bottom-up attention, of its ports to Python 3 and of LXMERT."""
+    rows = [conftest.tsv_row("a", 0), conftest.tsv_row("b", 1)]
+    ports, lxmert = [], []
+    for row in rows:
+        *head, count, boxes, features = row.rstrip().split(b"\t")
+        coded = [str(field).encode() for field in (boxes, features)]
+        ports.append(b"\t".join([*head, count, *coded]) + b"\n")
+        lxmert.append(b"\t".join([*head, *[b""] * 4, count, boxes, features]) + b"\n")
+    return by_bytes("x.tsv", [b"".join(kind) for kind in (rows, ports, lxmert)], read_tsv)
+
+
+def array_files(folder: Path) -> Reader:
+    """Read features of .npz files, stored and compressed."""
+    arrays = {"x": np.ones((3, 5), np.float32), "bbox": np.ones((3, 4), np.float32)}
+    np.savez(folder / "plain.npz", **arrays, num_bbox=3)
+    np.savez_compressed(folder / "small.npz", **arrays)
+    seeds = [(folder / name).read_bytes() for name in ("plain.npz", "small.npz")]
+    return by_bytes("a.npz", seeds, lambda path: ArrayFiles(path.parent, {"a": "a"}).read("a"))
 
 
 def extraction(folder: Path) -> Reader:
     """Resume from a record, without the files of the input before."""
     about = {"model": "tsv"}
-    known = about | {"ids": images_digest(list(NAMES), NAMES)}
+    known = about | {"ids": images_digest(list(NAMES), NAMES), "files": 2}
     record = {"about": known, "rows": 1, "complete": False}
     seeds = [json.dumps(record | {"left_out": rows}).encode() for rows in ([], [0])]
 
@@ -280,7 +337,7 @@ def extraction(folder: Path) -> Reader:
         (path.parent / "dev_caps.txt").write_text("a man\n" * 10)
         (path.parent / "dev_ids.txt").write_text("a\nb\n")
         resumed = Extraction(path.parent, "dev", NAMES)
-        resumed.begin(about, 3, overwrite=False)
+        resumed.begin(about, [(36, 3), (36, 4)], overwrite=False)
         if not resumed.complete:
             left = 2 - resumed.done
             resumed.put(left, [np.zeros((left, 36, 3)), np.zeros((left, 36, 4))], [])
@@ -301,6 +358,9 @@ def simple(name: str, seed: bytes, read: Callable[[Path], Any]) -> Callable[[Pat
     return lambda folder: by_bytes(name, [seed], read)
 
 
+WORD_IDS = {word: i for i, word in enumerate((BERT / "vocab.txt").read_text().split())}
+TOKENIZER = {"version": "1.0", "model": {"type": "WordPiece", "vocab": WORD_IDS}}
+FLAGS = {"do_lower_case": False, "strip_accents": None, "tokenize_chinese_chars": True}
 SESSION = {"resumed_at": [1, 2], "earlier": [{"commit": "a"}], "seconds": 3.5, "options": {"a": 1}}
 READERS: dict[str, Callable[[Path], Reader]] = {
     "official_checkpoint": lambda folder: by_values(
@@ -314,6 +374,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "bert_arrays": lambda folder: bert_file(folder, "model.safetensors"),
     "bert_sizes": lambda folder: bert_file(folder, "bert_config.json"),
     "bert_words": simple("vocab.txt", (BERT / "vocab.txt").read_bytes(), read_words),
+    "bert_tokenizer": simple("tokenizer.json", json.dumps(TOKENIZER).encode(), read_words),
+    "bert_flags": simple("tokenizer_config.json", json.dumps(FLAGS).encode(), read_flags),
+    "bert_index": bert_index,
     "captions": simple("dev_caps.txt", (DATA / "dev_caps.txt").read_bytes(), read_captions),
     "features": simple("dev_ims.npy", (DATA / "dev_ims.npy").read_bytes(), read_features),
     "scores": scores,
@@ -322,7 +385,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {
         "id_mapping.json", json.dumps(NAMES).encode(), lambda path: read_names(path.parent)
     ),
     "annotations": annotations,
-    "tsv": simple("x.tsv", conftest.tsv_row("a", 0) + conftest.tsv_row("b", 1), read_tsv),
+    "caption_files": captions_of_lines,
+    "tsv": tsv,
+    "array_files": array_files,
     "extraction": extraction,
     "image": image,
     "run_json": simple("run.json", json.dumps(SESSION).encode(), _earlier_sessions),

@@ -104,6 +104,11 @@ def test_another_bert_has_another_fingerprint(
     assert load_bert(bert_folder).fingerprint != load_bert(BERT).fingerprint
 
 
+def one_more_word(folder: Path) -> None:
+    path = folder / "vocab.txt"
+    path.write_text(path.read_text().rstrip("\n") + "\nmore\n")
+
+
 def configure(**options: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "bert_config.json"
@@ -137,7 +142,7 @@ BAD_BERTS = {
     "two names": (rewrite(lambda w: w | {"bert." + QUERY: w[QUERY]}), QUERY),
     "shape": (rewrite(lambda w: w | {QUERY: torch.zeros(3, 4)}), "[3, 4]"),
     "NaN": (rewrite(lambda w: w | {QUERY: w[QUERY] * torch.nan}), QUERY),
-    "fewer words": (replace_file("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n"), "4 entries"),
+    "more words": (one_more_word, "56 entries"),
     "other layers": (configure(num_hidden_layers=3), "layers are [55, 24, 2]"),
     "negative": (configure(hidden_size=-24), "hidden_size"),
     "heads": (configure(num_attention_heads=5), "5 heads"),

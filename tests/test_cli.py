@@ -101,9 +101,15 @@ def test_convolutions_on_a_gpu_are_float32() -> None:
 
 
 def test_unknown_devices_are_refused() -> None:
-    for name in ("gpu", "cpu:x"):
+    for name in ("gpu", "cpu:x", "mpsx"):
         with pytest.raises(InputError, match=f"--device {name}"):
             pick_device(name)
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="on an Apple GPU")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--device mps: .*Apple GPU"):
+        pick_device("mps")
 
 
 def test_emulated_bfloat16_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:

@@ -93,7 +93,8 @@ def test_retrievals_are_marked_right_or_wrong(
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.size[0] > 1000
     captions, files = read_captions(tmp_path / "test_caps.txt"), sorted(tmp_path.glob("images/*"))
-    above, below = show_retrievals.draw(np.load(tmp_path / "s.npy"), captions, files).subfigs
+    scores, owner = np.load(tmp_path / "s.npy"), np.arange(15) // 5
+    above, below = show_retrievals.draw(scores, owner, captions, files).subfigs
     marks = [axes.get_xlabel() for axes in above.axes if axes.get_xlabel()]
     assert marks == ["right", "wrong", "wrong"] + 2 * ["wrong", "wrong", "right"]
     answers = below.axes[1::2]  # of each image

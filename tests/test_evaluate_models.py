@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, Case, Error, Run, run_program, tiny_train, write_split
+from conftest import (
+    GOLDEN,
+    Case,
+    Error,
+    Run,
+    image_of_caption,
+    run_program,
+    tiny_train,
+    write_split,
+)
 from test_files import largest_file
 
 import evaluate_models
 from common.torch_files import read_torch
 from evaluate_models import evaluate
-from evaluation import image_of_caption, retrieval
+from evaluation import retrieval
 from model import DIME
 
 NAMES = ("r1", "r5", "r10", "medr", "meanr")
@@ -206,7 +215,11 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
     "truncated": (truncated, "cut.pth.tar"),
     "two data sets": (
         ensemble(lambda c: setattr(c["opt"], "data_name", "coco_precomp")),
-        "--data_name",
+        "--save_scores",
+    ),
+    "two widths": (
+        ensemble(lambda c: setattr(c["opt"], "img_dim", 7)),
+        "[7, 20] wide",
     ),
     "second model": (ensemble(lambda c: c["model"][2].pop("bn.weight")), "second.pth.tar: "),
     "no fold": (lambda t: ["--fold5"], "test_ims.npy: 12 images"),
@@ -326,7 +339,7 @@ BAD_SCORES: dict[str, tuple[Callable[[Path], list[object]], str]] = {
             *("--scores", saved(t, "a"), "--data_path", t.parent, "--data_name", captions(t, 45)),
             *("--split", "test"),
         ],
-        "a.npy: scores of 10 images",
+        "a.npy: shape (10, 50); expected (9, 45)",
     ),
     "half of the data": (
         lambda t: ["--scores", saved(t, "a"), "--data_path", t, "--split", "test"],

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, image_of_caption
 
 from common.errors import InputError
 from common.results import EvaluationResult
@@ -14,7 +14,6 @@ from evaluation import (
     bootstrap_ci,
     evaluate_folds,
     evaluate_whole,
-    image_of_caption,
     ranks,
     retrieval,
 )
@@ -82,7 +81,8 @@ def test_a_result_survives_json() -> None:
     scores = np.random.default_rng(0).random((10, 50), dtype=np.float32)
     known = {"models": ["a"], "scores": None, "data_name": "x", "split": "test", "seconds": 1.5}
     known |= {"fingerprints": [{"data": "d", "bert": "b", "training": None}], "shortlist": None}
-    parts = {"whole": evaluate_whole(scores, 100), "fold5": evaluate_folds(scores)}
+    owner = image_of_caption(50)
+    parts = {"whole": evaluate_whole(scores, owner, 100), "fold5": evaluate_folds(scores, owner)}
     result = EvaluationResult(**known, images=10, captions=50, **parts, fold5_asked=True)
     content = json.loads(json.dumps(result.to_json()))
     assert EvaluationResult.from_json(content, "r.json") == result
@@ -95,20 +95,21 @@ def test_a_result_survives_json() -> None:
 
 def test_intervals_of_a_matrix_worked_out_by_hand() -> None:
     """One of two images is found at rank 1, the other is not: R@1 is 0, 50 or 100 %."""
-    drawn = [(np.array([0, 1]), np.array([0] * 5 + [10] * 5))]
-    between = bootstrap_ci(drawn, 2000)
+    drawn, owner = [(np.array([0, 1]), np.array([0] * 5 + [10] * 5))], image_of_caption(10)
+    between = bootstrap_ci(drawn, owner, 2000)
     assert between["i2t"]["r1"] == between["t2i"]["r1"] == [0, 100]
     assert between["i2t"]["r5"] == [100, 100] and between["t2i"]["r10"] == [0, 100]
     assert between["t2i"]["medr"] == [1, 11] and between["i2t"]["meanr"] == [1, 2]
     # the captions go with their image, so all figures rise and fall together
     assert between["rsum"] == [200, 600]
-    assert bootstrap_ci(drawn, 50) == bootstrap_ci(drawn, 50)
+    assert bootstrap_ci(drawn, owner, 50) == bootstrap_ci(drawn, owner, 50)
 
 
 def test_intervals_are_as_wide_as_those_of_a_binomial() -> None:
     """Of 1,000 images half are found at once, and their captions with them."""
     drawn = [(np.repeat([0, 20], 500), np.repeat([0, 20], 2500))]
-    between, half = bootstrap_ci(drawn, 2000), 196 * np.sqrt(0.25 / 1000)  # 3.1 %
+    between = bootstrap_ci(drawn, image_of_caption(5000), 2000)
+    half = 196 * np.sqrt(0.25 / 1000)  # 3.1 %
     for side in ("i2t", "t2i"):
         assert between[side]["r1"] == pytest.approx([50 - half, 50 + half], abs=0.3)
     assert between["rsum"] == pytest.approx([300 - 6 * half, 300 + 6 * half], abs=1.8)
@@ -119,7 +120,7 @@ def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
     owner = image_of_caption(50)
     owner[:10] = owner[:10][::-1]  # 1 1 1 1 1 0 0 0 0 0
     scores = (owner == np.arange(10)[:, None]).astype(np.float32)
-    mean = evaluate_folds(scores).metrics.to_json()
+    mean = evaluate_folds(scores, image_of_caption(50)).metrics.to_json()
     # there its own captions rank 5 to 9, a caption's image 1; in the four others all rank 0
     assert mean["i2t"] == {"r1": 80, "r5": 80, "r10": 100, "medr": 2, "meanr": 2}
     assert mean["t2i"] == {"r1": 80, "r5": 100, "r10": 100, "medr": 1.2, "meanr": 1.2}
@@ -129,6 +130,6 @@ def test_five_folds_of_a_matrix_worked_out_by_hand() -> None:
 def test_each_fold_is_resampled_for_itself() -> None:
     """One fold finds all at once and four find nothing, however their images are drawn."""
     ends = [(np.full(20, rank), np.full(100, rank)) for rank in (0, 20, 20, 20, 20)]
-    between = bootstrap_ci(ends, 200)
+    between = bootstrap_ci(ends, image_of_caption(500), 200)
     assert between["i2t"]["r1"] == between["t2i"]["r10"] == [20, 20]
     assert between["rsum"] == [120, 120]

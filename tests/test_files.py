@@ -13,6 +13,7 @@ import pytest
 
 from common.errors import InputError
 from common.files import atomic_write, check_writable, read_json, read_text, write_array, write_json
+from common.layout import read_lines
 
 
 def test_file_appears_complete_or_not_at_all(tmp_path: Path) -> None:
@@ -86,6 +87,23 @@ def test_text_that_is_too_long_or_has_an_impossible_name(tmp_path: Path, monkeyp
             read_text(tmp_path / name, "words")
 
 
+def test_a_byte_order_mark_is_taken_off(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes('{"\ufeffä": 1}\n'.encode("utf-8-sig"))
+    assert read_json(path, "it") == {"\ufeffä": 1}  # a later one is a character
+    assert read_text(path, "it")[0] == "{" and read_lines(path, "it")[0][0] == "{"
+    path.write_bytes(b"\xef\xbb\xbfa\n\xff")
+    with pytest.raises(InputError, match="x: line 2 is not UTF-8"):
+        read_text(path, "it")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_refused_by_name(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes("\ufeffa dog\n".encode(encoding))
+    with pytest.raises(InputError, match="x: is UTF-16; expected UTF-8"):
+        read_text(tmp_path / "x", "captions")
+
+
 def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path) -> None:
     array = np.random.default_rng(0).random((5, 7), dtype=np.float32)
     for given in (array, array.T):
@@ -96,7 +114,7 @@ def test_arrays_are_written_as_numpy_writes_them(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), array.T)
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 10**5, "[]", "3", '{"a": 1e', "", "\ufeff{}"])
+@pytest.mark.parametrize("text", ["{", "[" * 10**5, "[]", "3", '{"a": 1e', ""])
 def test_invalid_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"x\.json: "):

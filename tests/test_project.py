@@ -61,16 +61,33 @@ def test_a_script_is_one_program_and_imports_no_other() -> None:
         assert "if __name__ ==" not in path.read_text(), path
 
 
-SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))
 HEAVY = r"\| +(torch|torchvision|transformers|tensorboard|matplotlib|sklearn)$"
 
 
 @pytest.mark.parametrize("program", [*sorted(PROGRAMS), *SCRIPTS])
-def test_help_is_quick_since_it_imports_nothing_heavy(program: str) -> None:
-    command = [program] if program in PROGRAMS else ["-m", f"scripts.{program}"]
-    command = [sys.executable, "-X", "importtime", *command, "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_help_is_quick_since_it_imports_nothing_heavy(program: str, tmp_path: Path) -> None:
+    """From any folder, also from one whose modules have the names of the project's."""
+    for name in ("common", "model", "scripts"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    command = [sys.executable, "-X", "importtime", ROOT / program, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and not re.search(HEAVY, done.stderr, re.MULTILINE), done.stderr
+
+
+def test_a_script_runs_as_a_module_too() -> None:
+    command = [sys.executable, "-m", "scripts.check_data", "--help"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_the_project_refuses_to_be_installed(tmp_path: Path) -> None:
+    pytest.importorskip("pip")
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--target", tmp_path / "site"]
+    for what in ([ROOT], ["-e", ROOT]):
+        command = [sys.executable, "-m", "pip", "install", *offline, *what]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0 and "scripts/set_up.sh" in done.stdout + done.stderr
+    assert not (tmp_path / "site").exists()
 
 
 def test_files_and_functions_are_short() -> None:

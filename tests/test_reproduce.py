@@ -108,6 +108,16 @@ def seeds() -> list[list[int]]:
     return [list(row.seeds) for row in table_rows(tables["first"])]
 
 
+def test_another_folder_than_the_projects_is_refused(
+    tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are read from and written to the folder that the program runs in."""
+    monkeypatch.chdir(tmp_path)
+    for argv in (["list"], ["table"], ["run", "f30k_i2t"]):
+        assert str(ROOT) in program(*argv, status=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_ensemble_is_trained_evaluated_and_skipped(
     small: Runs, tiny: Path, program: Program
 ) -> None:

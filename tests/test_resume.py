@@ -9,11 +9,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import IMG_DIM, Error, Run, events, same, state, tiny_train
+from conftest import IMG_DIM, Error, Run, events, image_of_caption, same, state, tiny_train
 
 from common.errors import InputError
 from data import TrainingBatches
-from evaluation import Retrieval, image_of_caption, retrieval
+from evaluation import Retrieval, retrieval
 from training import loop
 from training.resume import BEST, NEWEST
 

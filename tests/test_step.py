@@ -29,9 +29,17 @@ def test_path_regulariser_is_divided_by_the_batch_size_option() -> None:
         assert figures["Le"].item() == pytest.approx((figures["Rank"] + figures["Path"] / 2).item())
 
 
-def test_gradient_norm_of_squares_beyond_float32() -> None:
+@pytest.mark.parametrize("has_float64", [True, False])
+def test_gradient_norm_of_squares_beyond_float32(
+    has_float64: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device without float64, which is the CPU here, the sum is made on the CPU."""
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self) or self)
+    monkeypatch.setattr("training.step.WITHOUT_FLOAT64", set() if has_float64 else {"cpu"})
     weights = [torch.zeros(3, requires_grad=True) for _ in range(3)]
     for weight, value in zip(weights, (3e20, 4e20), strict=False):  # the last one has no gradient
         weight.grad = torch.tensor([value, 0, 0])
     norm = gradient_norm(weights)
     assert norm.dtype == torch.float32 and norm.item() == pytest.approx(5e20)
+    assert len(moved) == (0 if has_float64 else 2)

@@ -20,7 +20,7 @@ from test_resume import fail
 from common.errors import InputError
 from common.lock import only_writer
 from common.signals import Signals, Stopped
-from common.workers import load
+from common.workers import _explain, load
 from data import Batch
 from model import DIME, Output
 from training import loop, resume
@@ -242,21 +242,27 @@ def test_folder_without_locks_is_a_warning(tmp_path: Path, monkeypatch, caplog) 
 
 
 FULL_PIPE = """
-import multiprocessing, numpy, time
+import multiprocessing, numpy, sys, time
 from common.workers import load
 class Large:
     def __getitem__(self, key): return numpy.zeros(10**6)
-items = load(Large(), range(100), 2)
-next(items)
-print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-time.sleep(100)
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    items = load(Large(), range(100), 2)
+    next(items)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(100)
 """
 
 
 @LINUX
-def test_workers_end_with_a_killed_program() -> None:
-    """Also if they wait for it to read from a full pipe."""
-    process = subprocess.Popen([sys.executable, "-c", FULL_PIPE], cwd=ROOT, stdout=-1, text=True)
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_read_and_end_with_a_killed_program(method: str, tmp_path: Path) -> None:
+    """However they are started; also if they wait for it to read from a full pipe."""
+    program = tmp_path / "program.py"
+    program.write_text(FULL_PIPE)
+    command, environment = [sys.executable, program, method], os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
     process.kill()
@@ -297,6 +303,38 @@ class BrokenDataset:
 def test_bug_in_a_dataset_keeps_its_traceback(workers: int) -> None:
     with pytest.raises(RuntimeError, match="a bug in a worker"):
         list(load(BrokenDataset(), [1, 2], workers))
+
+
+class FullSharedMemory:
+    """As a dataset, its items kill the worker; as an item, it cannot be sent."""
+
+    def __getitem__(self, key: str) -> object:
+        return self if key == "send" else os.kill(os.getpid(), signal.SIGBUS)
+
+    def __reduce__(self) -> None:
+        reason = (
+            "unable to allocate shared memory(shm) for file </torch_1>: No space left on device"
+        )
+        raise RuntimeError(reason)
+
+
+@pytest.mark.parametrize("key", ["send", "touch"])
+def test_full_shared_memory_is_named_with_its_remedies(key: str) -> None:
+    """A container has 64 MB of it unless it is given more."""
+    with pytest.raises(InputError, match=r"--workers 1: .*--shm-size.*--ipc=host.*--workers 0"):
+        list(load(FullSharedMemory(), [key], workers=1))
+
+
+def test_a_bus_error_that_torch_reports_is_full_shared_memory() -> None:
+    """As torch's own handler of SIGCHLD reports it."""
+    text = (
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader"
+    )
+    assert "--shm-size" in _explain(RuntimeError(text), [])
+    assert "--shm-size" not in _explain(RuntimeError("DataLoader worker (pid 7) exited"), [])
+
+
+# Memory and disks
 
 
 def test_out_of_memory_is_one_line_that_names_what_needs_less(

@@ -8,7 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, Error, Run, events, run_program, same, state, tiny_train
+from conftest import (
+    GOLDEN,
+    ROOT,
+    Error,
+    Run,
+    events,
+    run_program,
+    same,
+    state,
+    tiny_train,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -255,6 +265,7 @@ def test_nan_in_a_batch_is_one_line_and_saves_a_checkpoint(
     tiny: Path, train_error: Error, monkeypatch, workers: str
 ) -> None:
     monkeypatch.setattr("data.SMALL_FILE", 0)
+    monkeypatch.setattr("data.SAMPLED_ROWS", 2)  # the first image and the last
     add_nan(tiny)
     argv = tiny_train(tiny, "--num_epochs", "1", "--workers", workers, "--log_step", "1")
     assert "train_ims.npy: row 3" in train_error(*argv)

@@ -106,7 +106,7 @@ def test_long_caption_is_cut_and_short_one_padded() -> None:
         (None, "not found"),
         (b"[PAD]\n\xff\n", "line 2 is not UTF-8"),
         (b"[PAD]\n[UNK]\n[CLS]\na\n", "[SEP]"),
-        (b"a\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n", "first entry 'a'"),
+        (b"a\n[PAD]\n[UNK]\n[CLS]\n[SEP]\n", "[PAD] has id 1"),
     ],
 )
 def test_bad_vocabularies(tmp_path: Path, content: bytes | None, expected: str) -> None:

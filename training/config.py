@@ -6,7 +6,6 @@ from typing import Annotated
 
 from common.config import DataConfig, ModelConfig, Precision
 from common.errors import InputError, check_range, require
-from common.layout import CAPTIONS_PER_IMAGE
 
 NO_EFFECT = "accepted for the published command lines; changes nothing with precomputed features"
 
@@ -22,7 +21,7 @@ GROUPS = {
     ),
     "validation and checkpoints": (
         *("logger_name", "log_step", "val_step", "val_captions", "save_step"),
-        *("resume", "overwrite"),
+        *("init", "resume", "overwrite"),
     ),
     "hardware": ("device", "precision", "workers", "compile", "activation_checkpointing"),
     "ablations": ("routing", "num_layer_routing", "cells", "cache_text"),
@@ -32,8 +31,8 @@ GROUPS = {
 # What a resumed run may change: its length, its paths, its hardware, how often it logs and saves.
 FREE = {
     *("num_epochs", "max_steps", "logger_name", "data_path", "bert_path", "workers", "device"),
-    *("log_step", "val_step", "save_step", "skip_bad_batches", "resume", "overwrite", "compile"),
-    "activation_checkpointing",
+    *("log_step", "val_step", "save_step", "skip_bad_batches", "compile"),
+    *("init", "resume", "overwrite", "activation_checkpointing"),
     *GROUPS["accepted and ignored"],
 }
 
@@ -63,11 +62,14 @@ class TrainConfig(DataConfig, ModelConfig):
         int, "skip up to so many batches whose loss or gradient is NaN or infinite"
     ] = 0
     val_captions: Annotated[int, "dev captions to validate on, whole images only"] = 5000
+    init: Annotated[
+        str, "begin with the weights of a checkpoint: native, official or .safetensors"
+    ] = ""
     resume: Annotated[
         str, "resume a run: auto (the newest checkpoint of its folder) or a checkpoint file"
     ] = ""
     overwrite: Annotated[bool, "delete the run in the folder and start again"] = False
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     precision: Annotated[Precision, "bf16 computes products in bfloat16, weights stay float32"] = (
         "fp32"
     )
@@ -91,13 +93,15 @@ class TrainConfig(DataConfig, ModelConfig):
         check_range(self, ("num_epochs", "lr_update", "log_step", "val_step", "save_step"), 1)
         check_range(self, ("max_steps", "skip_bad_batches", "grad_clip", "learning_rate"), 0)
         check_range(self, ("margin", "trade_off"), 0)
-        check_range(self, ("val_captions",), CAPTIONS_PER_IMAGE)
+        check_range(self, ("val_captions",), 1)
         if self.extra_img and self.direction == "i2t":
             raise InputError("--extra_img: expected --direction t2i")
         if self.extra_stc and self.direction == "t2i":
             raise InputError("--extra_stc: expected --direction i2t")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
+        if self.init and self.resume not in ("", "auto"):
+            raise InputError("--init and --resume FILE exclude each other")
 
     def skips_single(self, regions: int) -> bool:
         """Return whether batch normalisation would see a single value in a batch of one item.

@@ -48,6 +48,7 @@ class RunLog:
             "device": provenance.machine(device, f"{torch.get_num_threads()} threads"),
             "resumed_at": [],  # steps
             "earlier": [],  # commit, device and versions of each session before this one
+            "init_sha256": None,  # of the file of --init
         }
 
     @contextmanager
@@ -132,8 +133,8 @@ def tags(result: Retrieval) -> dict[str, float]:
     return both | {"rsum": result.rsum, "r1r5": result.selection}
 
 
-def _earlier_sessions(path: Path) -> tuple[dict[str, list[Any]], float]:
-    """Return `resumed_at` and `earlier` of a run's sessions so far, and their seconds."""
+def _earlier_sessions(path: Path) -> tuple[dict[str, Any], float]:
+    """Return what run.json keeps of a run's sessions so far, and their seconds."""
     if not os.path.lexists(path):
         return {"resumed_at": [], "earlier": []}, 0.0
     run = read_json(path, "the record of an earlier session")
@@ -141,7 +142,8 @@ def _earlier_sessions(path: Path) -> tuple[dict[str, list[Any]], float]:
         steps = [int(step) for step in run["resumed_at"]]
         earlier = [dict(session) for session in run.get("earlier", [])]
         earlier.append({name: run.get(name) for name in RAN_ON})
-        return {"resumed_at": steps, "earlier": earlier}, float(run["seconds"])
+        kept = {"resumed_at": steps, "earlier": earlier, "init_sha256": run.get("init_sha256")}
+        return kept, float(run["seconds"])
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(f"{path}: damaged; delete it to resume without it") from error
 

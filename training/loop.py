@@ -11,11 +11,10 @@ import torch
 from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
 from common.errors import InputError, require
-from common.layout import CAPTIONS_PER_IMAGE
 from common.memory import describe_oom, is_oom
 from common.signals import Signals, Stopped
 from data import Batch, Split, TrainingBatches
-from evaluation import image_of_caption, retrieval, score_split
+from evaluation import retrieval, score_split
 from model import DIME
 from training.config import TrainConfig
 from training.log import Meter, RunLog, mark_complete, tags
@@ -42,6 +41,9 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.bert = config, model, bert
         self.batches, self.dev, self.device = batches, dev, device
+        self.val_images = dev.groups.whole_images(config.val_captions)
+        problem = f"--val_captions {config.val_captions}: expected at least {dev.groups.counts[0]}"
+        require(self.val_images > 0, f"{problem}, those of the first image of {dev.path}")
         self.train_step = TrainStep(config, model, device)
         self.checkpoints = CheckpointManager(config, self.train_step, bert, batches, dev)
         self.log = RunLog(config.folder, asdict(config), device)
@@ -190,22 +192,21 @@ class Trainer:
     def _validate(self) -> None:
         """Score dev, keep the best model, save a checkpoint."""
         config, state = self.config, self.state
-        images = min(self.dev.images, config.val_captions // CAPTIONS_PER_IMAGE)
-        log.info("step %d: validating on %d dev images", state.step, images)
+        log.info("step %d: validating on %d dev images", state.step, self.val_images)
         try:
             scores = score_split(
                 self.model,
                 self.dev,
                 self.bert.vocabulary,
                 device=self.device,
-                images=images,
+                images=self.val_images,
                 workers=config.workers,
                 stop=self.signals.check,
             )
         except InputError as error:
             self.signals.check()  # a signal to the process group ends the workers, too
             raise InputError(f"step {state.step}: {error}; {self._advice()}") from error
-        result = retrieval(scores, image_of_caption(scores.shape[1]))
+        result = retrieval(scores, self.dev.groups.image_of_caption[: scores.shape[1]])
         self.state = replace(
             state,
             validated=state.step,

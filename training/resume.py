@@ -35,6 +35,7 @@ from training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
+AFRESH = "--init begins a new run with its weights"
 NEWEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 STATES = "text_states_{}.npy"  # BERT's hidden states, see text_cache.py
 
@@ -152,7 +153,7 @@ class CheckpointManager:
         Raises InputError if the checkpoint is damaged or of a run with other options or data.
         """
         path, content, device = checkpoint.path, checkpoint.state, self.train_step.device
-        require("optimizer" in content, f"{path}: has no optimiser, so no run can resume from it")
+        require("optimizer" in content, f"{path}: has no optimiser to resume with; {AFRESH}")
         self._check_same_run(checkpoint)
         load_state_dict_strict(self.train_step.model, checkpoint.weights, path, keep=BERT_KEYS)
         # DEVIATION: a resumed run continues exactly where it stopped (the published one started
@@ -175,11 +176,12 @@ class CheckpointManager:
             then = checkpoint.options.get(option.name, option.default)
             now = getattr(self.config, option.name)
             if option.name not in FREE and then != now:
-                raise InputError(f"{path}: was trained with --{option.name} {then}, not {now}")
+                reason = f"was trained with --{option.name} {then}, not {now}"
+                raise InputError(f"{path}: {reason}; {AFRESH}")
         check_same_bert(checkpoint, self.bert)
         for name, split in (("train_data", self.batches.split), ("dev_data", self.dev)):
             is_same = checkpoint.state.get(name) == split.fingerprint
-            require(is_same, f"{path}: was trained on other data than {split.path}")
+            require(is_same, f"{path}: was trained on other data than {split.path}; {AFRESH}")
 
     def _restore_adam(self, moments: dict[int, dict[str, Tensor]], steps: int) -> None:
         """Load Adam's moments. Raises an exception unless they fit the weights and `steps`."""

@@ -14,6 +14,7 @@ from data import Batch
 from model import DIME, path_loss, triplet_loss
 from training.config import TrainConfig
 
+WITHOUT_FLOAT64 = {"mps"}  # device types
 STEP_IN_SCORES = 3  # a training step costs about three scorings: forward, and backward twice that
 
 
@@ -70,11 +71,12 @@ class TrainStep:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the joint L2 norm of all gradients, a float32 scalar.
+    """Return the joint L2 norm of all gradients, a float32 scalar on their device or on the CPU.
 
     Squares are summed in float64. A region of zeros has a gradient of up to 1e24 in the first step,
     because §2 divides its norm, 0, by 1e-12; float32 cannot hold the square of that.
     """
     gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+    held = (g.cpu() if g.device.type in WITHOUT_FLOAT64 else g for g in gradients)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in held]
     return torch.stack(norms).norm().float()

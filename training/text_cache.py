@@ -31,7 +31,8 @@ def cache_text(
     too full.
     """
     # The name holds a hash of the content's origin, so that another run's file is never used.
-    origin = "\n".join([bert.fingerprint, str(max_words), *captions])
+    flags = map(str, bert.vocabulary.tokenization.flags.items())
+    origin = "\n".join([bert.fingerprint, str(max_words), *flags, *captions])
     path = folder / STATES.format(hashlib.sha256(origin.encode()).hexdigest()[:16])
     shape = (len(captions), max_words, bert.model.config.hidden_size)
     size = int(np.prod(shape, dtype=np.int64)) * 4

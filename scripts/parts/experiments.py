@@ -148,6 +148,12 @@ def read_registry(
     return runs, tables
 
 
+def require_project_folder() -> None:
+    """Raise InputError elsewhere: results and runs are named relative to the project's folder."""
+    paper, folder = RESULTS / "paper.json", REGISTRY.parent.parent
+    require(paper.is_file(), f"{paper}: not found; run this program in {folder}")
+
+
 def as_typed(command: list[str]) -> str:
     """Return a command of the registry as one types it."""
     return f"python {shlex.join(command)}"

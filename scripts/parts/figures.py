@@ -6,6 +6,7 @@ matplotlib is imported when a figure is made, so that `--help` answers at once.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from common.errors import require
 from common.files import check_writable, write_bytes
 from common.layout import SplitName, check_named, ids_file, read_ids, read_names
+from scripts.parts.fonts import set_fonts
 from scripts.parts.images import find_images, read_image
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ def check_figure(path: Path, inputs: Iterable[str | Path] = ()) -> None:
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
+    set_fonts(figure)
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
+    with warnings.catch_warnings():  # one for each missing letter; set_fonts has logged them
+        warnings.filterwarnings("ignore", "Glyph |Matplotlib currently does not support")
+        figure.savefig(data, format="png", dpi=120)
     write_bytes(path, data.getbuffer())

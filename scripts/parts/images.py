@@ -5,10 +5,12 @@ before its pixels are decoded.
 """
 
 import io
+import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,24 +24,44 @@ MOST_PIXELS = 2**26  # 200 MB in memory; a camera's image has half of it
 MOST_BYTES = 2**30  # of a file; four channels of 16 bits have half of it
 SHORTEST_SIDE = 8  # pixels; smaller images show nothing
 MOST_NARROW = 100  # ratio of the sides; a detector would shrink the shorter one to nothing
-REGIONS = 36  # of an image
 LEVELS_16_BIT = 257  # 65535 / 255
 
 
 def find_images(folder: Path, names: Mapping[str, str]) -> dict[str, Path]:
     """Return the path of each id's image: in its subfolder if there is one, else in `folder`.
 
-    Raises InputError if two images would be the same file because a subfolder is missing.
+    Raises InputError if two images would be the same file because a subfolder is missing, or if two
+    files have the name of an image, each in another Unicode form.
     """
     require(folder.is_dir(), f"{folder}: not found; expected the folder of the images")
-    paths = {name: folder / name for name in names.values()}
-    for name, path in paths.items():
-        if not path.parent.is_dir():
-            paths[name] = folder / path.name
+    folders: dict[Path, dict[str, list[str]]] = {}
+    paths = {}
+    for name in names.values():
+        paths[name] = _as_on_disk(folder / name, folder, folders)
+        if not paths[name].parent.is_dir():
+            paths[name] = _as_on_disk(folder / PurePosixPath(name).name, folder, folders)
     path, count = Counter(paths.values()).most_common(1)[0]
     problem = f"{folder}: {count} images would all be {path}; expected subfolders, as the names say"
     require(count == 1, problem)
     return {key: paths[name] for key, name in names.items()}
+
+
+def _as_on_disk(path: Path, top: Path, folders: dict[Path, dict[str, list[str]]]) -> Path:
+    """Return `path`, or the file or folder that has this name in another Unicode form.
+
+    macOS writes é as e and an accent. `folders` keeps what is in a folder below `top`, by NFC form.
+    """
+    if path == top or str(path).isascii() or os.path.exists(path):
+        return path
+    folder = _as_on_disk(path.parent, top, folders)
+    if folder not in folders:
+        folders[folder] = {}
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            folders[folder].setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    same = folders[folder].get(unicodedata.normalize("NFC", path.name), [path.name])
+    problem = f"{path}: {len(same)} files have this name, in other Unicode forms; expected one"
+    require(len(same) == 1, problem)
+    return folder / same[0]
 
 
 def read_image(path: Path) -> Image.Image:

@@ -19,7 +19,6 @@ import torch
 from cells import CrossModalRefinement
 from common.cli import progress
 from common.files import write_text
-from common.layout import CAPTIONS_PER_IMAGE
 from data import Split
 from evaluation import Encoded, evaluation_mode
 from model import DIME
@@ -60,12 +59,12 @@ class Pairs:
         return paths.reshape(len(captions), -1, len(self.cells)).cpu().numpy()
 
     def routes(self, images: int) -> np.ndarray:
-        """Return gates `[pairs, P, N]` of the first images, each with its five captions."""
+        """Return gates `[pairs, P, N]` of the first images, each with all its captions."""
         gates = []
         with progress("routing", images, "images") as bar:
             for image in range(images):
-                first = image * CAPTIONS_PER_IMAGE
-                gates.append(self.route(image, range(first, first + CAPTIONS_PER_IMAGE)))
+                captions = self.split.groups.captions_of(np.array([image]))
+                gates.append(self.route(image, captions.tolist()))
                 bar.update()
         return np.concatenate(gates)
 
@@ -155,8 +154,9 @@ def write_tables(
     rows = zip(paths, _rounded(np.stack(shares, 1)), strict=True)
     _write_csv(out / "gates.csv", head, ([*path, *row] for path, row in rows))
     head = ["image", "caption", "text", *(f"{layer} {cell}>{end}" for layer, end, cell in paths)]
-    captions, numbers = pairs.split.captions, _rounded(gates.reshape(len(gates), -1))
-    routes = [[k // CAPTIONS_PER_IMAGE, k, captions[k], *row] for k, row in enumerate(numbers)]
+    captions, owner = pairs.split.captions, pairs.split.groups.image_of_caption.tolist()
+    numbers = _rounded(gates.reshape(len(gates), -1))
+    routes = [[owner[k], k, captions[k], *row] for k, row in enumerate(numbers)]
     if clusters:
         head += ["cluster", "x", "y"]
         points, labels = clusters

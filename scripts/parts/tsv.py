@@ -1,0 +1,96 @@
+"""tsv.py — TSV files of region features as a source."""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import InputError, require, summarise
+from common.files import explain_os_errors, require_regular_file
+from scripts.parts.regions import Arrays
+from scripts.parts.tsv_row import DType, OtherType, Row, parse_row
+
+log = logging.getLogger(__name__)
+
+LONGEST_ROW = 2**24  # bytes; 100 regions of 2048 float64 are 2 MB
+FIXED = "the files of 36 or of 100 boxes an image that bottom-up attention offers"
+
+
+class Tsv:
+    """Rows of TSV files, in any order. The first complete row of an image counts.
+
+    `image_ids` are the files' image_id by id. Raises InputError if no row is complete, or if rows
+    differ in their number of boxes, or hold numbers of another type.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], image_ids: Mapping[str, str], dtype: DType | None = None
+    ) -> None:
+        self.image_ids, self.dtype = image_ids, dtype
+        self.rows: dict[str, tuple[Path, int, int]] = {}  # file, offset, bytes; by image_id
+        self.shape: tuple[int, int] = (0, 0)  # the first complete row decides
+        self.counts: set[int] = set()  # of boxes
+        self.skipped: list[str] = []
+        digest = hashlib.sha256()
+        for path in paths:
+            digest.update(f"{require_regular_file(path, 'a TSV file')} ".encode())
+            self._index(path, digest)
+        problem = f"{paths[0]}: none of {len(self.skipped)} rows is complete"
+        require(bool(self.rows), f"{problem}: {summarise(self.skipped)}")
+        if self.skipped:
+            log.warning("%d rows are skipped: %s", len(self.skipped), summarise(self.skipped))
+        problem = f"{paths[0]}: rows have {min(self.counts)} to {max(self.counts)} boxes"
+        require(len(self.counts) == 1, f"{problem}; expected one number, as in {FIXED}")
+        self.shapes = [self.shape, (self.shape[0], 4)]
+        self.about = {"model": "tsv", "weights": digest.hexdigest(), "tsv_dtype": dtype}
+
+    def _index(self, path: Path, digest: Any) -> None:
+        """Note where the rows of a file are, and why others are skipped."""
+        line = offset = 0
+        with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
+            while content := file.readline(LONGEST_ROW):
+                line += 1
+                if len(content) == LONGEST_ROW:
+                    raise InputError(f"{path}: line {line} has {LONGEST_ROW} bytes; expected a row")
+                digest.update(hashlib.sha256(content).digest())
+                try:
+                    self._check(parse_row(content, self.dtype), (path, offset, len(content)))
+                except OtherType as error:
+                    raise InputError(f"{path}: line {line}: {error}") from error
+                except ValueError as error:
+                    self.skipped.append(f"{path}: line {line} ({error})")
+                offset += len(content)
+
+    def _check(self, row: Row, place: tuple[Path, int, int]) -> None:
+        """Note the place of a complete row. Raises ValueError if it has to be skipped."""
+        count, width = row.features.shape
+        self.counts.add(count)
+        known = self.shape[1] or width
+        if width in (2 * known, known / 2):
+            raise OtherType(f"its features are {width} wide, others {known}; expected one type")
+        if width != known:
+            raise ValueError(f"{width} wide, not {known}")
+        if row.image_id in self.rows:
+            raise ValueError(f"image_id {row.image_id} again")
+        self.shape = self.shape if self.rows else (count, width)
+        self.rows[row.image_id] = place
+
+    def read(self, key: str) -> Row:
+        """Return the row of an id. Raises InputError."""
+        image_id = self.image_ids[key]
+        require(image_id in self.rows, f"{image_id}: no complete row in the TSV files")
+        path, offset, length = self.rows[image_id]
+        with explain_os_errors(path, "a TSV file"), path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+        try:
+            return parse_row(content, self.dtype)
+        except (ValueError, OtherType) as error:
+            raise InputError(f"{path}: image_id {image_id} is damaged: {error}") from error
+
+    def encode(self, items: Sequence[Row]) -> Arrays:
+        """Return features and boxes as the files have them, float32."""
+        return np.stack([row.features for row in items]), np.stack([row.boxes for row in items])
