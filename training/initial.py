@@ -57,6 +57,5 @@ def _check_bert(checkpoint: Checkpoint, bert: Bert) -> None:
         brought = assemble_bert(folder, checkpoint.bert_weights, checkpoint.path)
     require(
         brought.fingerprint == bert.fingerprint,
-        f"{checkpoint.path}: brings another BERT than the one in {folder}; expected the same "
-        "(convert_checkpoint --bert_out writes it)",
+        f"{checkpoint.path}: brings another BERT than the one in {folder}; expected the same",
     )
