@@ -5,6 +5,7 @@ changes nothing, and training can resume at any position of an epoch. Knows noth
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -24,13 +25,13 @@ from common.layout import (
     CaptionGroups,
     SplitName,
     check_finite_rows,
-    check_numbers,
     map_features,
     read_captions,
     read_groups,
     read_rows,
     split_files,
 )
+from common.numbers import check_numbers
 from common.workers import load
 from vocab import Vocabulary
 
@@ -72,13 +73,13 @@ class Split:
         groups = read_groups(folder, name, len(captions), images)
         if rows not in (groups.images, len(captions)):
             problem = f"{path}: {rows} rows for {len(captions)} captions of {groups.images} images"
-            raise InputError(f"{problem}; expected a row for each image or one for each caption")
-        if groups.images == len(captions):
-            _check_distinct(path, features)
+            expected = "expected a row for each image or one for each caption"
+            raise InputError(f"{problem}; {expected}; captions of one image have the same id")
         split = cls(path, captions, groups, rows == len(captions))
         count = split.images if features.nbytes <= SMALL_FILE else SAMPLED_ROWS
         for _ in split.checked_rows(spread(split.images, count)):
             pass
+        split._check_distinct(count)
         return split
 
     @property
@@ -103,6 +104,10 @@ class Split:
     def __getstate__(self) -> dict[str, Any]:
         # pickling a memory map would copy the whole file to a spawned worker
         return {key: value for key, value in vars(self).items() if key != "_features"}
+
+    @property
+    def _ids_name(self) -> str:
+        return self.path.name.replace("_ims.npy", "_ids.txt")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -155,11 +160,32 @@ class Split:
         if differ.any():
             image = images[1:][differ][0]
             first = self.groups.first[image]
-            ids = self.path.name.replace("_ims.npy", "_ids.txt")
             raise InputError(
                 f"{self.path}: rows {first} to {first + self.groups.counts[image] - 1} differ; "
                 "expected one row, repeated for each caption of an image (or, with another number "
-                f"of captions an image, {ids} with an id for each caption)"
+                f"of captions an image, {self._ids_name} with an id for each caption)"
+            )
+
+    def _check_distinct(self, count: int) -> None:
+        """Raise InputError if half of `count` images have the first region of another image.
+
+        All images are compared; if `count` is less, those beside them and where tiles repeat them.
+        """
+        n = self.images
+        some = spread(n, count)
+        tiles = [n // times for times in range(2, 8)]
+        others = [(some + step) % n for step in (0, 1, -1, *tiles)]
+        images = np.unique(np.concatenate([some, *others]))
+        first = self._features[self.image_rows(images), 0]  # [images, img_dim]
+        keys = dict(zip(images.tolist(), map(hash, map(bytes, first)), strict=True))
+        times = Counter(keys.values())
+        blank = hash(bytes(first[0].nbytes))  # of images that an extraction left out
+        twins = sum(keys[image] != blank and times[keys[image]] > 1 for image in some.tolist())
+        if 2 * twins >= len(some):
+            raise InputError(
+                f"{self.path}: rows repeat: {twins} of {len(some)} images have the features of "
+                "another image; expected one row an image, or a row repeated for captions that are "
+                f"consecutive and have the same id in {self._ids_name}"
             )
 
     def regions(self, rows: np.ndarray) -> Tensor:
@@ -256,24 +282,13 @@ def spread(length: int, count: int) -> np.ndarray:
 
 
 def _has_five_rows_an_image(features: np.memmap) -> bool:
-    """Return whether rows are repeated as SCAN's are, judged by some images."""
+    """Return whether most of some images have five equal rows, as SCAN's have."""
     n = CAPTIONS_PER_IMAGE
-    first = spread(len(features) // n, SAMPLED_ROWS) * n
-    return len(features) % n == 0 and all(_equal(features, first, k) for k in range(1, n))
-
-
-def _check_distinct(path: Path, features: np.memmap) -> None:
-    """Raise InputError if rows that should be one an image are repeated, side by side or tiled."""
-    for step in {1, len(features) // CAPTIONS_PER_IMAGE} - {0, len(features)}:
-        if _equal(features, spread(len(features) - step, SAMPLED_ROWS), step):
-            problem = f"{path}: rows repeat after {step}"
-            raise InputError(f"{problem}; expected an image a row, since each caption has its id")
-
-
-def _equal(features: np.memmap, rows: np.ndarray, step: int) -> bool:
-    """Return whether most of `rows` equal those `step` rows behind them."""
-    same = (read_rows(features, rows) == read_rows(features, rows + step)).all((1, 2))
-    return bool(2 * same.sum() > len(same))
+    if len(features) % n:
+        return False
+    rows = spread(len(features) // n, SAMPLED_ROWS)[:, None] * n + np.arange(n)
+    values = read_rows(features, rows.ravel()).reshape(*rows.shape, -1)
+    return bool(2 * (values == values[:, :1]).all((1, 2)).sum() > len(rows))
 
 
 @lru_cache(maxsize=1)

@@ -201,6 +201,8 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
     _check_outputs(config, [*paths, *(files_of(folder, split) if folder and split else [])])
     matrices = [ev.map_scores(Path(path)) for path in paths]
     groups = read_groups_of_scores(Path(paths[0]), matrices[0].shape, folder, split)
+    if folder is None:
+        log.info("five captions an image are assumed, since --data_path is not given")
     for path, matrix in zip(paths, matrices, strict=True):
         if matrix.shape != matrices[0].shape:
             raise InputError(

@@ -28,9 +28,6 @@ SplitName = Literal["train", "dev", "test", "testall"]
 
 CAPTIONS_PER_IMAGE = 5
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, surrogates
-LARGEST_FEATURE = 1e6
-SUBNORMAL_LEAST = 10  # subnormal numbers that are no proof of anything
-SUBNORMAL_SHARE = {2: 0.5, 4: 0.001}  # of the numbers that are not 0, by bytes a number
 LONGEST_CAPTION = 10_000  # characters; a longer line is not a caption and slow to tokenise
 
 
@@ -277,20 +274,3 @@ def check_finite_rows(path: Path, values: np.ndarray, rows: Sequence[int] | np.n
     bad = np.asarray(rows)[~np.isfinite(values).all((1, 2))]
     if len(bad):
         raise InputError(f"{path}: row {bad.min()} holds NaN or infinite numbers")
-
-
-def check_numbers(path: Path, values: np.ndarray, rows: np.ndarray, dtype: np.dtype) -> None:
-    """Raise InputError if `values` `[rows, L, n]`, read from `dtype`, can be no features.
-
-    They are larger than LARGEST_FEATURE, or many are subnormal: then numbers of another type were
-    read as `dtype`. A few are subnormal by chance, in float16 more: there it begins at 6e-5.
-    """
-    size = np.abs(values)
-    zeros = np.count_nonzero(size == 0)
-    subnormal = np.count_nonzero(size < np.finfo(dtype).tiny) - zeros
-    allowed = SUBNORMAL_LEAST + SUBNORMAL_SHARE[dtype.itemsize] * (size.size - zeros)
-    problem = f"{path}: rows {rows[0]} to {rows[-1]} hold"
-    advice = f"no features; usually numbers of another type were read as {dtype}"
-    largest = float(size.max())
-    require(largest <= LARGEST_FEATURE, f"{problem} {largest:.3g}: {advice}")
-    require(subnormal <= allowed, f"{problem} {subnormal} subnormal numbers: {advice}")

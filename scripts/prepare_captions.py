@@ -40,6 +40,8 @@ from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, run
@@ -47,6 +49,7 @@ from common.errors import check_range, require, summarise
 from common.files import check_writable, explain_os_errors, write_json, write_lines
 from common.layout import (
     CAPTIONS_PER_IMAGE,
+    CaptionGroups,
     SplitName,
     ids_file,
     names_file,
@@ -174,9 +177,8 @@ def check_existing(folder: Path, splits: Splits) -> None:
 def write(folder: Path, splits: Splits, inputs: Sequence[str]) -> None:
     """Write captions, ids and file names. Raises InputError if that would overwrite an input."""
     every = each_image(splits)
-    counts = [len(image.captions) for image in every]
-    are_five = set(counts) == {CAPTIONS_PER_IMAGE}
-    lines_of_ids = 1 if are_five else None  # of an image; None: as many as it has captions
+    groups = CaptionGroups(np.array([len(image.captions) for image in every]))
+    lines_of_ids = 1 if groups.is_five else None  # of an image; None: as many as it has captions
     texts: dict[Path, list[str]] = {}
     for name, images in splits.items():
         texts[split_files(folder, name)[1]] = [text for image in images for text in image.captions]
@@ -185,8 +187,8 @@ def write(folder: Path, splits: Splits, inputs: Sequence[str]) -> None:
         ]
     for path in (names_file(folder), *texts):
         check_writable(path, inputs)
-    if not are_five:
-        print_line(f"{min(counts)} to {max(counts)} captions an image: ids have a line a caption")
+    if not groups.is_five:
+        print_line(f"captions an image: {groups}; ids have a line a caption")
     write_json(names_file(folder), {image.key: image.name for image in every})
     for path, lines in texts.items():
         write_lines(path, lines)

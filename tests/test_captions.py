@@ -175,6 +175,15 @@ def test_from_files_to_recalls(
     assert again["whole"] == json.loads((tiny / "test.json").read_text())["whole"]
 
 
+def test_scores_without_data_are_of_five_captions_an_image(
+    tmp_path: Path, run_evaluate: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image may have 3, 5 and 7: a line says what is assumed."""
+    np.save(tmp_path / "s.npy", np.random.default_rng(0).random((3, 15)))
+    assert run_evaluate("--scores", tmp_path / "s.npy") == 0
+    assert "five captions an image" in capsys.readouterr().err
+
+
 def slow_scores(tiny: Path, path: Path, counts: Sequence[int]) -> np.ndarray:
     """Scores of the test split, pair by pair from the files."""
     checkpoint = read_checkpoint(path)
@@ -219,7 +228,7 @@ def test_captions_of_an_image(
     assert np.array_equal(of_captions, np.repeat(features, counts, 0))
 
 
-def write_captions(folder: Path, count: int, ids: Sequence[str] | None) -> None:
+def write_captions(folder: Path, count: int, ids: Sequence[object] | None) -> None:
     (folder / "dev_caps.txt").write_text("".join(f"a {i}\n" for i in range(count)))
     if ids is not None:
         (folder / "dev_ids.txt").write_text("".join(f"{key}\n" for key in ids))
@@ -233,8 +242,13 @@ THREE = np.random.default_rng(0).random((30, REGIONS, IMG_DIM), dtype="f")  # 30
     [
         (None, THREE[:10], "dev_ims.npy: rows 0 to 4 differ"),  # one caption an image
         (None, np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: rows 0 to 4 differ"),
-        (LETTERS, np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: rows repeat after 2"),
-        (LETTERS, np.repeat(THREE[:4], [2, 3, 2, 3], 0), "dev_ims.npy: rows repeat after 1"),
+        # captions' ids, and another number than one row or five for an image
+        (LETTERS, np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: rows repeat: 10 of 10"),
+        (LETTERS, np.tile(THREE[:5], (2, 1, 1)), "dev_ims.npy: rows repeat: 10 of 10"),
+        (LETTERS, np.repeat(THREE[:5], 2, 0), "dev_ims.npy: rows repeat: 10 of 10"),
+        (LETTERS, np.repeat(THREE[:5], [1, 3, 3, 2, 1], 0), "dev_ims.npy: rows repeat: 8 of 10"),
+        (LETTERS, THREE[[0, 1, 0, 1, 1, 0, 0, 1, 0, 1]], "dev_ims.npy: rows repeat: 10 of 10"),
+        ([*"aaabccccdd"], THREE[[0, 0, 0, 1]], "dev_ims.npy: rows repeat: 3 of 4"),
         ([*"aaabccccdd"], np.tile(THREE[:2], (5, 1, 1)), "dev_ims.npy: rows 0 to 2 differ"),
         ([*"aaabccccdd"], THREE[:10], "dev_ims.npy: rows 0 to 2 differ"),
         ([*"abcccccccc"], np.repeat(THREE[:5], 2, 0), "dev_ims.npy: rows 2 to 9 differ"),
@@ -257,13 +271,44 @@ def test_rows_and_ids_that_do_not_fit_are_named(
     with pytest.raises(InputError) as error:
         Split.open(tmp_path, "dev", IMG_DIM)
     assert expected in str(error.value)
-    if "differ" in expected:  # a sample of a large file is compared, too
-        monkeypatch.setattr("data.SMALL_FILE", 0)
-        with pytest.raises(InputError, match="differ"):
-            Split.open(tmp_path, "dev", IMG_DIM)
+    monkeypatch.setattr("data.SMALL_FILE", 0)  # a sample of a large file is compared, too
+    with pytest.raises(InputError) as error:
+        Split.open(tmp_path, "dev", IMG_DIM)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("small", [0, 2**28])
+def test_a_few_images_twice_and_empty_rows_are_read(
+    tmp_path: Path, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data sets have some images twice, and extractions that were cut off leave zeros."""
+    monkeypatch.setattr("data.SMALL_FILE", small)
+    write_captions(tmp_path, 10, LETTERS)
+    for rows in ([0, 0, 1, 1, 2, 3, 4, 5, 6, 7], [29] * 8 + [0, 1]):
+        features = np.where(np.arange(30)[:, None, None] == 29, np.float32(0), THREE)[rows]
+        np.save(tmp_path / "dev_ims.npy", features)
+        assert Split.open(tmp_path, "dev", IMG_DIM).groups.counts.tolist() == [1] * 10
+
+
+def test_a_sample_of_a_large_file_shows_repeated_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.SMALL_FILE", 0)
+    write_captions(tmp_path, 420, range(420))
+    some = np.random.default_rng(0).random((210, 2, 3), dtype="f")
+    for times in (2, 3, 5, 7):
+        images = some[: 420 // times]
+        for rows in (np.tile(images, (times, 1, 1)), np.repeat(images, times, 0)):
+            np.save(tmp_path / "dev_ims.npy", rows)
+            if times == 5 and np.array_equal(rows[0], rows[1]):  # SCAN's
+                assert Split.open(tmp_path, "dev", 3).images == 84
+                continue
+            with pytest.raises(InputError, match="rows repeat: 16 of 16"):
+                Split.open(tmp_path, "dev", 3)
 
 
 EVEN = THREE[:4, :, :12]
+WIDE = np.random.default_rng(0).random((4, REGIONS, 32), dtype="f")
 NUMBERS = {
     "float32": (EVEN, None),
     "large": (EVEN * 1e6, None),
@@ -272,6 +317,8 @@ NUMBERS = {
     "many subnormal": (np.where(EVEN < 0.1, np.float32(1e-40), EVEN), "subnormal"),
     "one too large": (np.where(EVEN.max() == EVEN, np.float32(2e6), EVEN), "2e+06"),
     "float16 as float32": (np.maximum(EVEN - 0.5, 0).astype("f2").view("f4"), "subnormal"),
+    "dense float16 as float32": (WIDE.astype("f2").view("f4"), "float16"),
+    "float32 of float16": (WIDE.astype("f2").astype("f4"), None),
     "float64 as float32": (EVEN.astype("f8").view("f4"), "read as float32"),
     "integers as float16": ((EVEN * 200).astype("u2").view("f2"), "read as float16"),
 }

@@ -10,8 +10,9 @@ import numpy as np
 from common.errors import InputError, require
 from common.files import map_array, require_regular_file, sha256_of
 from common.memory import is_oom
+from common.numbers import is_feature
 from scripts.parts.images import find_images
-from scripts.parts.regions import Arrays, is_feature
+from scripts.parts.regions import Arrays
 
 FEATURES, BOXES, COUNT = ("x", "features"), ("bbox", "boxes"), ("num_bbox",)  # in a .npz file
 LARGEST_ARRAY = 2**28  # bytes; 100 regions of 2048 numbers are 1 MB

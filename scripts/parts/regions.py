@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 
 from common.errors import InputError, require
 from common.files import read_json
-from common.layout import LARGEST_FEATURE, SUBNORMAL_SHARE
 from scripts.parts.images import read_image
 
 GRID = 6  # cells of a side
@@ -153,16 +152,3 @@ def reopen_backbone(record: Path, weights: Path, device: torch.device) -> Backbo
     changed = [name for name, value in backbone.about.items() if about.get(name) != value]
     require(not changed, f"--weights {weights}: another {', '.join(changed)} than in {record}")
     return backbone
-
-
-# What files share
-
-
-def is_feature(values: np.ndarray) -> bool:
-    """Whether all numbers can be features: finite, not huge, hardly any subnormal."""
-    sizes = np.abs(values[values != 0])
-    if not float(sizes.max(initial=0)) <= LARGEST_FEATURE:  # NaN is not, and makes the maximum NaN
-        return False
-    if values.dtype == np.float16:  # whose smallest numbers are common
-        return True
-    return bool((sizes < np.finfo(values.dtype).tiny).sum() <= SUBNORMAL_SHARE[4] * sizes.size)

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from scripts.parts.regions import is_feature
+from common.numbers import is_feature, look_like
 
 FIELDS = {
     6: ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features"),
@@ -22,9 +22,6 @@ FIELDS = {
 }
 DType = Literal["float16", "float32", "float64"]
 BOX_TYPES = {16: "<f4", 32: "<f8"}  # by the bytes of a box
-FEW = 50  # words; fewer look like any type, and so do words of few columns
-NARROW = 64  # bytes a region
-DIFFERENT = 0.3  # distance of two distributions, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def _read(data: bytes, count: int, dtype: DType | None) -> np.ndarray:
             values = np.frombuffer(data, np.dtype(name).newbyteorder("<")).reshape(count, -1)
             if is_feature(values):
                 readings[name] = values
-    likely = readings.keys() & (look_like(data) if len(data) >= NARROW * count else set())
+    likely = readings.keys() & look_like(data, count)
     is_right = wanted in (likely or readings)
     if is_right and (dtype or len(likely) < 2):
         return readings[wanted]
@@ -89,26 +86,3 @@ def _read(data: bytes, count: int, dtype: DType | None) -> np.ndarray:
         raise OtherType(f"its features do not look like {wanted}; expected {options}")
     others = ", ".join(sorted(readings)) or "no other type"
     raise ValueError(f"{len(data)} bytes of {count} features are not {wanted}, but {others}")
-
-
-def look_like(data: bytes) -> set[str]:
-    """Return which types the bytes of many numbers look like; an empty set for few numbers.
-
-    The upper half of a float32 holds its exponent, and the exponents of features are much alike.
-    The lower half is noise, or zeros if the numbers were rounded. If both halves are alike, they
-    are two float16. In the same way one float64 differs from two float32.
-    """
-    halves = np.frombuffer(data[: len(data) // 8 * 8], "<u2")
-    words, pairs = halves.reshape(-1, 2), halves.reshape(-1, 4)
-    words, pairs = words[words.any(1)], pairs[pairs.any(1)]
-    if len(words) < FEW or len(pairs) < FEW:
-        return set()
-    is_double = _distance(pairs[:, 1], pairs[:, 3]) > DIFFERENT
-    is_single = _distance(words[:, 0], words[:, 1]) > DIFFERENT
-    return {"float32" if is_single else "float16"} | ({"float64"} if is_double else set())
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Total variation between the five bits behind the sign, of 16, in `a` and in `b` `[N]`."""
-    counts = [np.bincount(x >> 10 & 31, minlength=32) for x in (a, b)]
-    return float(np.abs(counts[0] - counts[1]).sum() / (2 * len(a)))
