@@ -176,12 +176,12 @@ def test_from_files_to_recalls(
 
 
 def test_scores_without_data_are_of_five_captions_an_image(
-    tmp_path: Path, run_evaluate: Run, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_evaluate: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An image may have 3, 5 and 7: a line says what is assumed."""
     np.save(tmp_path / "s.npy", np.random.default_rng(0).random((3, 15)))
     assert run_evaluate("--scores", tmp_path / "s.npy") == 0
-    assert "five captions an image" in capsys.readouterr().err
+    assert "five captions an image" in caplog.text
 
 
 def slow_scores(tiny: Path, path: Path, counts: Sequence[int]) -> np.ndarray:
