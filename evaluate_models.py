@@ -294,7 +294,7 @@ def _open_model(
     warn_of_selection(checkpoint.path, name, dev_data, split.fingerprint)
     if config.fold5:
         check_folds(split.images, split.path)
-    bert = bert_of(checkpoint, config.bert_path)
+    bert = bert_of(checkpoint, config.bert_path, split.captions)
     model = build_model(checkpoint, bert, device)
     precision = config.precision or checkpoint.options.get("precision", "fp32")
     if precision not in get_args(Precision):

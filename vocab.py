@@ -3,6 +3,7 @@
 Knows nothing of images or of the model.
 """
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from common.errors import InputError, brief_repr, require
+from common.errors import InputError, brief_repr, require, summarise
 from common.files import read_json
 from common.layout import read_lines
 
@@ -23,10 +24,26 @@ from common.layout import read_lines
 # fork, and one thread tokenises 25,000 captions in about a second.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+log = logging.getLogger(__name__)
+
 WORDS, TOKENIZER, FLAGS = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
-FLAG_NAMES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+# What tokenizer_config.json calls a flag, and what tokenizer.json's normaliser calls it.
+NAMES = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+# The last two name no tokeniser of their own: tokenizer.json describes it.
+CLASSES = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
+LARGEST_SIZE = 2**20  # entries; LaBSE's vocabulary has 501,153
 LONGEST_WORD = 100  # characters; a longer word is one [UNK]
+WORDPIECE = {
+    "type": "WordPiece",
+    "unk_token": UNK,
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": LONGEST_WORD,
+}
 NO_WORD = re.compile("[\n\ud800-\udfff]")  # a line of UTF-8 cannot hold them
 
 # REFERENCE: a carriage return is dropped like any other control character; the library alone would
@@ -56,21 +73,28 @@ class Tokenization:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Tokenization":
-        """Return what `tokenizer_config.json` says, or SPEC §1's tokeniser if it says nothing.
+        """Return what `tokenizer_config.json` says, or else the normaliser in `tokenizer.json`.
 
-        Raises InputError if a flag is neither true nor false.
+        SPEC §1's tokeniser, if neither says anything. Raises InputError if a flag is neither true
+        nor false, or if the tokeniser is not BERT's.
         """
-        # DEVIATION: a tokenizer_config.json decides on case, accents and Chinese characters, as in
-        # the transformers library (the published code read all captions as uncased BERT of 2018).
+        # DEVIATION: a tokenizer_config.json, or else a tokenizer.json, decides on case, accents and
+        # Chinese characters, as in the transformers library (the published code read all captions
+        # as uncased BERT of 2018).
         path = folder / FLAGS
-        stated = read_json(path, "options of BERT's tokeniser") if os.path.lexists(path) else {}
-        if stated.keys().isdisjoint(FLAG_NAMES):
+        stated = _read_if_there(path)
+        check_class(stated, path)
+        if stated.keys().isdisjoint(NAMES):
+            path = folder / TOKENIZER
+            normalizer = _part(_read_if_there(path), "normalizer", "BertNormalizer", path)
+            stated = {flag: normalizer[name] for flag, name in NAMES.items() if name in normalizer}
+        if not stated:
             return cls()
         lower = stated.get("do_lower_case", True)
         accents = stated.get("strip_accents")  # null: as do_lower_case says
         chinese = stated.get("tokenize_chinese_chars", True)
         values = (lower, lower if accents is None else accents, chinese)
-        for name, value in zip(FLAG_NAMES, values, strict=True):
+        for name, value in zip(NAMES, values, strict=True):
             if type(value) is not bool:
                 raise InputError(f"{path}: {name} is {brief_repr(value)}; expected true or false")
         return cls(*values, published=False)
@@ -93,7 +117,7 @@ class Tokenization:
     def flags(self) -> dict[str, bool]:
         """The content of a `tokenizer_config.json`; SPEC §1's tokeniser has none."""
         values = (self.lower_case, self.strip_accents, self.split_chinese)
-        return {} if self.published else dict(zip(FLAG_NAMES, values, strict=True))
+        return {} if self.published else dict(zip(NAMES, values, strict=True))
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -182,23 +206,61 @@ class Vocabulary:
         return [pieces.ids for pieces in encoded]
 
 
-def _read_tokenizer(path: Path) -> tuple[str, ...]:
-    """Return the entries in a `tokenizer.json`, in the order of their ids; nothing else is used.
+def check_class(content: dict[str, Any], path: Path) -> None:
+    """Raise InputError if a configuration names a tokeniser that splits words in another way."""
+    name = content.get("tokenizer_class") or CLASSES[0]
+    found = f"{path}: tokenizer_class is {brief_repr(name)}"
+    require(name in CLASSES, f"{found}; expected {CLASSES[0]}, which captions are read with")
 
-    Raises InputError unless it is of WordPieces whose ids are 0, 1, 2, ...
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path, "options of BERT's tokeniser") if os.path.lexists(path) else {}
+
+
+def _part(content: dict[str, Any], name: str, kind: str, path: Path) -> dict[str, Any]:
+    """Return a part of a `tokenizer.json`, if it is there. Raises InputError if not BERT's."""
+    part = content.get(name, {"type": kind})
+    if not (isinstance(part, dict) and part.get("type") == kind):
+        found = part.get("type") if isinstance(part, dict) else part
+        raise InputError(f"{path}: {name} is {brief_repr(found)}; expected {kind}, as BERT's is")
+    return part
+
+
+def _read_tokenizer(path: Path) -> tuple[str, ...]:
+    """Return the entries and added words in a `tokenizer.json`, in the order of their ids.
+
+    Ids without an entry, which a vocab.txt with a line twice leaves, get an empty one.
+    Raises InputError unless it is of BERT's WordPieces.
     """
-    model = read_json(path, "a WordPiece tokenizer").get("model")
-    is_wordpiece = isinstance(model, dict) and model.get("type", "WordPiece") == "WordPiece"
-    ids = model.get("vocab") if model and is_wordpiece else None
-    if not isinstance(ids, dict):
+    content = read_json(path, "a WordPiece tokenizer")
+    _part(content, "pre_tokenizer", "BertPreTokenizer", path)
+    model = content.get("model")
+    if not (isinstance(model, dict) and isinstance(vocab := model.get("vocab"), dict)):
         raise InputError(f"{path}: no model.vocab of a WordPiece tokenizer")
-    for entry, i in ids.items():
-        if type(i) is not int or NO_WORD.search(entry):
-            raise InputError(
-                f"{path}: {entry[:40]!r} has id {brief_repr(i)}; expected words and ids"
-            )
-    entries = sorted(ids, key=ids.__getitem__)
-    for expected, entry in enumerate(entries):
-        if ids[entry] != expected:
-            raise InputError(f"{path}: {entry[:40]!r} has id {ids[entry]}; expected {expected}")
-    return tuple(entry.strip() for entry in entries)  # as the lines of vocab.txt
+    for name, expected in WORDPIECE.items():
+        value = brief_repr(model.get(name, expected))
+        right = value == repr(expected)
+        require(right, f"{path}: model.{name} is {value}; expected {expected!r}, as BERT's is")
+    words = {}
+    for entry, i in (_added_words(content.get("added_tokens") or [], path) | vocab).items():
+        if not (type(i) is int and 0 <= i < LARGEST_SIZE) or NO_WORD.search(entry):
+            found = f"{path}: {entry[:40]!r} has id {brief_repr(i)}"
+            raise InputError(f"{found}; expected words and ids up to {LARGEST_SIZE - 1}")
+        require(i not in words, f"{path}: {entry[:40]!r} has id {i}, as another entry has")
+        words[i] = entry.strip()  # as the lines of vocab.txt
+    return tuple(words.get(i, "") for i in range(max(words, default=0) + 1))
+
+
+def _added_words(tokens: Any, path: Path) -> dict[str, int]:
+    """Return the words that were added to a `tokenizer.json`, and their ids.
+
+    Special ones are left out: they are ordinary text in captions. Raises InputError.
+    """
+    valid = isinstance(tokens, list) and all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in tokens
+    )
+    require(valid, f"{path}: added_tokens: expected a list of content and id")
+    words = {token["content"]: token.get("id") for token in tokens if not token.get("special")}
+    if words:
+        log.info("%s: added %s: read like words of its vocabulary", path, summarise(list(words)))
+    return words

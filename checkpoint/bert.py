@@ -3,12 +3,14 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import BertModel
 
@@ -23,14 +25,16 @@ from checkpoint.bert_files import (
     read_weights,
 )
 from checkpoint.weights import check_finite, load_state_dict_strict
-from common.errors import InputError, require
+from common.errors import InputError, require, summarise
 from common.files import explain_os_errors, write_json, write_lines
 from common.torch_files import write_safetensors
 from vocab import FLAGS, WORDS, Vocabulary
 
 log = logging.getLogger(__name__)
 
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 CASED = 0.01  # share of entries with a capital letter; an uncased vocabulary has none
+CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,11 @@ def assemble_bert(folder: Path, weights: Any, source: Path) -> Bert:
     require(entries <= claimed, f"{vocabulary.path}: {entries} entries, but vocab_size {claimed}")
     if entries < claimed:  # the last rows are never looked up
         log.info("%s: %d entries, fewer than vocab_size %d", vocabulary.path, entries, claimed)
+    words = weights.get(WORD_EMBEDDINGS)
+    if words is None:
+        raise InputError(f"{source}: no {WORD_EMBEDDINGS}; holds {summarise(list(weights))}")
     layers = len({name.split(".")[2] for name in weights if name.startswith("encoder.layer.")})
-    held = [*weights.get("embeddings.word_embeddings.weight", torch.empty(0)).shape, layers]
+    held = [*words.shape, layers]
     expected = [claimed, config.hidden_size, config.num_hidden_layers]
     if held != expected:
         sizes = "entries, width and layers"
@@ -86,18 +93,35 @@ def _fingerprint(weights: Mapping[str, Tensor], vocabulary: Vocabulary) -> str:
     return digest.hexdigest()
 
 
-def share_of_capitals(vocabulary: Vocabulary) -> float:
-    """Return the share of a vocabulary's entries that lower-casing changes."""
+def _without_accents(text: str) -> str:
+    decomposed = unicodedata.normalize("NFD", text)
+    return "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+
+
+def share_changed(vocabulary: Vocabulary, change: Callable[[str], str]) -> float:
+    """Return the share of a vocabulary's entries that a function changes."""
     words = [entry for entry in vocabulary.entries if not entry.startswith("[")]
-    return sum(word != word.lower() for word in words) / max(1, len(words))
+    return sum(word != change(word) for word in words) / max(1, len(words))
 
 
-def case_advice(vocabulary: Vocabulary) -> list[str]:
-    """Return a line of advice if captions are lower-cased, but the vocabulary is not."""
-    if share_of_capitals(vocabulary) <= CASED or not vocabulary.tokenization.lower_case:
-        return []
-    problem = f"{vocabulary.path}: is cased, but captions are lower-cased"
-    return [f'{problem}; {{"do_lower_case": false}} in {FLAGS} keeps their case']
+def reading_advice(vocabulary: Vocabulary) -> list[str]:
+    """Return a line of advice if captions are read in a way that the vocabulary was not made for.
+
+    The vocabulary of an uncased English BERT has no capitals, 0.1 % accents, 1.7 % Chinese.
+    """
+    rules = vocabulary.tokenization
+    joined = rules.published and not rules.split_chinese
+    checks = (
+        (rules.lower_case, str.lower, CASED, "capitals", '"do_lower_case": false'),
+        (rules.strip_accents, _without_accents, CASED, "accents", '"strip_accents": false'),
+        (joined, partial(CHINESE.sub, ""), 0.05, "Chinese", '"tokenize_chinese_chars": true'),
+    )
+    for applies, change, limit, what, flag in checks:
+        if applies and share_changed(vocabulary, change) > limit:
+            rule = ", ".join(rules.rules[:3])
+            problem = f"{vocabulary.path}: has {what}, but captions are read as: {rule}"
+            return [f"{problem}; if that is wrong, write {{{flag}}} into {FLAGS}"]
+    return []
 
 
 def describe_bert(folder: str | Path) -> list[str]:
@@ -107,7 +131,7 @@ def describe_bert(folder: str | Path) -> list[str]:
     """
     bert, folder = load_bert(folder), Path(folder)
     config, vocabulary = bert.model.config, bert.vocabulary
-    capitals = share_of_capitals(vocabulary)
+    capitals = share_changed(vocabulary, str.lower)
     case = "cased" if capitals > CASED else "uncased"
     source, shards = find_weights(folder)
     files = [vocabulary.path, folder / FLAGS, *find_files(folder, CONFIGURATIONS), source, *shards]
@@ -121,7 +145,7 @@ def describe_bert(folder: str | Path) -> list[str]:
         f"vocabulary: {len(vocabulary.entries):,} entries, {case} "
         f"({100 * capitals:.1f} % have a capital letter)",
         f"captions: {', '.join(vocabulary.tokenization.rules)}",
-        *case_advice(vocabulary),
+        *reading_advice(vocabulary),
     ]
 
 

@@ -12,7 +12,7 @@ from checkpoint.weights import Weights, check_named
 from common.errors import InputError, brief_repr, require, summarise
 from common.files import explain_os_errors, read_json
 from common.torch_files import read_safetensors, read_torch
-from vocab import FLAGS, TOKENIZER, WORDS
+from vocab import FLAGS, LARGEST_SIZE, TOKENIZER, WORDS, check_class
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,18 @@ WEIGHTS = tuple(
 )
 # What a BERT of 2018 computes depends on SIZES and FIXED alone. A configuration may leave out FIXED
 # and DEFAULTS.
-FIXED: dict[str, Any] = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+FIXED: dict[str, Any] = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "is_decoder": False,
+    "position_embedding_type": "absolute",
+}
 DEFAULTS = {"type_vocab_size": 2, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "max_position_embeddings", *DEFAULTS),
 )
-LARGEST_SIZE = 2**17  # the vocabulary is the largest size; multilingual BERT's has 119,547
 UNUSED = re.compile(r"(cls|pooler)\.|.*\bposition_ids$")
 
 
@@ -140,6 +145,7 @@ def bert_config(folder: Path) -> BertConfig:
 def _bert_sizes(path: Path) -> dict[str, Any]:
     """Return the SIZES in a configuration. Raises InputError."""
     config = FIXED | DEFAULTS | read_json(path, "the configuration of BERT")
+    check_class(config, path)
     for name, expected in FIXED.items():
         if config[name] != expected:
             value = brief_repr(config[name])
@@ -149,7 +155,7 @@ def _bert_sizes(path: Path) -> dict[str, Any]:
         if name.endswith("_prob"):
             valid = type(value) in (int, float) and 0 <= value < 1
         else:
-            valid = type(value) is int and 0 < value < LARGEST_SIZE
+            valid = type(value) is int and 0 < value <= LARGEST_SIZE
         require(valid, f"{path}: {name} is {brief_repr(value)}; expected a size or a probability")
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     require(width % heads == 0, f"{path}: hidden_size {width} is no multiple of {heads} heads")

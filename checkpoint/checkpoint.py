@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from checkpoint.bert import Bert, assemble_bert, case_advice, load_bert
+from checkpoint.bert import Bert, assemble_bert, load_bert, reading_advice
 from checkpoint.official import PARTS, native_names
 from checkpoint.weights import Weights, check_named, load_state_dict_strict
 from common.cli import LARGEST_FLOAT, keep_float32
@@ -163,11 +163,16 @@ def bert_folder(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> 
     return Path(bert_path or str(checkpoint.options.get("bert_path", ".")))
 
 
-def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert:
+def bert_of(
+    checkpoint: Checkpoint,
+    bert_path: str | Path | None = None,
+    captions: Sequence[str] | None = None,
+) -> Bert:
     """Return the checkpoint's BERT, from `bert_path` or the folder that it was trained with.
 
     An official checkpoint brings BERT's weights; the folder gives vocabulary and configuration.
-    Captions are read as in training; a warning names the folder if it says otherwise.
+    Captions are read as in training. A warning names the folder if it says otherwise; it is a mere
+    line of the log if that changes none of `captions`.
     Raises InputError if the folder holds another BERT than a native checkpoint's.
     """
     folder = bert_folder(checkpoint, bert_path)
@@ -176,37 +181,49 @@ def bert_of(checkpoint: Checkpoint, bert_path: str | Path | None = None) -> Bert
     else:
         bert = load_bert(folder)
         check_same_bert(checkpoint, bert)
-    return tokenize_as_trained(checkpoint, bert)
+    return tokenize_as_trained(checkpoint, bert, captions)
 
 
 def bert_to_train_with(folder: str | Path, trained: Checkpoint | None) -> Bert:
     """Return a folder's BERT, with the tokenisation of the model that is trained on, if any.
 
-    Warns if captions are not read as the folder says, or if its vocabulary is cased and captions
-    are not. Raises InputError like `load_bert`.
+    Warns if captions are not read as the folder says, or not as its vocabulary needs.
+    Raises InputError like `load_bert`.
     """
     bert = load_bert(folder)
     if trained is not None:
         return tokenize_as_trained(trained, bert)
-    for line in case_advice(bert.vocabulary):
+    for line in reading_advice(bert.vocabulary):
         log.warning(line)
     return bert
 
 
-def tokenize_as_trained(checkpoint: Checkpoint, bert: Bert) -> Bert:
+def tokenize_as_trained(
+    checkpoint: Checkpoint, bert: Bert, captions: Sequence[str] | None = None
+) -> Bert:
     """Return a BERT with the tokenisation that a checkpoint was trained with.
 
-    Warns if the folder's is another one.
+    Warns if the folder's is another one; a mere line of the log if both read `captions` alike.
     """
     trained, words = checkpoint.tokenization, bert.vocabulary
     if trained == words.tokenization:
         return bert
+    as_trained = replace(bert, vocabulary=replace(words, tokenization=trained))
     rules = zip(trained.rules, words.tokenization.rules, strict=True)
-    then, now = zip(*[pair for pair in rules if pair[0] != pair[1]], strict=True)
-    message = "%s: captions are read as in training: %s; the folder of BERT, %s, says: %s"
-    folder = words.path.parent
-    log.warning(message, checkpoint.path, ", ".join(then), folder, ", ".join(now))
-    return replace(bert, vocabulary=replace(words, tokenization=trained))
+    then, now = (", ".join(r) for r in zip(*[r for r in rules if r[0] != r[1]], strict=True))
+    message = f"{checkpoint.path}: captions are read as in training: {then}; the folder of BERT, "
+    message += f"{words.path.parent}, says: {now}"
+    level = logging.WARNING
+    if captions is not None:
+        readings = [
+            v.encode(captions, checkpoint.config.max_words)[0]
+            for v in (words, as_trained.vocabulary)
+        ]
+        differ = int((readings[0] != readings[1]).any(1).sum())
+        message += f"; {differ} of {len(captions)} captions differ"
+        level = logging.WARNING if differ else logging.INFO
+    log.log(level, message)
+    return as_trained
 
 
 def check_same_bert(checkpoint: Checkpoint, bert: Bert) -> None:

@@ -71,10 +71,10 @@ def open_pairs(options: Options) -> Pairs:
 
     device = pick_device(options.device)
     checkpoint = read_checkpoint(options.model_path)
-    bert = bert_of(checkpoint, options.bert_path)
     path = options.data_path or common_option([checkpoint], "data_path")
     folder = Path(path) / (options.data_name or common_option([checkpoint], "data_name"))
     split = Split.open(folder, options.split, checkpoint.config.img_dim)
+    bert = bert_of(checkpoint, options.bert_path, split.captions)
     count = min(options.count, split.images)
     if options.pair:
         image, caption = options.pair

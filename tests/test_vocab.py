@@ -1,14 +1,18 @@
-"""vocab.py against the golden tokens, and an oracle written from SPEC §1."""
+"""vocab.py against the golden tokens, an oracle written from SPEC §1, and the library."""
 
 import json
+import pickle
 import random
 import shutil
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import GOLDEN
+from tokenizers import BertWordPieceTokenizer
+from transformers import BertTokenizerFast
 
 from common.errors import InputError
 from vocab import Vocabulary
@@ -115,3 +119,172 @@ def test_bad_vocabularies(tmp_path: Path, content: bytes | None, expected: str) 
     with pytest.raises(InputError, match=r"vocab\.txt") as error:
         Vocabulary.load(tmp_path)
     assert expected in str(error.value)
+
+
+# Folders as other programs leave them (docs/data.md)
+
+FLAGS, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+LETTERS = [chr(i) for i in (*range(65, 91), *range(97, 123))]
+WORDS = [
+    *("a", "man", "dog", "Man", "Dog", "running", "Müller", "müller", "muller", "Über", "uber"),
+    *("café", "cafe", "ΟΔΟΣ", "οδος", "οδοσ", "οδός", "漢字", "漢", "字", "##字", "犬", "##犬"),
+    *("개가", "##가", "개", "Iced", "i̇", "ı", "straße", "STRASSE", "ﬁ", "½", "привет", "Привет"),
+    *(",", ".", "-", "##s", "##ing"),
+]
+# "a" is there twice, as words are in some published vocabularies: the last one counts.
+ENTRIES = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+CAPTIONS = [
+    *("Man running with the Dog .", "a man-dog, MÜLLER Müller Mu\u0308ller", "Café ÜBER café Über"),
+    *(
+        "漢字 a犬b 犬",
+        "日本語のText",
+        "개가 달린다 개 가",
+        "ΟΔΟΣ οδός ΟΔΟΣ.",
+        "привет Привет ПРИВЕТ",
+    ),
+    *("straße STRASSE", "a\rb\x07c\x00\ufffd\u200b", "İ ı Iced", "ﬁ ½ ①", ""),
+    "x" * 100 + " " + "x" * 101,
+]
+
+
+def put(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "vocab.txt").write_text("\n".join(ENTRIES))
+    return tmp_path
+
+
+def normalizer(lower: bool, chinese: bool, accents: bool | None) -> dict[str, Any]:
+    flags = {"lowercase": lower, "handle_chinese_chars": chinese, "strip_accents": accents}
+    return {"type": "BertNormalizer", "clean_text": True} | flags
+
+
+@pytest.mark.parametrize("accents", [None, False, True])
+@pytest.mark.parametrize("chinese", [False, True])
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("source", [FLAGS, TOKENIZER])
+def test_ids_are_those_of_the_tokenizers_library(
+    folder: Path, source: str, lower: bool, chinese: bool, accents: bool | None
+) -> None:
+    rules = {"handle_chinese_chars": chinese, "strip_accents": accents, "lowercase": lower}
+    library = BertWordPieceTokenizer(str(folder / "vocab.txt"), **rules)
+    flags = {"do_lower_case": lower, "tokenize_chinese_chars": chinese, "strip_accents": accents}
+    if source == FLAGS:
+        put(folder / FLAGS, flags)
+    else:
+        (folder / "vocab.txt").unlink()
+        library.save(str(folder / TOKENIZER))
+    ids, mask = Vocabulary.load(folder).encode(CAPTIONS, 128)
+    for caption, row, real in zip(CAPTIONS, ids, mask, strict=True):
+        assert row[real].tolist() == library.encode(caption).ids, ascii(caption)
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_folder_that_transformers_saved(folder: Path, lower: bool) -> None:
+    entries = list(dict.fromkeys([*ENTRIES, "[MASK]"]))
+    (folder / "vocab.txt").write_text("\n".join(entries))
+    library = BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=lower)
+    library.add_tokens(["skate"])
+    library.add_special_tokens({"additional_special_tokens": ["[NEW]"]})
+    library.add_tokens(["board"])
+    library.add_special_tokens({"additional_special_tokens": ["[MORE]"]})  # may have no embedding
+    library.save_pretrained(folder / "saved")
+    vocabulary = Vocabulary.load(folder / "saved")
+    assert vocabulary.path.name == TOKENIZER
+    assert vocabulary.entries == (*entries, "skate", "", "board")
+    captions = [*CAPTIONS, "a man, skate board."]
+    ids, mask = vocabulary.encode(captions, 128)
+    for caption, row, real in zip(captions, ids, mask, strict=True):
+        assert row[real].tolist() == library(caption)["input_ids"], ascii(caption)
+
+
+def tokens(vocabulary: Vocabulary, caption: str) -> str:
+    ids, mask = vocabulary.encode([caption], 32)
+    return " ".join(vocabulary.entries[i] for i in ids[0][mask[0]][1:-1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "read"),
+    [
+        (None, "muller a ##犬 ##b οδος a ##b"),
+        ({"model_max_length": 512}, "muller a ##犬 ##b οδος a ##b"),
+        ({"do_lower_case": True}, "muller a 犬 b οδοσ a b"),
+        ({"do_lower_case": True, "strip_accents": False}, "müller a 犬 b οδοσ a b"),
+        ({"do_lower_case": False}, "Müller a 犬 b ΟΔΟΣ a b"),
+        (
+            {"do_lower_case": False, "tokenize_chinese_chars": False},
+            "Müller a ##犬 ##b ΟΔΟΣ a b",
+        ),
+    ],
+)
+def test_the_folder_says_how_captions_are_read(folder: Path, flags: Any, read: str) -> None:
+    if flags is not None:
+        put(folder / FLAGS, flags)
+    vocabulary = Vocabulary.load(folder)
+    assert tokens(vocabulary, "Müller a犬b ΟΔΟΣ a\rb") == read
+    for _ in range(2):  # pickled without its tokeniser, then with it
+        other = pickle.loads(pickle.dumps(vocabulary))
+        assert other.encode(CAPTIONS, 20)[0].equal(vocabulary.encode(CAPTIONS, 20)[0])
+
+
+def test_the_flags_win_over_the_normalizer(folder: Path) -> None:
+    put(folder / TOKENIZER, {"normalizer": normalizer(False, False, None)})
+    assert tokens(Vocabulary.load(folder), "Müller 犬犬") == "Müller 犬 ##犬"
+    put(folder / FLAGS, {"do_lower_case": True, "tokenizer_class": "BertTokenizer"})
+    assert tokens(Vocabulary.load(folder), "Müller 犬犬") == "muller 犬 犬"
+
+
+VOCAB = {entry: i for i, entry in enumerate(SPECIAL)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fact"),
+    [
+        (FLAGS, {"do_lower_case": 1}, "do_lower_case is 1"),
+        (FLAGS, {"strip_accents": "no"}, "strip_accents is 'no'"),
+        (FLAGS, {"tokenize_chinese_chars": None}, "tokenize_chinese_chars is None"),
+        (FLAGS, [], "JSON object"),
+        (FLAGS, {"tokenizer_class": "BertJapaneseTokenizer"}, "'BertJapaneseTokenizer'"),
+        (FLAGS, {"do_lower_case": True, "tokenizer_class": ["Roberta"]}, "tokenizer_class is list"),
+        (TOKENIZER, {"normalizer": {"type": "Lowercase"}}, "normalizer is 'Lowercase'"),
+        (TOKENIZER, {"normalizer": None}, "normalizer is None"),
+        (TOKENIZER, {"normalizer": normalizer(3, True, None)}, "do_lower_case is 3"),  # type: ignore[arg-type]
+    ],
+)
+def test_other_tokenisers_are_refused(folder: Path, name: str, content: Any, fact: str) -> None:
+    put(folder / name, content)
+    with pytest.raises(InputError, match=name) as error:
+        Vocabulary.load(folder)
+    assert fact in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "fact"),
+    [
+        (None, {}, "model.vocab"),
+        ({"type": "BPE", "vocab": VOCAB}, {}, "model.type is 'BPE'"),
+        ({"continuing_subword_prefix": "@@", "vocab": VOCAB}, {}, "'@@'"),
+        ({"vocab": VOCAB}, {"pre_tokenizer": {"type": "Whitespace"}}, "'Whitespace'"),
+        ({"vocab": VOCAB}, {"added_tokens": [{"id": 4}]}, "added_tokens"),
+        ({"vocab": VOCAB}, {"added_tokens": [{"content": "a", "id": 3}]}, "id 3"),
+        ({"type": "WordPiece", "vocab": [["[PAD]", 0.0]]}, {}, "model.vocab"),
+        ({"vocab": VOCAB | {"a": 2**20}}, {}, "'a' has id 1048576"),
+        ({"vocab": VOCAB | {"a": 3}}, {}, "'a' has id 3"),
+        ({"vocab": VOCAB | {"a": -1}}, {}, "-1"),
+        ({"vocab": VOCAB | {"a": True}}, {}, "True"),
+        ({"vocab": VOCAB | {"a": 4.0}}, {}, "4.0"),
+        ({"vocab": VOCAB | {"a\nb": 4}}, {}, r"'a\nb'"),
+        ({"vocab": VOCAB | {"a\ud800": 4}}, {}, r"'a\ud800'"),
+        ({"vocab": {"[CLS]": 0, "[UNK]": 1, "[PAD]": 2, "[SEP]": 3}}, {}, "[PAD] has id 2"),
+        ({"vocab": {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2}}, {}, "[SEP]"),
+    ],
+)
+def test_bad_tokenizers_are_refused(tmp_path: Path, model: Any, more: dict, fact: str) -> None:
+    put(tmp_path / TOKENIZER, {"model": model} | more)
+    with pytest.raises(InputError, match=r"tokenizer\.json") as error:
+        Vocabulary.load(tmp_path)
+    assert fact in str(error.value)
