@@ -127,12 +127,20 @@ TEXT = SIZES | {"vocab_size": 30, "bos_token_id": 0, "eos_token_id": 1}
 MERGING = {"embed_dim": 2, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 3}
 MODELS = {
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SIZES)),
+    "oblong": lambda: transformers.ViTModel(  # 6 x 8 patches and a token of the class, 49 in all
+        transformers.ViTConfig(**SIZES | {"patch_size": (8, 6)})
+    ),
     "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)),
     "registers": lambda: transformers.Dinov2WithRegistersModel(
         transformers.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3)
     ),
     "clip": lambda: transformers.CLIPModel(
         transformers.CLIPConfig(text_config=TEXT, vision_config=SIZES)
+    ),
+    "pvt": lambda: transformers.PvtModel(  # a token of the class, though patches are merged
+        transformers.PvtConfig(
+            image_size=192, hidden_sizes=[2, 2, 4, 6], depths=[1] * 4, num_attention_heads=[1] * 4
+        )
     ),
     "siglip": lambda: transformers.SiglipModel(
         transformers.SiglipConfig(text_config=TEXT, vision_config=SIZES)
@@ -148,7 +156,7 @@ def save_model(folder: Path, name: str) -> transformers.PreTrainedModel:
     """Save a tiny random model with an image processor that would crop the centre."""
     model = MODELS[name]().eval()
     model.save_pretrained(folder)
-    side = 192 if name in ("swin", "convnext") else 48
+    side = 192 if name in ("swin", "convnext", "pvt") else 48
     numbers = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 3}
     transformers.CLIPImageProcessor(
         size={"shortest_edge": side + 9}, crop_size={"height": side, "width": side}, **numbers
@@ -171,8 +179,9 @@ def test_features_of_a_vision_model_are_its_cells(tmp_path: Path, name: str) -> 
     with torch.no_grad():
         output = getattr(model, "vision_model", model)(pixel_values=pixels[None])[0]
     if name != "convnext":
-        output = output[:, {"vit": 1, "dinov2": 1, "registers": 4, "clip": 1}.get(name, 0) :]
-        output = output.reshape(1, *([6, 6] if name == "swin" else [8, 8]), -1).permute(0, 3, 1, 2)
+        output = output[:, {"registers": 4, "siglip": 0, "swin": 0}.get(name, 1) :]
+        rows, columns = {"swin": (6, 6), "pvt": (6, 6), "oblong": (6, 8)}.get(name, (8, 8))
+        output = output.reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
     cells = torch.nn.functional.adaptive_avg_pool2d(output, 6)[0]
     for row, (left, top, right, bottom) in enumerate(boxes[1]):
         x, y = round(left / 50), round(top / 25)
@@ -236,6 +245,9 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     assert_refused("asks for code")
     torch.save(weights, folder / "pytorch_model.bin")
     assert open_backbone("hf", folder, CPU).width == 8
+    yolos = transformers.YolosConfig(**SIZES | {"image_size": (48, 48)}, num_detection_tokens=3)
+    transformers.YolosModel(yolos).save_pretrained(folder)
+    assert_refused("tokens")  # the last ones are no patches
     bert = transformers.BertConfig(vocab_size=30, **{k: SIZES[k] for k in list(SIZES)[:4]})
     transformers.BertModel(bert).save_pretrained(folder)
     assert_refused("takes no images")

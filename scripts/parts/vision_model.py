@@ -6,14 +6,13 @@ or the tokens of patches. Nothing is downloaded, and no code of the folder runs.
 
 import json
 from collections.abc import Sequence
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from checkpoint.weights import check_finite
 from common.errors import InputError, require, summarise
@@ -44,33 +43,30 @@ class VisionModel:
         self.folder, self.device = folder, device
         try:
             self.model, self.processor, problems = load(folder)
+            require(not problems, f"{folder}: missing or misshapen weights: {summarise(problems)}")
+            check_finite(self.model.state_dict(), folder)
+            self.model.to(device)
             numbers = {name: self.processor.to_dict().get(name) for name in NUMBERS}
             numbers = json.loads(json.dumps(numbers))  # as the record will hold them
             resample = BILINEAR if numbers["resample"] is None else numbers["resample"]
-            resample = int(Image.Resampling(resample))
+            side = self._input_side(numbers)
+            self.resize: tuple[int, int] | None = (side, int(Image.Resampling(resample)))
+            blank = np.zeros((side, side, 3), np.uint8)
+            self.width = self.encode([(blank, (GRID, GRID))])[0].shape[2]
         except InputError:
             raise
         except Exception as error:  # transformers raises errors of many types
             if is_oom(error):
                 raise
-            raise self._unusable(error) from error
-        require(not problems, f"{folder}: missing or misshapen weights: {summarise(problems)}")
-        check_finite(self.model.state_dict(), folder)
-        self.model.to(device)
-        side = self._input_side(numbers)
-        self.resize: tuple[int, int] | None = (side, resample)
-        blank = np.zeros((side, side, 3), np.uint8)
-        self.width = self.encode([(blank, (GRID, GRID))])[0].shape[2]
+            reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+            problem = f"{folder}: not a vision model with its image processor"
+            raise InputError(f"{problem}: {reason}") from error
         self.about = {
             "model": "hf",
             "architecture": self.model.config.model_type,
             "weights": {path.name: sha256_of(path) for path in weight_files(folder)},
             "processor": numbers,
         }
-
-    def _unusable(self, error: Exception) -> InputError:
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
-        return InputError(f"{self.folder}: not a vision model with its image processor: {reason}")
 
     def _input_side(self, numbers: dict[str, Any]) -> int:
         """Return the side of the model's input in pixels."""
@@ -85,41 +81,40 @@ class VisionModel:
     @torch.no_grad()
     def encode(self, items: Sequence[DecodedImage]) -> Arrays:
         """Return features and boxes of the cells, row by row from the top."""
-        try:
-            # The whole image was resized to the model's input: if the processor cropped its centre,
-            # the cells would be parts of the centre, and the boxes wrong.
-            pixels = self.processor(
-                images=[pixels for pixels, _ in items],
-                do_resize=False,
-                do_center_crop=False,
-                input_data_format="channels_last",
-                return_tensors="pt",
-            )["pixel_values"]
-            output = self.model(pixel_values=pixels.to(self.device)).last_hidden_state
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            if is_oom(error):
-                raise
-            raise self._unusable(error) from error
-        maps = self._maps(output, pixels.shape[-1])
+        # The whole image was resized to the model's input: if the processor cropped its centre, the
+        # cells would be parts of the centre, and the boxes wrong.
+        pixels = self.processor(
+            images=[pixels for pixels, _ in items],
+            do_resize=False,
+            do_center_crop=False,
+            input_data_format="channels_last",
+            return_tensors="pt",
+        )["pixel_values"]
+        maps = self.model(pixel_values=pixels.to(self.device)).last_hidden_state
+        if maps.ndim == 3:
+            rows, columns = self._grid(maps.shape[1], pixels.shape[-1])
+            maps = maps[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        problem = f"{self.folder}: a map of {list(maps.shape[2:])} cells"
+        is_map = maps.ndim == 4 and min(maps.shape[2:]) >= GRID
+        require(is_map, f"{problem}; expected {GRID} or more a side")
         return pool_cells(maps), np.stack([grid_boxes(*size) for _, size in items])
 
-    def _maps(self, output: Tensor, side: int) -> Tensor:
-        """Return maps `[images, width, cells, cells]` from maps or tokens `[images, N, width]`.
+    def _grid(self, tokens: int, side: int) -> list[int]:
+        """Return rows and columns of the map whose cells are the last of an image's `tokens`.
 
-        A token belongs to each patch, row by row, after those of the class and of registers. Swin
-        has merged patches and has no other tokens.
+        A token belongs to each patch, row by row, after those of the class, of distillation and of
+        registers. Swin has merged patches and has no other tokens. A model whose sizes of patches
+        are unknown may have a token of the class.
         """
-        if output.ndim == 3:
-            patch = getattr(self.model.config, "patch_size", None)
-            tokens, patches = output.shape[1], side // patch if isinstance(patch, int) else 0
-            cells = patches if 0 < patches**2 <= tokens else isqrt(tokens)
-            is_square = cells in (patches, tokens / cells)
-            require(is_square, f"{self.folder}: {tokens} tokens of no square map")
-            output = output[:, tokens - cells**2 :].transpose(1, 2).unflatten(2, (cells, cells))
-        cells = min(output.shape[2:], default=0)
-        problem = f"{self.folder}: a map of {cells} cells a side; expected {GRID} or more"
-        require(output.ndim == 4 and cells >= GRID, problem)
-        return output
+        config = self.model.config
+        patch = getattr(config, "patch_size", None)
+        grid = [side // size for size in ([patch] * 2 if isinstance(patch, int) else patch or [])]
+        others = 2 + getattr(config, "num_register_tokens", 0)
+        if not grid or prod(grid) > tokens:
+            grid, others = [isqrt(tokens)] * 2, 0 if grid else 1
+        problem = f"{self.folder}: {tokens} tokens of no square map"
+        require(len(grid) == 2 and tokens - prod(grid) <= others, problem)
+        return grid
 
 
 def weight_files(folder: Path) -> list[Path]:
