@@ -14,19 +14,31 @@ LARGEST_FEATURE = 1e6
 SUBNORMAL_LEAST = 10  # subnormal numbers that are no proof of anything
 SUBNORMAL_SHARE = {2: 0.5, 4: 0.001}  # of the numbers that are not 0, by bytes a number
 LOOKED_AT = 2**18  # numbers of a block whose type is looked at
-FEW = 50  # words; fewer look like any type, and so do words of few columns
-NARROW = 64  # bytes a region
-DIFFERENT = 0.3  # distance of two distributions, 0 to 1
+MANY = 64  # different numbers
+LARGEST_FLOAT16 = 1024  # of features that fit float16; noise read as float16 has larger numbers
 
 
 def is_feature(values: np.ndarray) -> bool:
-    """Whether all numbers can be features: finite, not huge, hardly any subnormal."""
+    """Whether all numbers can be features or pixels: finite, not huge, hardly any subnormal."""
+    if values.dtype.kind not in "fiu":
+        return False
     sizes = np.abs(values[values != 0])
     if not float(sizes.max(initial=0)) <= LARGEST_FEATURE:  # NaN is not, and makes the maximum NaN
         return False
-    if values.dtype == np.float16:  # whose smallest numbers are common
+    if values.dtype.kind != "f" or values.itemsize == 2:  # small float16 are common
         return True
     return bool((sizes < np.finfo(values.dtype).tiny).sum() <= SUBNORMAL_SHARE[4] * sizes.size)
+
+
+def is_whole(values: np.ndarray) -> bool:
+    """Whether `values`, which can be features, are certainly not halves of wider numbers.
+
+    Every second one would be a lower half: noise, a part of which is NaN or huge, or nearly zeros
+    if the number was rounded, at most 32 different ones as float16. False for few numbers.
+    """
+    lower = values.ravel()[::2]
+    is_varied = len(np.unique(lower[lower != 0][:1024])) > MANY
+    return is_varied and (values.itemsize > 2 or bool(np.abs(values).max() < LARGEST_FLOAT16))
 
 
 def check_numbers(path: Path, values: np.ndarray, rows: np.ndarray, dtype: np.dtype) -> None:
@@ -46,32 +58,5 @@ def check_numbers(path: Path, values: np.ndarray, rows: np.ndarray, dtype: np.dt
     require(largest <= LARGEST_FEATURE, f"{problem} {largest:.3g}: {advice}")
     require(subnormal <= allowed, f"{problem} {subnormal} subnormal numbers: {advice}")
     if dtype.itemsize == 4:
-        width = values.shape[2]
-        some = values.reshape(-1, width)[: LOOKED_AT // width]
-        likely = look_like(some.tobytes(), len(some))
-        require("float32" in (likely or {"float32"}), f"{problem} float16 numbers read as {dtype}")
-
-
-def look_like(data: bytes, regions: int) -> set[str]:
-    """Return which types the bytes of these `regions` look like; an empty set for few numbers.
-
-    The upper half of a float32 holds its exponent, and the exponents of features are much alike.
-    The lower half is noise, or zeros if the numbers were rounded. If both halves are alike, they
-    are two float16. In the same way one float64 differs from two float32.
-    """
-    if len(data) < NARROW * regions:
-        return set()
-    halves = np.frombuffer(data[: len(data) // 8 * 8], "<u2")
-    words, pairs = halves.reshape(-1, 2), halves.reshape(-1, 4)
-    words, pairs = words[words.any(1)], pairs[pairs.any(1)]
-    if len(words) < FEW or len(pairs) < FEW:
-        return set()
-    is_double = _distance(pairs[:, 1], pairs[:, 3]) > DIFFERENT
-    is_single = _distance(words[:, 0], words[:, 1]) > DIFFERENT
-    return {"float32" if is_single else "float16"} | ({"float64"} if is_double else set())
-
-
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Total variation between the five bits behind the sign, of 16, in `a` and in `b` `[N]`."""
-    counts = [np.bincount(x >> 10 & 31, minlength=32) for x in (a, b)]
-    return float(np.abs(counts[0] - counts[1]).sum() / (2 * len(a)))
+        halves = values.reshape(-1)[:LOOKED_AT].view(np.float16)
+        require(not is_whole(halves), f"{problem} float16 numbers read as {dtype}")

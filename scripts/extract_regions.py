@@ -60,9 +60,8 @@ class Options:
     ] = ""
     tsv: Annotated[list[str] | None, "TSV files of bottom-up attention, its ports or LXMERT"] = None
     tsv_dtype: Annotated[
-        Literal["float16", "float32", "float64"] | None,
-        "tsv: type of the features; without it float32, and what looks otherwise is refused",
-    ] = None
+        Literal["float16", "float32", "float64"], "tsv: type of the features; others are refused"
+    ] = "float32"
     features: Annotated[
         str, "npz: folder of one .npz (x, bbox) or .npy (features alone) an image"
     ] = ""
@@ -86,8 +85,6 @@ class Options:
             is_used, is_given = name in OPTIONS_OF[self.model], bool(getattr(self, name))
             require(is_given or not is_used, f"--model {self.model}: expected --{name}")
             require(is_used or not is_given, f"--{name}: --model {self.model} does not use it")
-        is_used = self.model == "tsv" or not self.tsv_dtype
-        require(is_used, f"--tsv_dtype: --model {self.model} does not use it")
 
 
 def open_source(options: Options, names: Mapping[str, str]) -> "Source":

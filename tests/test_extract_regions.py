@@ -5,13 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, tsv_row, write_rows
+from conftest import ROOT, write_rows
 
 from common.lock import LOCK
 from scripts.parts.tsv import Tsv
@@ -56,43 +55,6 @@ def test_interrupted_and_resumed(
         extract(*how)
         assert contents(drawn) == whole, calls
     assert left[0] >= 0  # the last one was not interrupted
-
-
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    """The program, killed whenever its record has grown, writes the same files."""
-    count = 60
-    rows = tmp_path / "rows.tsv"
-    rows.write_bytes(b"".join(tsv_row(key, key) for key in range(count) if key % 7))
-    for folder in (tmp_path / "killed", tmp_path / "whole"):
-        folder.mkdir()
-        (folder / "train_caps.txt").write_text("a man\n" * 5 * count)
-        (folder / "train_ids.txt").write_text("".join(f"{key}\n" for key in range(count)))
-        names = {str(key): f"{key}.png" for key in range(count)}
-        (folder / "id_mapping.json").write_text(json.dumps(names))
-
-    def start(folder: Path) -> subprocess.Popen:
-        argv = ["--data", folder, "--model", "tsv", "--tsv", rows, "--skip_broken", "--workers", 0]
-        argv += ["--batch_size", 20]
-        program = [sys.executable, "-m", "scripts.extract_regions", *map(str, argv)]
-        return subprocess.Popen(program, cwd=ROOT, stderr=subprocess.DEVNULL)
-
-    def rows_done(record: Path) -> int:
-        return json.loads(record.read_text())["rows"] if record.exists() else 0
-
-    assert start(tmp_path / "whole").wait() == 0
-    record, kills = tmp_path / "killed/train_regions.json", []
-    while True:
-        done, program = rows_done(record), start(tmp_path / "killed")
-        while program.poll() is None and rows_done(record) == done:
-            time.sleep(0.001)
-        program.kill()
-        if program.wait() == 0:
-            break
-        kills.append(rows_done(record))
-    assert len(kills) > 1 and 0 < kills[0] < kills[-1]
-    for name in ("killed", "whole"):
-        (tmp_path / name / LOCK).unlink()  # names the process
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_ctrl_c_keeps_whole_batches_and_other_options_are_refused(

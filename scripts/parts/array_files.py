@@ -16,6 +16,7 @@ from scripts.parts.regions import Arrays
 
 FEATURES, BOXES, COUNT = ("x", "features"), ("bbox", "boxes"), ("num_bbox",)  # in a .npz file
 LARGEST_ARRAY = 2**28  # bytes; 100 regions of 2048 numbers are 1 MB
+MOST_REGIONS = 1000  # where there are more, columns are the regions
 
 
 class ArrayFiles:
@@ -31,38 +32,36 @@ class ArrayFiles:
             for ending in (".npz", ".npy")
         )
         self.files = {key: npy[key] if npy[key].exists() else npz[key] for key in keys}
-        there = {key: path for key, path in self.files.items() if path.exists()}
-        problem = f"{folder}: no {next(iter(self.files.values())).name}, nor files of other images"
+        there = [key for key, path in self.files.items() if path.exists()]
+        problem = f"{folder}: no {next(iter(npz.values())).name}, nor files of other images"
         require(bool(there), f"{problem}; expected .npz or .npy files, called as --key says")
-        digest = hashlib.sha256()
-        for key, path in there.items():
-            digest.update(f"{key} {sha256_of(path)}\n".encode())
+        digest, errors = hashlib.sha256(), []
+        for key in there:
+            is_one = self.files[key] == npz[key] or not npz[key].exists()
+            require(is_one, f"{npy[key]}: {npz[key].name} is there too; expected one of them")
+            digest.update(f"{key} {sha256_of(self.files[key])}\n".encode())
         self.about = {"model": "npz", "weights": digest.hexdigest()}
-        self.first, arrays = self._read_first(there)
-        self.shapes = [array.shape for array in arrays]
-
-    def _read_first(self, there: Mapping[str, Path]) -> tuple[Path, Arrays]:
-        """Return the first file that can be read. Raises the first error if none can."""
-        errors = []
         for key in there:
             try:
-                return self.read(key)
+                self.first, arrays = self.read(key)
             except InputError as error:
                 errors.append(error)
+            else:
+                self.shapes = [array.shape for array in arrays]
+                return
         raise errors[0]
 
     def read(self, key: str) -> tuple[Path, Arrays]:
         """Return an image's file and its features, and boxes if it has any. Raises InputError."""
         path = self.files[key]
         features, *boxes = arrays = read_arrays(path)
-        is_table = features.ndim == 2 and features.size > 0
+        is_table = features.ndim == 2 and features.size > 0 and len(features) <= MOST_REGIONS
         is_table = is_table and all(array.shape == (len(features), 4) for array in boxes)
         problem = f"{path}: arrays of {[array.shape for array in arrays]}"
         require(is_table, f"{problem}; expected features (regions, width), boxes (regions, 4)")
-        for array in arrays:
-            is_right = array.dtype.kind == "f" and is_feature(array)
-            problem = f"{path}: {array.dtype} numbers that are no features or boxes"
-            require(is_right, f"{problem}; expected floats, up to 1e6")
+        is_right = features.dtype.kind == "f" and all(map(is_feature, arrays))
+        problem = f"{path}: {features.dtype} numbers that are no features, or no boxes"
+        require(is_right, f"{problem}; expected floats, up to 1e6")
         return path, tuple(array.astype(np.float32) for array in arrays)
 
     def encode(self, items: Sequence[tuple[Path, Arrays]]) -> Arrays:
@@ -83,19 +82,27 @@ def read_arrays(path: Path) -> list[np.ndarray]:
     try:
         # The file is opened here, since numpy forgets to close a damaged one.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            features, boxes, count = [
-                _read_one(arrays, names) for names in (FEATURES, BOXES, COUNT)
-            ]
-            if features is None:
-                raise ValueError(f"holds {', '.join(arrays.files)}")
-            end = len(features) if count is None else int(count)  # rows behind it are padding
-            return [array[:end] for array in (features, boxes) if array is not None]
+            return _read_npz(arrays)
     except Exception as error:  # numpy and zipfile raise errors of many types
         if is_oom(error):
             raise
-        raise InputError(
-            f"{path}: {str(error) or type(error).__name__}; expected {expected}"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path}: {reason}; expected {expected}") from error
+
+
+def _read_npz(arrays: Any) -> list[np.ndarray]:
+    features, boxes, count = [_read_one(arrays, names) for names in (FEATURES, BOXES, COUNT)]
+    if features is None:
+        raise ValueError(f"holds {', '.join(arrays.files)}")
+    found = [array for array in (features, boxes) if array is not None]
+    if count is None:
+        return found
+    end = int(count.item())
+    if features.shape[1:] == (end,) != features.shape[:1]:
+        found[0] = features.T  # as the files of openvqa have it
+    if not 0 < end <= min(map(len, found)):
+        raise ValueError(f"{COUNT[0]} is {end}, but arrays are of {[x.shape for x in found]}")
+    return [array[:end] for array in found]  # rows behind it are padding
 
 
 def _read_one(arrays: Any, names: Sequence[str]) -> Any:

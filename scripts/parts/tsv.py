@@ -27,7 +27,7 @@ class Tsv:
     """
 
     def __init__(
-        self, paths: Sequence[Path], image_ids: Mapping[str, str], dtype: DType | None = None
+        self, paths: Sequence[Path], image_ids: Mapping[str, str], dtype: DType = "float32"
     ) -> None:
         self.image_ids, self.dtype = image_ids, dtype
         self.rows: dict[str, tuple[Path, int, int]] = {}  # file, offset, bytes; by image_id
@@ -40,6 +40,9 @@ class Tsv:
             self._index(path, digest)
         problem = f"{paths[0]}: none of {len(self.skipped)} rows is complete"
         require(bool(self.rows), f"{problem}: {summarise(self.skipped)}")
+        here, there = next(iter(self.rows)), set(image_ids.values())
+        problem = f"{paths[0]}: no row of these images: it has {here}, and not {min(there)}"
+        require(not there.isdisjoint(self.rows), f"{problem}; expected a file called as --key says")
         if self.skipped:
             log.warning("%d rows are skipped: %s", len(self.skipped), summarise(self.skipped))
         problem = f"{paths[0]}: rows have {min(self.counts)} to {max(self.counts)} boxes"

@@ -1,17 +1,17 @@
 """tsv_row.py — one row of a TSV file of region features: its fields, and the types of its numbers.
 
 Bottom-up attention, its ports to PyTorch and LXMERT write such rows. No field says what type the
-numbers have, and almost all bytes can be read as almost any type. Without a choice they are read as
-float32, unless they look like another type.
+numbers have, and almost all bytes can be read as almost any type: the numbers themselves show it.
 """
 
 import base64
+import codecs
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
-from common.numbers import is_feature, look_like
+from common.numbers import is_feature, is_whole
 
 FIELDS = {
     6: ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features"),
@@ -22,6 +22,7 @@ FIELDS = {
 }
 DType = Literal["float16", "float32", "float64"]
 BOX_TYPES = {16: "<f4", 32: "<f8"}  # by the bytes of a box
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,15 @@ class Row:
 
 
 class OtherType(Exception):
-    """The features look like numbers of another type."""
+    """The features are numbers of another type."""
 
 
-def parse_row(line: bytes, dtype: DType | None = None) -> Row:
-    """Parse a row whose features have this type; None is float32 if they do not look otherwise.
+def parse_row(line: bytes, dtype: DType = "float32") -> Row:
+    """Parse a row whose features have this type.
 
-    Raises ValueError if the row is damaged, and OtherType, which names the likely types.
+    Raises ValueError if the row is damaged, and OtherType, which names the type they have.
     """
-    fields = line.rstrip(b"\r\n").split(b"\t")
+    fields = line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n").split(b"\t")
     if len(fields) not in FIELDS:
         raise ValueError(f"{len(fields)} fields, not 6 or 10")
     row = dict(zip(FIELDS[len(fields)], fields, strict=True))
@@ -63,26 +64,23 @@ def decode(field: bytes) -> bytes:
     """Return the bytes of a base64 field, which may be the text b'...' of Python 3."""
     field = field.strip()
     if field[:2] in (b"b'", b'b"'):
-        field = field[2:-1]
-    return base64.b64decode(field, validate=True)
+        field = field[2:-1].replace(b"\\n", b"")  # base64.encodebytes writes lines
+    return base64.b64decode(field.translate(URL_SAFE), validate=True)
 
 
-def _read(data: bytes, count: int, dtype: DType | None) -> np.ndarray:
+def _read(data: bytes, count: int, dtype: DType) -> np.ndarray:
     """Return features `[count, width]`. Raises ValueError or OtherType."""
-    wanted = dtype or "float32"
     readings = {}
-    for name in get_args(DType):
+    for name in get_args(DType):  # from narrow to wide
         size = np.dtype(name).itemsize
         if data and len(data) % (count * size) == 0:
             values = np.frombuffer(data, np.dtype(name).newbyteorder("<")).reshape(count, -1)
             if is_feature(values):
                 readings[name] = values
-    likely = readings.keys() & look_like(data, count)
-    is_right = wanted in (likely or readings)
-    if is_right and (dtype or len(likely) < 2):
-        return readings[wanted]
-    if likely:
-        options = " or ".join(f"--tsv_dtype {name}" for name in sorted(likely))
-        raise OtherType(f"its features do not look like {wanted}; expected {options}")
-    others = ", ".join(sorted(readings)) or "no other type"
-    raise ValueError(f"{len(data)} bytes of {count} features are not {wanted}, but {others}")
+    actual = next((name for name, values in readings.items() if is_whole(values)), dtype)
+    if actual != dtype:
+        raise OtherType(f"its features are not {dtype}; expected --tsv_dtype {actual}")
+    if dtype in readings:
+        return readings[dtype]
+    others = ", ".join(readings) or "no other type"
+    raise ValueError(f"{len(data)} bytes of {count} features are not {dtype}, but {others}")
