@@ -1,18 +1,18 @@
 """extract_regions.py: interrupted and resumed, images left out, options."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_rows
+from conftest import run_program, write_rows
 
-from common.lock import LOCK
+from common.lock import LOCK, only_writer
 from scripts.parts.tsv import Tsv
 
 
@@ -32,29 +32,31 @@ def test_interrupted_and_resumed(
     class Killed(BaseException):
         pass
 
-    real_encode, real_replace = Tsv.encode, Path.replace
-    for calls in range(60):
-        shutil.rmtree(drawn)
-        shutil.copytree(before, drawn)
-        left = [calls]
+    def stop_at(call: int, patch: pytest.MonkeyPatch) -> None:
+        """Kill the run at this call of one of the two functions."""
+        calls = itertools.count()
 
-        def counted(real: Callable, left: list[int] = left) -> Callable:
+        def counted(real: Callable) -> Callable:
             def run(*args: object) -> object:
-                left[0] -= 1
-                if left[0] < 0:
+                if next(calls) == call:
                     raise Killed
                 return real(*args)
 
             return run
 
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Tsv, "encode", counted(real_encode))
-            patch.setattr(Path, "replace", counted(real_replace))
+        for owner, name in ((Tsv, "encode"), (Path, "replace")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+
+    for call in range(60):
+        shutil.rmtree(drawn)
+        shutil.copytree(before, drawn)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            stop_at(call, patch)
             extract(*how)
-            raise Killed
+            break
         extract(*how)
-        assert contents(drawn) == whole, calls
-    assert left[0] >= 0  # the last one was not interrupted
+        assert contents(drawn) == whole, call
+    assert 20 < call < 59 and contents(drawn) == whole  # the last run was not interrupted
 
 
 def test_ctrl_c_keeps_whole_batches_and_other_options_are_refused(
@@ -108,16 +110,10 @@ def test_complete_features_are_checked(drawn: Path, extract: Callable[..., str])
     assert "dev_regions.json" in extract(*how, status=2)
 
 
-def test_only_one_run_writes(drawn: Path, extract: Callable[..., str]) -> None:
-    how = write_rows(drawn)
-    hold = "import sys; from pathlib import Path; from common.lock import only_writer\n"
-    hold += "with only_writer(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, drawn / LOCK]
-    with subprocess.Popen(command, cwd=ROOT, stdin=-1, stdout=-1, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        assert f"process {other.pid}" in extract(*how, status=2)
-        other.stdin.close()
-    extract(*how)
+def test_only_one_run_writes(drawn: Path) -> None:
+    with only_writer(drawn / LOCK):
+        other = run_program("scripts/extract_regions.py", "--data", drawn, *write_rows(drawn))
+    assert other.returncode == 2 and f"process {os.getpid()}" in other.stderr
 
 
 def test_features_of_others_are_not_overwritten(drawn: Path, extract: Callable[..., str]) -> None:
@@ -127,14 +123,7 @@ def test_features_of_others_are_not_overwritten(drawn: Path, extract: Callable[.
     assert (drawn / "train_ims.npy").read_bytes() == b"theirs"
 
 
-@pytest.mark.parametrize(
-    ("argv", "option"),
-    [
-        (["efficientnet_lite2", "--images", "y", "--weights", "w"], "--weights"),
-        (["fasterrcnn", "--images", "y"], "--weights"),
-    ],
-)
-def test_options_that_do_not_fit_the_model(
-    extract: Callable[..., str], argv: list[str], option: str
-) -> None:
-    assert option in extract("--model", *argv, status=2)
+def test_options_that_do_not_fit_the_model(extract: Callable[..., str]) -> None:
+    images = ["--images", "y"]
+    for argv in (["efficientnet_lite2", *images, "--weights", "w"], ["fasterrcnn", *images]):
+        assert "--weights" in extract("--model", *argv, status=2)
