@@ -152,6 +152,7 @@ class Vocabulary:
         else:
             wanted = f"the vocabulary of BERT (or {TOKENIZER}), in the folder of --bert_path"
             entries = read_lines(path, wanted)
+            _warn_of_other_ids(path, entries, folder / TOKENIZER)
         for special in (PAD, UNK, CLS, SEP):
             require(special in entries, f"{path}: no entry {special}; a BERT vocabulary has one")
         pad = entries.index(PAD)
@@ -204,6 +205,16 @@ class Vocabulary:
             captions = [text.lower() for text in captions] if rules.lower_case else captions
         encoded = self._tokenizer.encode_batch(captions, add_special_tokens=False)
         return [pieces.ids for pieces in encoded]
+
+
+def _warn_of_other_ids(path: Path, entries: tuple[str, ...], other: Path) -> None:
+    """Warn if a `tokenizer.json` beside a vocab.txt, which is read, has other ids."""
+    if not os.path.lexists(other):
+        return
+    ids, others = ({e: i for i, e in enumerate(v)} for v in (entries, _read_tokenizer(other)))
+    if different := [entry for entry, i in ids.items() if entry and others.get(entry) != i]:
+        message = "%s: has other ids of %s; those in %s are used"
+        log.warning(message, other, summarise(different), path.name)
 
 
 def check_class(content: dict[str, Any], path: Path) -> None:

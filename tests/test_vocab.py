@@ -148,6 +148,10 @@ CAPTIONS = [
 ]
 
 
+VOCAB = {entry: i for i, entry in enumerate(SPECIAL)}
+MODEL = {"vocab": VOCAB}
+
+
 def put(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
@@ -232,13 +236,10 @@ def test_the_folder_says_how_captions_are_read(folder: Path, flags: Any, read: s
 
 
 def test_the_flags_win_over_the_normalizer(folder: Path) -> None:
-    put(folder / TOKENIZER, {"normalizer": normalizer(False, False, None)})
+    put(folder / TOKENIZER, {"model": MODEL, "normalizer": normalizer(False, False, None)})
     assert tokens(Vocabulary.load(folder), "Müller 犬犬") == "Müller 犬 ##犬"
     put(folder / FLAGS, {"do_lower_case": True, "tokenizer_class": "BertTokenizer"})
     assert tokens(Vocabulary.load(folder), "Müller 犬犬") == "muller 犬 犬"
-
-
-VOCAB = {entry: i for i, entry in enumerate(SPECIAL)}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ VOCAB = {entry: i for i, entry in enumerate(SPECIAL)}
     ],
 )
 def test_other_tokenisers_are_refused(folder: Path, name: str, content: Any, fact: str) -> None:
-    put(folder / name, content)
+    put(folder / name, content if name == FLAGS else {"model": MODEL} | content)
     with pytest.raises(InputError, match=name) as error:
         Vocabulary.load(folder)
     assert fact in str(error.value)
@@ -268,9 +269,9 @@ def test_other_tokenisers_are_refused(folder: Path, name: str, content: Any, fac
         (None, {}, "model.vocab"),
         ({"type": "BPE", "vocab": VOCAB}, {}, "model.type is 'BPE'"),
         ({"continuing_subword_prefix": "@@", "vocab": VOCAB}, {}, "'@@'"),
-        ({"vocab": VOCAB}, {"pre_tokenizer": {"type": "Whitespace"}}, "'Whitespace'"),
-        ({"vocab": VOCAB}, {"added_tokens": [{"id": 4}]}, "added_tokens"),
-        ({"vocab": VOCAB}, {"added_tokens": [{"content": "a", "id": 3}]}, "id 3"),
+        (MODEL, {"pre_tokenizer": {"type": "Whitespace"}}, "'Whitespace'"),
+        (MODEL, {"added_tokens": [{"id": 4}]}, "added_tokens"),
+        (MODEL, {"added_tokens": [{"content": "a", "id": 3}]}, "id 3"),
         ({"type": "WordPiece", "vocab": [["[PAD]", 0.0]]}, {}, "model.vocab"),
         ({"vocab": VOCAB | {"a": 2**20}}, {}, "'a' has id 1048576"),
         ({"vocab": VOCAB | {"a": 3}}, {}, "'a' has id 3"),
