@@ -12,8 +12,7 @@ from conftest import TSV_WIDTH, tsv_row, write_rows
 from common.errors import InputError
 from data import Split
 from scripts.parts.array_files import ArrayFiles
-from scripts.parts.tsv import Tsv
-from scripts.parts.tsv_row import OtherType, parse_row
+from scripts.parts.tsv import OtherType, Tsv, parse_row
 
 
 def assert_rows_of_ids(folder: Path, ids: list[int]) -> None:
