@@ -28,7 +28,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -50,6 +49,7 @@ from scripts.parts.extraction import Extraction
 from scripts.parts.images import read_image
 from scripts.parts.tsv import Tsv
 from tests import conftest
+from tests.changes import byte_changes, change_bytes, change_value, value_changes
 from training.config import TrainConfig
 from training.log import _earlier_sessions
 from training.loop import Trainer
@@ -80,57 +80,8 @@ class Options:
     json: Annotated[str | None, "file whose part 'fuzz' is to hold the report"] = None
 
 
-WORDS = [n.to_bytes(size, "little") for size in (4, 8) for n in (0, 1, 127, 2**31, 2**32 - 1)]
-WORDS += b"\0 \n \r \xff \xe2\x80\xa8 \xed\xa0\x80 PK\x03\x04 PK\x05\x06 cos\nsystem\n".split(b" ")
-WORDS += [*b'(F4) t. R [ { " -1 1e999 NaN null'.split(), b"\x85" * 50, b"9" * 30]
 SETTINGS = settings(database=None, deadline=None, derandomize=True, phases=[Phase.generate])
 SETTINGS = settings(SETTINGS, suppress_health_check=list(HealthCheck))
-AT, GONE = st.integers(0, 2**32 - 1), st.integers(0, 40) | st.just(2**40)  # how many bytes go
-NEW = st.binary(max_size=12) | st.sampled_from(WORDS)
-byte_changes = st.lists(st.tuples(AT, GONE, NEW), max_size=6)
-
-
-def change_bytes(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
-    for where, gone, new in changes:
-        at = where % (len(data) + 1)
-        data = data[:at] + new + data[at + gone :]
-    return data
-
-
-ODD: list[Any] = [
-    *(None, True, -1, 0, 3, 2**63, 10**30, 0.5, 1e308, float("nan"), float("inf"), -(10**400)),
-    *("", "x" * 50, "a\0b", "a\ud800", "\x1b[2J", b"x", 1j, [], {}, (), [[]], {"a": {}}),
-    ("a", ("b",)),
-    reduce(lambda nested, _: [nested, nested], range(40), ["ha"]),  # its text fills any memory
-    *(torch.zeros(3, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.complex64)),
-    *(torch.zeros(0), torch.tensor(3.0), torch.full((2, 2), torch.nan)),
-    *(torch.zeros(1).expand(2**40), torch.zeros(2, device="meta")),
-    torch.nn.Parameter(torch.zeros(4)),
-]
-PATH, ODDS = st.lists(st.integers(0, 2**16), max_size=6), st.integers(0, len(ODD) - 1)
-KIND = st.sampled_from(("set", "remove", "rename", "reshape", "type"))
-value_changes = st.lists(st.tuples(PATH, ODDS, KIND), max_size=4)
-
-
-def change_value(content: Any, path: list[int], odd: int, kind: str) -> Any:
-    """Return plain data with one value replaced; `path` leads to it."""
-    if path and isinstance(content, dict | list) and content:
-        keys = list(content) if isinstance(content, dict) else range(len(content))
-        key, new = keys[path[0] % len(keys)], content.copy()
-        if len(path) == 1 and kind in ("remove", "rename") and isinstance(content, dict):
-            value = new.pop(key)
-            return new if kind == "remove" else new | {f"{key}x": value}
-        new[key] = change_value(content[key], path[1:], odd, kind)
-        return new
-    if isinstance(content, torch.Tensor) and content.numel() < 10**6:
-        if kind == "reshape":
-            return content.unsqueeze(0) if odd % 2 else content.double()
-        if kind == "type":
-            dtypes = (torch.bool, torch.int64, torch.complex64, torch.float16, torch.uint16)
-            return content.to(dtypes[odd % len(dtypes)])
-    return ODD[odd]
-
-
 Reader = Callable[[Path, list, list], Any]  # writes a changed file to a folder and reads it
 
 
@@ -197,11 +148,6 @@ def resume(folder: Path) -> Reader:
     return by_values("x", path, read)
 
 
-def newest(folder: Path) -> Reader:
-    seed = trained(folder)[0].read_bytes()
-    return by_bytes(NEWEST, [seed], lambda path: _newest_whole(path.parent))
-
-
 def arrays_checkpoint(folder: Path) -> Reader:
     """Read safetensors with JSON beside it, whose checksum fits: else no more would be read."""
     path, (_, bert, checkpoint) = folder / "x.safetensors", conftest.Case(GOLDEN).load()
@@ -216,24 +162,25 @@ def arrays_checkpoint(folder: Path) -> Reader:
     return by_bytes(path.name, [path.read_bytes()], read)
 
 
-def bert_file(folder: Path, name: str) -> Reader:
-    """Return a reader of one file in a BERT folder."""
-    source = Path(shutil.copytree(BERT, folder / "bert"))
-    weights = source / "pytorch_model.bin"
+def into(source: Path) -> Callable[[Path], None]:
+    """Return a reader of a folder of BERT into which the changed file is copied."""
 
     def read(path: Path) -> None:
         shutil.copy(path, source)
         load_bert(source)
 
+    return read
+
+
+def bert_file(folder: Path, name: str) -> Reader:
+    """Return a reader of one file in a BERT folder."""
+    source = Path(shutil.copytree(BERT, folder / "bert"))
+    weights, read = source / "pytorch_model.bin", into(source)
     if name == weights.name:
         return by_values(name, weights, read)
     save_file(read_torch(weights), source / "model.safetensors")
     weights.unlink()
     return by_bytes(name, [(source / name).read_bytes()], read)
-
-
-def read_words(path: Path) -> None:
-    Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9)
 
 
 def bert_index(folder: Path) -> Reader:
@@ -244,29 +191,22 @@ def bert_index(folder: Path) -> Reader:
     weight_map = {name: shards[i % 2] for i, name in enumerate(weights)}
     for shard in shards:
         save_file({k: v for k, v in weights.items() if weight_map[k] == shard}, source / shard)
-    name = "model.safetensors.index.json"
-
-    def read(path: Path) -> None:
-        shutil.copy(path, source)
-        load_bert(source)
-
-    return by_bytes(name, [json.dumps({"weight_map": weight_map}).encode()], read)
+    seed = json.dumps({"weight_map": weight_map}).encode()
+    return by_bytes("model.safetensors.index.json", [seed], into(source))
 
 
-def read_captions(path: Path) -> None:
-    shutil.copy(DATA / "dev_ims.npy", path.parent)
-    Vocabulary.load(BERT).encode(Split.open(path.parent, "dev", WIDTH).captions, 12)
-
-
-def read_features(path: Path) -> None:
-    shutil.copy(DATA / "dev_caps.txt", path.parent)
+def read_split(path: Path) -> None:
+    shutil.copy(DATA / ("dev_ims.npy" if path.suffix == ".txt" else "dev_caps.txt"), path.parent)
     split = Split.open(path.parent, "dev", WIDTH)
+    Vocabulary.load(BERT).encode(split.captions, 12)
     split.regions(split.image_rows(np.arange(min(3, split.images))))
 
 
-def read_flags(path: Path) -> None:
-    shutil.copy(BERT / "vocab.txt", path.parent)
-    read_words(path)
+def read_words(path: Path) -> None:
+    """Read a vocabulary, or the flags of one."""
+    if path.name == "tokenizer_config.json":
+        shutil.copy(BERT / "vocab.txt", path.parent)
+    Vocabulary.load(path.parent).encode(["a man [UNK] 犬 runs!", ""], 9)
 
 
 def scores(folder: Path) -> Reader:
@@ -368,17 +308,19 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     ),
     "native_checkpoint": native_checkpoint,
     "resume": resume,
-    "newest": newest,
+    "newest": lambda folder: by_bytes(
+        NEWEST, [trained(folder)[0].read_bytes()], lambda path: _newest_whole(path.parent)
+    ),
     "arrays_checkpoint": arrays_checkpoint,
     "bert_weights": lambda folder: bert_file(folder, "pytorch_model.bin"),
     "bert_arrays": lambda folder: bert_file(folder, "model.safetensors"),
     "bert_sizes": lambda folder: bert_file(folder, "bert_config.json"),
     "bert_words": simple("vocab.txt", (BERT / "vocab.txt").read_bytes(), read_words),
     "bert_tokenizer": simple("tokenizer.json", json.dumps(TOKENIZER).encode(), read_words),
-    "bert_flags": simple("tokenizer_config.json", json.dumps(FLAGS).encode(), read_flags),
+    "bert_flags": simple("tokenizer_config.json", json.dumps(FLAGS).encode(), read_words),
     "bert_index": bert_index,
-    "captions": simple("dev_caps.txt", (DATA / "dev_caps.txt").read_bytes(), read_captions),
-    "features": simple("dev_ims.npy", (DATA / "dev_ims.npy").read_bytes(), read_features),
+    "captions": simple("dev_caps.txt", (DATA / "dev_caps.txt").read_bytes(), read_split),
+    "features": simple("dev_ims.npy", (DATA / "dev_ims.npy").read_bytes(), read_split),
     "scores": scores,
     "ids": simple("dev_ids.txt", b"a\nb\n3\n", lambda path: read_ids(path, images=3)),
     "names": simple(

@@ -386,6 +386,7 @@ def test_the_split_that_selected_the_model_is_warned_of(tiny: Path, run_train: R
 
 def test_saved_scores_of_a_dev_split_are_warned_of(tmp_path: Path, caplog) -> None:
     paths = [saved(tmp_path, "a"), array(tmp_path, np.eye(10, 50, dtype="f"), "b")]
+    caplog.set_level("WARNING")
     for split in (None, "test"):
         evaluate(scores=paths, split=split)
     assert not caplog.records

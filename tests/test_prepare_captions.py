@@ -80,19 +80,13 @@ def names_in(folder: Path) -> dict[str, str]:
 
 
 def test_karpathy_splits(out: Path, prepare: Prepare) -> None:
-    printed = prepare({"own.json": karpathy(["test", "restval", "val", "train"])})
-    assert "own.json: Karpathy's JSON, 4 images, 24 captions" in printed
+    content = karpathy(["test", "restval", "val", "train", "train"])
+    printed = prepare({"own.json": content}, "--train", "2")  # its first two images
+    assert "own.json: Karpathy's JSON, 5 images, 30 captions" in printed
     assert ids_in(out) == {"train": ["1", "3"], "dev": ["2"], "test": ["0"]}
-    assert lines(out / "train_caps.txt") == [
-        f"image {i} text {s}" for i in (1, 3) for s in range(5)
-    ]
+    captions = [f"image {i} text {s}" for i in (1, 3) for s in range(5)]
+    assert lines(out / "train_caps.txt") == captions
     assert names_in(out)["3"] == "3.jpg"
-
-
-def test_first_images_of_train(out: Path, prepare: Prepare) -> None:
-    content = karpathy(["train", "val", "restval", "val", "train"])
-    prepare({"own.json": content}, "--train", "2")
-    assert ids_in(out) == {"train": ["0", "2"], "dev": ["1", "3"]}
 
 
 def test_mscoco_has_testall(out: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +169,9 @@ def test_lines_and_tables(out: Path, prepare: Prepare, name: str, content: str, 
 
 
 def test_captions_of_an_image_need_not_be_consecutive(out: Path, prepare: Prepare) -> None:
-    text = "image,caption,split\nb.jpg,one,train\na.jpg,two,train\nb.jpg,three,train\n"
-    prepare({"c.csv": text})
-    assert lines(out / "train_caps.txt") == ["one", "three", "two"]
+    text = 'image,caption,split\nb.jpg," a\n\tman \u2028 runs",train\na.jpg,two,train\n'
+    prepare({"c.csv": f"{text}b.jpg,three,train\n"})
+    assert lines(out / "train_caps.txt") == ["a man runs", "three", "two"]  # one space each
     assert ids_in(out) == {"train": ["b.jpg", "b.jpg", "a.jpg"]}
 
 
@@ -187,11 +181,6 @@ def test_captions_of_an_image_need_not_be_consecutive(out: Path, prepare: Prepar
 def test_a_byte_order_mark_is_taken_off(out: Path, prepare: Prepare, text: str) -> None:
     prepare({"own": "\ufeff" + text})
     assert ids_in(out).keys() == {"test"}
-
-
-def test_white_space_in_captions_is_one_space(out: Path, prepare: Prepare) -> None:
-    prepare({"c.csv": 'image,caption,split\na.jpg," a\n\tman \u2028 runs",test\n'})
-    assert lines(out / "test_caps.txt") == ["a man runs"]
 
 
 def test_unusual_spaces_in_file_names(out: Path, prepare: Prepare) -> None:
@@ -381,15 +370,10 @@ def test_captions_of_other_images_are_not_written_beside_features(
         assert "train_ims.npy" in prepare({"own.json": other}, status=2)
 
 
-def test_json_is_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "id_mapping.json"
-    path.write_text(json.dumps(karpathy(["train"])))
-    before = path.read_text()
-    assert run_here(monkeypatch, prepare_captions.main, [path, "--out", tmp_path]) == 2
-    assert "id_mapping.json" in capsys.readouterr().err
-    assert path.read_text() == before
+def test_an_input_is_not_overwritten(tmp_path: Path, prepare: Prepare) -> None:
+    content = karpathy(["train"])
+    assert "id_mapping.json" in prepare({"out/id_mapping.json": content}, status=2)
+    assert json.loads((tmp_path / "out/id_mapping.json").read_text()) == content
 
 
 def test_split_that_the_files_lack_is_refused(out: Path, prepare: Prepare) -> None:
