@@ -167,7 +167,7 @@ class Split:
             )
 
     def _check_distinct(self, count: int) -> None:
-        """Raise InputError if half of `count` images have the first region of another image.
+        """Raise InputError if half of `count` images have the features of another image.
 
         All images are compared; if `count` is less, those beside them and where tiles repeat them.
         """
@@ -176,10 +176,10 @@ class Split:
         tiles = [n // times for times in range(2, 8)]
         others = [(some + step) % n for step in (0, 1, -1, *tiles)]
         images = np.unique(np.concatenate([some, *others]))
-        first = self._features[self.image_rows(images), 0]  # [images, img_dim]
-        keys = dict(zip(images.tolist(), map(hash, map(bytes, first)), strict=True))
+        rows = zip(images.tolist(), self.image_rows(images), strict=True)
+        keys = {image: hash(self._features[row].tobytes()) for image, row in rows}
         times = Counter(keys.values())
-        blank = hash(bytes(first[0].nbytes))  # of images that an extraction left out
+        blank = hash(bytes(self._features[0].nbytes))  # of images that an extraction left out
         twins = sum(keys[image] != blank and times[keys[image]] > 1 for image in some.tolist())
         if 2 * twins >= len(some):
             raise InputError(

@@ -290,6 +290,14 @@ def test_a_few_images_twice_and_empty_rows_are_read(
         assert Split.open(tmp_path, "dev", IMG_DIM).groups.counts.tolist() == [1] * 10
 
 
+def test_images_may_share_a_region(tmp_path: Path) -> None:
+    """As drawings on white do: a grid's first cell is the same corner in all of them."""
+    write_captions(tmp_path, 10, LETTERS)
+    features = THREE[:10]
+    np.save(tmp_path / "dev_ims.npy", np.append(features[[0] * 10, :1], features, axis=1))
+    assert Split.open(tmp_path, "dev", None).images == 10
+
+
 def test_a_sample_of_a_large_file_shows_repeated_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
