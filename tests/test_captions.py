@@ -290,8 +290,7 @@ def test_a_few_images_twice_and_empty_rows_are_read(
         assert Split.open(tmp_path, "dev", IMG_DIM).groups.counts.tolist() == [1] * 10
 
 
-def test_images_may_share_a_region(tmp_path: Path) -> None:
-    """As drawings on white do: a grid's first cell is the same corner in all of them."""
+def test_drawings_on_white_may_share_their_first_region(tmp_path: Path) -> None:
     write_captions(tmp_path, 10, LETTERS)
     features = THREE[:10]
     np.save(tmp_path / "dev_ims.npy", np.append(features[[0] * 10, :1], features, axis=1))
