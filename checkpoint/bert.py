@@ -24,7 +24,7 @@ from checkpoint.bert_files import (
     native_bert_names,
     read_weights,
 )
-from checkpoint.weights import check_finite, load_state_dict_strict
+from checkpoint.weights import load_state_dict_strict
 from common.errors import InputError, require, summarise
 from common.files import explain_os_errors, write_json, write_lines
 from common.torch_files import write_safetensors
@@ -79,7 +79,6 @@ def assemble_bert(folder: Path, weights: Any, source: Path) -> Bert:
         raise InputError(f"{source}: {sizes} are {held}; its configuration has {expected}")
     model = BertModel(config, add_pooling_layer=False)
     load_state_dict_strict(model, weights, source)
-    check_finite(model.state_dict(), source)
     return Bert(model, vocabulary, _fingerprint(model.state_dict(), vocabulary))
 
 

@@ -31,7 +31,7 @@ def check_finite(weights: Weights, source: Path) -> None:
 def load_state_dict_strict(
     model: nn.Module, weights: Weights, source: Path, keep: str = ""
 ) -> None:
-    """Load weights; a missing, surplus or misshapen one is an InputError that names it.
+    """Load weights; a missing, surplus, misshapen or not finite one is an InputError that names it.
 
     Weights of the model whose names start with `keep` stay as they are.
     """
@@ -54,3 +54,4 @@ def load_state_dict_strict(
         if is_oom(error):
             raise
         raise InputError(f"{source}: {str(error).splitlines()[-1].strip()}") from error
+    check_finite(wanted, source)  # which shares its memory with the model

@@ -247,6 +247,7 @@ BAD_CHECKPOINTS = {
     "no float": (option("lambda_softmax_CMRC", 10**400), "lambda_softmax_CMRC"),
     "missing": (part(2, lambda p: p.pop(GUIDE)), GUIDE),
     "surplus": (part(0, lambda p: p.update(more=torch.zeros(2))), "img_enc/more"),
+    "NaN": (part(0, lambda p: p["fc.bias"].fill_(torch.nan)), "image.fc.bias"),
     "no tensor": (part(2, lambda p: p.update({GUIDE: 3})), GUIDE),
     "other shape": (part(0, lambda p: p.update({"fc.weight": torch.zeros(3, 4)})), "image.fc"),
     "wrong type": (option("embed_size", "16"), "embed_size"),
