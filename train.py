@@ -41,14 +41,14 @@ def train(config: TrainConfig) -> None:
 
     device = pick_device(config.device)
     checkpoint = find_checkpoint(config.folder, config.resume, config.overwrite)
-    initial = read_initial(config) if config.init and checkpoint is None else None
+    initial = read_initial(config) if checkpoint is None else None
     bert = bert_to_train_with(config.bert_path, checkpoint or initial)
     check_positions(bert, config)
     folder = Path(config.data_path) / config.data_name
     split = Split.open(folder, "train", config.img_dim, training=True)
     config = replace(config, img_dim=split.img_dim)
     if checkpoint is not None:  # the record of how the run began stays
-        config = replace(config, init=str(checkpoint.options.get("init", "")))
+        config = replace(config, init=checkpoint.options.get("init"))
     dev = Split.open(folder, "dev", config.img_dim)
     skips = config.skips_single(split.regions_per_image)
     batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, skips)

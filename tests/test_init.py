@@ -117,6 +117,7 @@ def test_another_bert_is_refused(source: str, trained: Path, train_error: Error)
         (["--direction", "t2i", "--extra_img", "1"], "--direction i2t; expected t2i"),
         (["--data_name", "wide"], "--img_dim 13; expected 17"),
         (["--init", "no.pth.tar"], "no.pth.tar"),
+        (["--init", ""], "--init"),  # as `--init "$UNSET"` passes it
         (["--resume", "{source}"], "--resume"),
         (["--logger_name", "{folder}/runs", "--overwrite"], "--overwrite would delete it"),
     ],

@@ -18,11 +18,13 @@ from model import DIME
 from training.config import TrainConfig
 
 
-def read_initial(config: TrainConfig) -> Checkpoint:
-    """Read the model that `config.init` names.
+def read_initial(config: TrainConfig) -> Checkpoint | None:
+    """Read the model of `--init`; None without the option.
 
     Raises InputError if the file is no model, or if `--overwrite` would delete it.
     """
+    if config.init is None:
+        return None
     path = Path(config.init)
     is_deleted = config.overwrite and path.resolve().parent == config.folder.resolve()
     require(
