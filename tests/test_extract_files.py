@@ -1,7 +1,9 @@
 """extract_regions.py: features of TSV files and of .npz and .npy files."""
 
 import base64
+import codecs
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,11 +45,12 @@ def test_rows_of_a_tsv_file(
 
 
 def test_rows_by_name(drawn: Path, extract: Callable[..., str]) -> None:
-    """A name may have any letters and belongs to one image."""
+    """A name may have any letters, in any Unicode form, and belongs to one image."""
     names = {str(key): f"p/é {key}.png" for key in range(10)}
     (drawn / "id_mapping.json").write_text(json.dumps(names))
     how = ["--model", "tsv", "--tsv", drawn / "rows.tsv", "--tsv_key", "name"]
-    (drawn / "rows.tsv").write_bytes(b"".join(tsv_row(f"é {key}", key) for key in range(10)))
+    rows = [tsv_row(unicodedata.normalize("NFD", f"é {key}"), key) for key in range(10)]
+    (drawn / "rows.tsv").write_bytes(codecs.BOM_UTF8 + b"".join(rows))
     extract(*how)
     assert np.load(drawn / "train_ims.npy").shape == (6, 36, 6)
     error = extract(*how[:4], "--overwrite", status=2)  # by id

@@ -8,6 +8,7 @@ import base64
 import codecs
 import hashlib
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Tsv:
     def __init__(
         self, paths: Sequence[Path], image_ids: Mapping[str, str], dtype: DType = "float32"
     ) -> None:
-        self.image_ids, self.dtype = image_ids, dtype
+        self.image_ids = {key: one_form(image_id) for key, image_id in image_ids.items()}
+        self.dtype = dtype
         self.rows: dict[str, tuple[Path, int, int]] = {}  # file, offset, bytes; by image_id
         self.shape: tuple[int, int] = (0, 0)  # the first complete row decides
         self.counts: set[int] = set()  # of boxes
@@ -141,7 +143,7 @@ def parse_row(line: bytes, dtype: DType = "float32") -> Row:
     if len(fields) not in FIELDS:
         raise ValueError(f"{len(fields)} fields, not 6 or 10")
     row = dict(zip(FIELDS[len(fields)], fields, strict=True))
-    image_id, count = row["image_id"].decode().strip(), int(row["num_boxes"])
+    image_id, count = one_form(row["image_id"].decode()), int(row["num_boxes"])
     if not image_id or count < 1:
         raise ValueError(f"image_id {image_id!r} with {count} boxes")
     coded = decode(row["boxes"])
@@ -152,6 +154,11 @@ def parse_row(line: bytes, dtype: DType = "float32") -> Row:
         raise ValueError("its boxes hold numbers that are no pixels")
     features = _read(decode(row["features"]), count, dtype)
     return Row(image_id, features.astype(np.float32), boxes.astype(np.float32))
+
+
+def one_form(image_id: str) -> str:
+    """Return an image_id in one Unicode form (macOS writes é as e and an accent)."""
+    return unicodedata.normalize("NFC", image_id.strip())
 
 
 def decode(field: bytes) -> bytes:
