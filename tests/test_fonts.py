@@ -43,9 +43,9 @@ def test_an_installed_font_that_has_the_letters_is_used(
 @pytest.mark.usefixtures("own_fonts")
 def test_letters_that_no_font_has_are_one_line(tmp_path: Path, caplog: LogCaptureFixture) -> None:
     """Warnings would be errors here; matplotlib has one for each letter."""
-    figure, _ = written(f"{DOG}が走る {ITALIC_A}\ta", tmp_path / "a.png")
+    figure, _ = written(f"{DOG}が走る🐕 {ITALIC_A}\ta", tmp_path / "a.png")
     (record,) = caplog.records
-    assert "4 characters (CJK, HIRAGANA)" in record.getMessage()
+    assert "5 characters (CJK, HIRAGANA, symbols and emoji)" in record.getMessage()
     assert len(figure.texts[0].get_fontfamily()) == 2  # of what a font has
 
 

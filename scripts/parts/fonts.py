@@ -32,12 +32,18 @@ def set_fonts(figure: Figure) -> None:
     for text in texts if fallbacks else []:
         text.set_fontfamily([*matplotlib.rcParams["font.family"], *fallbacks])
     if missing:
-        kinds = sorted({unicodedata.name(c, "UNNAMED").split()[0] for c in missing})
+        kinds = sorted({_script(c) for c in missing})
         log.warning(
             "drawn as boxes: %d characters (%s), since no installed font has them; "
             "install a font of that script, such as Noto Sans",
             *(len(missing), summarise(kinds)),
         )
+
+
+def _script(character: str) -> str:
+    if unicodedata.category(character) == "So":
+        return "symbols and emoji"
+    return unicodedata.name(character, "UNNAMED").split()[0]
 
 
 def find_fonts(characters: Iterable[str]) -> tuple[list[str], set[str]]:
