@@ -26,7 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import has_fast_bf16, parse, pick_device, print_line, run
 from common.config import Direction, Precision
@@ -62,7 +62,7 @@ Work = Callable[[], Any]
 @dataclass(frozen=True)
 class Options:
     only: Annotated[list[Word] | None, "only these rows"] = None
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     json: Annotated[str | None, "write the rows here"] = None
 
 
@@ -122,6 +122,8 @@ def seconds_of(work: Work, device: "torch.device") -> float:
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter() - since
 
 
@@ -194,7 +196,7 @@ def in_new_process(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def main() -> None:
-    options = parse(Options, None, __doc__ or "")
+    options = parse(Options, None, __doc__)
     device = pick_device(options.device)
     if options.json is not None:
         check_writable(Path(options.json))

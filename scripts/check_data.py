@@ -24,7 +24,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, progress, run
 from common.errors import InputError, check_range, require, summarise
@@ -237,7 +237,7 @@ def problems_between(
 
 
 def main() -> None:
-    report = check(parse(Options, None, __doc__ or ""))
+    report = check(parse(Options, None, __doc__))
     print_line(report.text())
     if report.problems:
         sys.exit(HAS_PROBLEMS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common import provenance
 from common.cli import parse, print_line, run
@@ -30,7 +30,7 @@ class Options:
 
 
 def main() -> None:
-    options = parse(Options, None, __doc__ or "")
+    options = parse(Options, None, __doc__)
     folder = Path(options.folder)
     report = read_report(folder)
     write_json(folder / "demo.json", report)

@@ -19,7 +19,7 @@ from typing import Annotated
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, run
 from common.errors import check_range
@@ -183,7 +183,7 @@ def scenes(
 
 
 def main() -> None:
-    options = parse(Options, None, __doc__ or "")
+    options = parse(Options, None, __doc__)
     out = Path(options.out)
     splits = ["train"] * options.train + ["val"] * options.dev + ["test"] * options.test
     # Two generators, so that a change of the drawing does not change the captions.

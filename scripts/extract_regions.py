@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, pick_device, print_line, progress, run
 from common.config import LARGEST
@@ -72,7 +72,7 @@ class Options:
     ] = "id"
     batch_size: Annotated[int, "images at a time"] = 16
     workers: Annotated[int, "processes that read images; 0 reads in the program itself"] = 2
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     skip_broken: Annotated[bool, "leave out images that cannot be read, with their captions"] = (
         False
     )
@@ -142,7 +142,7 @@ def extract(extraction: Extraction, source: "Source", options: Options) -> None:
 
 
 def main() -> None:
-    options = parse(Options, None, __doc__ or "")
+    options = parse(Options, None, __doc__)
     folder = Path(options.data)
     splits = [split for split in get_args(SplitName) if ids_file(folder, split).exists()]
     require(bool(splits), f"{folder}: no ids; expected a folder that prepare_captions wrote")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, pick_device, print_line, run
 from common.errors import check_range, require
@@ -50,7 +50,7 @@ class Options:
     data_name: Annotated[str | None, "data set's folder (default: the checkpoint's)"] = None
     bert_path: Annotated[str | None, "folder of BERT (default: the checkpoint's)"] = None
     split: Annotated[SplitName, "which images"] = "test"
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, ..."] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     count: Annotated[int, "first images of the split, each with all its captions"] = 200
     clusters: Annotated[int, "spectral clusters, at most 8"] = 5
     images: Annotated[str | None, "folder of the images that id_mapping.json names"] = None

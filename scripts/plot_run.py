@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, run
 from scripts.parts.figures import COLOURS, check_figure, new_figure, write_figure
@@ -64,7 +64,7 @@ def figure(runs: Mapping[str, Events]) -> "Figure":
 
 
 def main() -> None:
-    options = parse(Options, None, __doc__ or "")
+    options = parse(Options, None, __doc__)
     check_figure(Path(options.out))
     from training.log import events
 

@@ -42,7 +42,7 @@ from typing import Annotated, Literal, get_args
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # to run from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, run
 from common.errors import check_range, require, summarise
@@ -196,7 +196,7 @@ def write(folder: Path, splits: Splits, inputs: Sequence[str]) -> None:
 
 
 def main() -> None:
-    options = parse(Options, None, __doc__ or "")
+    options = parse(Options, None, __doc__)
     splits = group_by_split(read_all(options), options.train)
     if options.captions_per_image != "all":
         splits = keep_five(splits)

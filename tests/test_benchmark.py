@@ -13,7 +13,7 @@ from common.config import ModelConfig
 from model import DIME
 from router import Modality
 from scripts import benchmark
-from scripts.benchmark import FLOPS, Case, cases, measure
+from scripts.benchmark import FLOPS, Case, cases, measure, seconds_of
 
 D = 256
 
@@ -85,3 +85,11 @@ def test_bfloat16_is_not_measured_if_it_is_emulated(monkeypatch, capsys) -> None
     monkeypatch.setattr(benchmark, "has_fast_bf16", lambda device: False)
     assert run_here(monkeypatch, benchmark.main, ["--only", "i2t", "bf16", "eager", "score"]) == 0
     assert "Not run: i2t bf16 score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_gpu_is_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_: calls.append("waited"))
+    assert seconds_of(lambda: calls.append("worked"), torch.device(kind)) >= 0
+    assert calls == ["worked", "waited"]
