@@ -217,10 +217,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[object]], str]] = {
         ensemble(lambda c: setattr(c["opt"], "data_name", "coco_precomp")),
         "--save_scores",
     ),
-    "two widths": (
-        ensemble(lambda c: setattr(c["opt"], "img_dim", 7)),
-        "[7, 20] wide",
-    ),
+    "two widths": (ensemble(lambda c: setattr(c["opt"], "img_dim", 7)), "[7, 20] wide"),
     "second model": (ensemble(lambda c: c["model"][2].pop("bn.weight")), "second.pth.tar: "),
     "no fold": (lambda t: ["--fold5"], "test_ims.npy: 12 images"),
     "no split": (lambda t: ["--split", "testall"], "testall_caps.txt: not found"),

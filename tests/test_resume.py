@@ -113,6 +113,10 @@ def other_moment(tiny: Path, content: dict) -> None:
     content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(2, 2)
 
 
+def moment_of_nan(tiny: Path, content: dict) -> None:
+    content["optimizer"]["state"][3]["exp_avg_sq"].fill_(torch.nan)
+
+
 UNFIT = {
     "another BERT": (another_bert, "BERT"),
     "other captions": (other_captions, "train_ims.npy"),
@@ -121,6 +125,7 @@ UNFIT = {
     "step": (lambda _, content: content.update(step=7), "step"),
     "no random state": (lambda _, content: content.pop("random"), "'random'"),
     "moment's shape": (other_moment, "exp_avg is [2, 2]"),
+    "NaN in a moment": (moment_of_nan, "exp_avg_sq holds NaN"),
     "no Adam": (lambda _, content: content["optimizer"]["state"].clear(), "moments of 0 weights"),
     "no optimiser": (lambda _, content: content.update(optimizer=3), NEWEST),
 }
