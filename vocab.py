@@ -79,7 +79,7 @@ class Tokenization:
         nor false, or if the tokeniser is not BERT's.
         """
         # DEVIATION: a tokenizer_config.json, or else a tokenizer.json, decides on case, accents and
-        # Chinese characters, as in the transformers library (the published code read all captions
+        # Chinese characters, as in the tokenizers library (the published code read all captions
         # as uncased BERT of 2018).
         path = folder / FLAGS
         stated = _read_if_there(path)
