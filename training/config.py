@@ -66,8 +66,8 @@ class TrainConfig(DataConfig, ModelConfig):
         str | None, "begin with the weights of a checkpoint: native, official or .safetensors"
     ] = None
     resume: Annotated[
-        str | None, "resume a run: auto (the newest checkpoint of its folder) or a checkpoint file"
-    ] = None
+        str, "resume a run: auto (the newest checkpoint of its folder) or a checkpoint file"
+    ] = ""
     overwrite: Annotated[bool, "delete the run in the folder and start again"] = False
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     precision: Annotated[Precision, "bf16 computes products in bfloat16, weights stay float32"] = (
@@ -100,7 +100,7 @@ class TrainConfig(DataConfig, ModelConfig):
             raise InputError("--extra_stc: expected --direction i2t")
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite exclude each other")
-        if self.init and self.resume not in (None, "auto"):
+        if self.init and self.resume not in ("", "auto"):
             raise InputError("--init and --resume FILE exclude each other")
 
     def skips_single(self, regions: int) -> bool:

@@ -61,7 +61,7 @@ class TrainState:
         return cls(**values)
 
 
-def find_checkpoint(folder: Path, resume: str | None, overwrite: bool) -> Checkpoint | None:
+def find_checkpoint(folder: Path, resume: str, overwrite: bool) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None to start a new run.
 
     Raises InputError if the folder holds a run and neither --resume nor --overwrite is given.
