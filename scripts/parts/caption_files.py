@@ -158,17 +158,21 @@ def read_annotations(path: Path, content: Record) -> Iterator[CaptionedImage]:
 # Lines: each reader yields the number of a line and its fields
 
 
+def filled_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers from 1."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
 def pattern_records(
     path: Path, text: str, pattern: re.Pattern[str]
 ) -> Iterator[tuple[int, Record]]:
     """Read lines of a file name, the number of a caption, and the caption."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            match = pattern.fullmatch(line.strip())
-            problem = f"{path}: line {number} is {brief_repr(line[:60])}"
-            if match is None:
-                raise InputError(f"{problem}; expected a file name, a number and a caption")
-            yield number, match.groupdict()
+    for number, line in filled_lines(text):
+        match = pattern.fullmatch(line.strip())
+        problem = f"{path}: line {number} is {brief_repr(line[:60])}"
+        if match is None:
+            raise InputError(f"{problem}; expected a file name, a number and a caption")
+        yield number, match.groupdict()
 
 
 def csv_records(path: Path, text: str) -> Iterator[tuple[int, Record]]:
@@ -187,15 +191,14 @@ def csv_records(path: Path, text: str) -> Iterator[tuple[int, Record]]:
 
 
 def json_records(path: Path, text: str) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                problem = f"{path}: line {number}: not JSON: {error}"
-                raise InputError(f"{problem}; expected one object a line") from error
-            require(isinstance(record, dict), f"{path}: line {number}: expected a JSON object")
-            yield number, record
+    for number, line in filled_lines(text):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problem = f"{path}: line {number}: not JSON: {error}"
+            raise InputError(f"{problem}; expected one object a line") from error
+        require(isinstance(record, dict), f"{path}: line {number}: expected a JSON object")
+        yield number, record
 
 
 def read_records(path: Path, records: Iterable[tuple[int, Record]]) -> Iterator[CaptionedImage]:
