@@ -1,6 +1,7 @@
 """log.py: names, means, and what resuming keeps of a log."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +83,23 @@ def test_run_json_covers_all_sessions(tmp_path: Path, monkeypatch) -> None:
     assert 300 <= run["seconds"] < 320 and run["resumed_at"] == [1, 2]
     assert run["commit"] == "c" and [each["commit"] for each in run["earlier"]] == ["a", "b"]
     assert all(each["device"] and each["versions"]["torch"] for each in run["earlier"])
+
+
+def test_a_run_needs_no_tensorboard(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run_log = RunLog(tmp_path, {}, CPU)
+    with run_log.open():
+        run_log.record(Le=2.5)
+    assert log.events(tmp_path) == [{"step": 0, "Le": 2.5}]
+    assert not list(tmp_path.glob(log.EVENTS))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "tensorboard" in caplog.text
+
+
+def test_a_package_that_is_missing_has_no_version(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(log, "PACKAGES", ("torch", "no-such-package"))
+    versions = RunLog(tmp_path, {}, CPU).run["versions"]
+    assert versions["torch"] and versions["no-such-package"] is None
 
 
 @pytest.mark.parametrize("content", ["[", "{}", '{"resumed_at": [1e999], "seconds": 1}'])

@@ -11,19 +11,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from common import provenance
 from common.errors import InputError, brief_repr, require
 from common.files import explain_os_errors, read_json, read_text, write_bytes, write_json
 from common.memory import peak_memory
 from evaluation import Retrieval
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
@@ -43,7 +47,7 @@ class RunLog:
             "command": shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
             "options": dict(options),
             "versions": {"python": platform.python_version()}
-            | {package: version(package) for package in PACKAGES},
+            | {package: _version(package) for package in PACKAGES},
             "commit": provenance.commit(),
             "device": provenance.machine(device, f"{torch.get_num_threads()} threads"),
             "resumed_at": [],  # steps
@@ -65,7 +69,7 @@ class RunLog:
         _keep_lines(self.folder / METRICS, lambda line: _is_event_until(line, step, validated))
         _keep_lines(self.folder / LOG, lambda line: _is_log_until(line, step))
         with explain_os_errors(self.folder, "a folder to write to"):
-            self.board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+            self.board = _new_board(self.folder, step)
             path = self.folder / LOG
             file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s [%(step)d] %(message)s"))
@@ -77,8 +81,9 @@ class RunLog:
         finally:
             logging.getLogger().removeHandler(file)
             file.close()
-            with explain_os_errors(self.folder, "a folder to write to"):
-                self.board.close()
+            if self.board is not None:
+                with explain_os_errors(self.folder, "a folder to write to"):
+                    self.board.close()
 
     def record(self, **values: float) -> None:
         """Log an event at the present step: a line of metrics.jsonl, a scalar for each value."""
@@ -131,6 +136,26 @@ def tags(result: Retrieval) -> dict[str, float]:
     """Return the metrics under the published trainer's names; text-to-image ones end in "i"."""
     both = asdict(result.i2t) | {f"{name}i": v for name, v in asdict(result.t2i).items()}
     return both | {"rsum": result.rsum, "r1r5": result.selection}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _new_board(folder: Path, step: int) -> "SummaryWriter | None":
+    """Return a writer of TensorBoard's events that hides those after `step`.
+
+    Warns and returns None if tensorboard is not installed: metrics.jsonl has the same figures.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("tensorboard is not installed; no event files")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
 def _earlier_sessions(path: Path) -> tuple[dict[str, Any], float]:
