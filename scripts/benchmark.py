@@ -4,14 +4,16 @@
     python -m scripts.benchmark --only i2t fp32 score        # some rows
     python -m scripts.benchmark --json results/speed.json    # also write the rows
 
-A row's share is the time that the floating-point operations of its pairs would take at the rate of
-one large product in the same precision, divided by the row's time. The product is timed between the
-row's runs, because a machine may be faster now and slower a minute later. Run it on an idle
-machine: any other program makes the figures worthless.
-Sizes: 256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches of 32 with 32 extra
-negatives, a BERT of MiniLM's size. `train_checkpointing` is a step with --activation_checkpointing.
+A row's share of the product is the time that the floating-point operations of its pairs would take
+at the rate of one large product in the same precision, divided by the row's time. Its share of the
+copy is the same for the bytes that eager code moves, at the rate of one large copy. Both are timed
+between the row's runs, because a machine may be faster now and slower a minute later. Run it on an
+idle machine: any other program makes the figures worthless.
+256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches of 32 with 32 extra
+negatives. `train_checkpointing` is a step with --activation_checkpointing.
 """
 
+import gc
 import logging
 import math
 import multiprocessing
@@ -46,34 +48,80 @@ log = logging.getLogger(__name__)
 # many, whatever it recomputes.
 FLOPS = {"i2t": 111e6, "t2i": 102e6}
 TRAINING = 3
-RUNS = 5  # a row is their median
-PRODUCT = (36 * 1024, 256, 256)
-BATCH, WORDS, REGIONS, WIDTH = 32, 32, 36, 2048
+# Bytes that eager code reads and writes for a pair; in training with BERT, of bert-base's size.
+BYTES = {
+    "score": {
+        "i2t": {"fp32": 9.9e6, "tf32": 9.9e6, "bf16": 7.3e6},
+        "t2i": {"fp32": 9.1e6, "tf32": 9.1e6, "bf16": 6.6e6},
+    },
+    "train": {
+        "i2t": {"fp32": 35.2e6, "tf32": 35.2e6, "bf16": 25.4e6},
+        "t2i": {"fp32": 31.3e6, "tf32": 31.3e6, "bf16": 22.5e6},
+    },
+}
+WORDS, REGIONS, WIDTH, ENTRIES = 32, 36, 2048, 30522  # ENTRIES of BERT's vocabulary
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
-HIDDEN, ENTRIES = 384, 30522  # BERT's width and vocabulary
-QUERIES, CONTEXTS = 16, 96  # scored at a time: one chunk of a large set
 
 What = Literal["score", "train", "train_checkpointing"]
 Way = Literal["eager", "compiled"]
 Word = Literal[Direction, Precision, Way, What]
+Size = Literal["minilm", "bert_base", "tiny"]
 Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a row computes."""
+
+    hidden: int  # BERT's width
+    layers: int  # of BERT
+    batch: int = 32
+    queries: int = 16
+    contexts: int = 96  # queries and contexts scored at a time: one chunk of a large set
+    product: tuple[int, int, int] = (36 * 1024, 256, 256)
+    copied: int = 2**28  # bytes
+    warm_up: int = 1  # runs that are not timed: they compile, and record launches
+    runs: int = 5  # a row is their median
+
+
+SIZES = {
+    "minilm": Sizes(384, 6),
+    "bert_base": Sizes(
+        *(768, 12),
+        queries=64,
+        contexts=128,
+        product=(8192, 8192, 8192),
+        copied=2**30,
+        warm_up=8,
+        runs=20,
+    ),
+    "tiny": Sizes(24, 1, 2, 2, 3, product=(64, 8, 8), copied=2**10, runs=1),
+}
 
 
 @dataclass(frozen=True)
 class Options:
     only: Annotated[list[Word] | None, "only these rows"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
+    sizes: Annotated[
+        Size | None, "BERT, and the work of a row (default: minilm on a CPU, else bert_base)"
+    ] = None
     json: Annotated[str | None, "write the rows here"] = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table; each is measured in a process of its own."""
+    """One row of the table."""
 
     direction: Direction
     precision: Precision
     compiled: bool
     what: What
+
+    @property
+    def name(self) -> str:
+        way = "compiled" if self.compiled else "eager"
+        return f"{self.direction} {self.precision} {way} {self.what}"
 
 
 def cases(only: Sequence[str] = ()) -> Iterator[Case]:
@@ -84,51 +132,87 @@ def cases(only: Sequence[str] = ()) -> Iterator[Case]:
         yield Case(direction, precision, way == "compiled", what)
 
 
-def measure(case: Case, device: "torch.device") -> dict[str, Any] | None:
-    """Return the row of a case; None if it does not compile. To be called in a new process."""
+def measure(case: Case, sizes: Sizes, device: "torch.device") -> dict[str, Any] | None:
+    """Return the row of a case; None if it does not compile."""
     import torch
 
     tune_malloc()
     torch.manual_seed(0)
-    train_step = new_train_step(case, device)
-    pairs, work = (scoring if case.what == "score" else training)(train_step)
     if case.compiled:
-        work()  # compiles
-        if not train_step.model.space.is_compiled:
-            return None
-    m, k, n = PRODUCT
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
-    a, b = (torch.randn(*size, dtype=dtype).to(device) for size in ((m, k), (k, n)))
-    times, product_times = [], []
-    for _ in range(RUNS):
-        times.append(seconds_of(work, device))
-        product_times.append(seconds_of(lambda: a @ b, device))
-    seconds, rate = statistics.median(times), 2 * m * k * n / min(product_times)
+        torch.compiler.reset()
+    gc.collect()  # the model of a former row
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    train_step = new_train_step(case, sizes, device)
+    pairs, work = (scoring if case.what == "score" else training)(train_step, sizes)
+    for _ in range(sizes.warm_up):
+        work()
+    if train_step.model.space.is_compiled != case.compiled:
+        return None
+    peak = peak_memory(device)
+    product, copy = large_product(case, sizes, device), large_copy(sizes, device)
+    times = [
+        [seconds_of(each, device) for each in (work, product, copy)] for _ in range(sizes.runs)
+    ]
+    work_times, product_times, copy_times = zip(*times, strict=True)
+    seconds = statistics.median(work_times)
+    flop_rate = 2 * math.prod(sizes.product) / min(product_times)
+    byte_rate = 2 * sizes.copied / min(copy_times)  # read and written
     flops = FLOPS[case.direction] * pairs * (1 if case.what == "score" else TRAINING)
     return asdict(case) | {
         "pairs_per_s": round(pairs / seconds, 1),
-        "seconds": round(seconds, 4),
-        "share": round(flops / rate / seconds, 4),
-        "peak_gb": round(peak_memory(device) / 1e9, 3),
-        "product_gflops": round(rate / 1e9, 1),
+        "seconds": round(seconds, 5),
+        "share": round(flops / flop_rate / seconds, 4),
+        "copy_share": round(bytes_moved(case, pairs) / byte_rate / seconds, 4),
+        "peak_gb": round(peak / 1e9, 3),
+        "product_gflops": round(flop_rate / 1e9, 1),
+        "copy_gb_per_s": round(byte_rate / 1e9, 1),
     }
 
 
-def seconds_of(work: Work, device: "torch.device") -> float:
-    """Return how long `work` takes."""
+def bytes_moved(case: Case, pairs: int) -> float:
+    """Return how many bytes eager code reads and writes, whatever the row's own code does."""
+    part = "score" if case.what == "score" else "train"
+    return BYTES[part][case.direction][case.precision] * pairs
+
+
+def large_product(case: Case, sizes: Sizes, device: "torch.device") -> Work:
     import torch
 
+    m, k, n = sizes.product
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    a, b = (torch.randn(*size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
+    return lambda: a @ b
+
+
+def large_copy(sizes: Sizes, device: "torch.device") -> Work:
+    import torch
+
+    source = torch.randint(256, (sizes.copied,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def seconds_of(work: Work, device: "torch.device") -> float:
+    """Return how long `work` takes; on a CUDA GPU, by the GPU's own clock."""
+    import torch
+
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
     since = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     if device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter() - since
 
 
-def new_train_step(case: Case, device: "torch.device") -> "TrainStep":
-    """Return a new model with random weights and a BERT of MiniLM's size, and its optimiser."""
+def new_train_step(case: Case, sizes: Sizes, device: "torch.device") -> "TrainStep":
+    """Return a new model with random weights, BERT included, and its optimiser."""
     from transformers import BertConfig, BertModel
 
     from model import DIME
@@ -143,11 +227,14 @@ def new_train_step(case: Case, device: "torch.device") -> "TrainStep":
         compile=case.compiled,
         extra_stc=int(i2t),
         extra_img=int(not i2t),
-        batch_size=BATCH,
+        batch_size=sizes.batch,
         activation_checkpointing=case.what == "train_checkpointing",
     )
     bert_config = BertConfig(
-        hidden_size=HIDDEN, num_hidden_layers=6, intermediate_size=1536, num_attention_heads=12
+        hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        intermediate_size=4 * sizes.hidden,
+        num_attention_heads=12,
     )
     bert = BertModel(bert_config, add_pooling_layer=False)
     train_step = TrainStep(config, DIME(config, bert).to(device), device)
@@ -165,61 +252,92 @@ def random_inputs(images: int, captions: int) -> tuple["Tensor", "Tensor", "Tens
     return torch.rand(images, REGIONS, WIDTH), ids, mask
 
 
-def scoring(train_step: "TrainStep") -> tuple[int, Work]:
+def scoring(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
     """Return a number of pairs, and a function that scores them."""
     import torch
 
     model = train_step.model.eval()
-    sizes = (QUERIES, CONTEXTS) if model.direction == "i2t" else (CONTEXTS, QUERIES)
-    regions, ids, mask = (tensor.to(train_step.device) for tensor in random_inputs(*sizes))
+    counts = (sizes.queries, sizes.contexts)
+    inputs = random_inputs(*(counts if model.direction == "i2t" else reversed(counts)))
+    regions, ids, mask = (tensor.to(train_step.device) for tensor in inputs)
     with torch.no_grad():
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
-    return math.prod(sizes), torch.no_grad()(lambda: model.score(images, captions))
+    return math.prod(counts), torch.no_grad()(lambda: model.score(images, captions))
 
 
-def training(train_step: "TrainStep") -> tuple[int, Work]:
+def training(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
     """Return the number of pairs of a training step, and the step, BERT included."""
     import torch
 
     from data import Batch
 
-    i2t = train_step.model.direction == "i2t"
-    sizes = (BATCH, 2 * BATCH) if i2t else (2 * BATCH, BATCH)
-    batch = Batch(*random_inputs(*sizes), torch.arange(sizes[1]), BATCH).to(train_step.device)
-    return math.prod(sizes), lambda: train_step.step(batch)
+    n, i2t = sizes.batch, train_step.model.direction == "i2t"
+    images, captions = (n, 2 * n) if i2t else (2 * n, n)
+    inputs = random_inputs(images, captions)
+    batch = Batch(*inputs, torch.arange(captions), n).to(train_step.device)
+    return images * captions, lambda: train_step.step(batch)
 
 
-def in_new_process(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Return `function(*inputs)`, computed in a new process to measure its peak memory alone."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *inputs).result()
+class Rows:
+    """Measures rows, each in a process of its own on a CPU, for its peak memory.
+
+    A GPU counts its own memory: there, one process measures rows until one of them fails.
+    """
+
+    def __init__(self, sizes: Sizes, device: "torch.device") -> None:
+        self.sizes, self.device = sizes, device
+        self.pool: ProcessPoolExecutor | None = None
+
+    def measure(self, case: Case) -> dict[str, Any] | str:
+        """Return the row of a case, or why there is none."""
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        row: dict[str, Any] | str | None
+        try:
+            row = self.pool.submit(measure, case, self.sizes, self.device).result()
+        except Exception as error:  # out of memory, a fault of the GPU: other rows may work
+            row = (str(error) or type(error).__name__).splitlines()[0]
+        if self.device.type == "cpu" or not isinstance(row, dict):
+            self.close()
+        return row or "the compiler fails"
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+        self.pool = None
 
 
 def main() -> None:
     options = parse(Options, None, __doc__)
     device = pick_device(options.device)
-    if options.json is not None:
-        check_writable(Path(options.json))
-    since = time.monotonic()
-    rows, not_run = [], []
+    path = Path(options.json) if options.json is not None else None
+    if path is not None:
+        check_writable(path)
+    default: Size = "minilm" if device.type == "cpu" else "bert_base"
+    rows = Rows(SIZES[options.sizes or default], device)
+    since, report = time.monotonic(), new_report(device)
     for case in cases(options.only or ()):
-        name = f"{case.direction} {case.precision} {case.what}"
-        if case.precision == "bf16" and not has_fast_bf16(device):
-            not_run.append(f"{name}: this processor emulates bfloat16")
-        elif row := in_new_process(measure, case, device):
-            rows.append(row)
+        row: dict[str, Any] | str = "this processor emulates bfloat16"
+        if case.precision != "bf16" or has_fast_bf16(device):
+            row = rows.measure(case)
+        if isinstance(row, dict):
+            report["rows"].append(row)
             log.info("%s", speed_rows([row]).splitlines()[-1])
         else:
-            not_run.append(f"{name} compiled: the compiler fails")
+            report["not_run"].append(f"{case.name}: {row}")
+            log.info("%s", report["not_run"][-1])
+        report["minutes"] = round((time.monotonic() - since) / 60, 1)
+        if path is not None:  # after each row, so that a benchmark that is cut off leaves some
+            write_json(path, report)
+    rows.close()
+    print_line(speed_tables(report))
+
+
+def new_report(device: "torch.device") -> dict[str, Any]:
     from common import provenance
 
     command = shlex.join(["python", "-m", "scripts.benchmark", *sys.argv[1:]])
-    minutes = round((time.monotonic() - since) / 60, 1)
-    results = {"minutes": minutes, "not_run": not_run, "rows": rows}
-    report = provenance.of(command, device) | results
-    if options.json is not None:
-        write_json(Path(options.json), report)
-    print_line(speed_tables(report))
+    return provenance.of(command, device) | {"minutes": 0.0, "not_run": [], "rows": []}
 
 
 if __name__ == "__main__":

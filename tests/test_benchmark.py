@@ -1,6 +1,8 @@
 """scripts/benchmark.py: the operations of a pair, and the rows of a small run."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -44,26 +46,46 @@ def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> No
     assert pair == pytest.approx(FLOPS[direction], rel=0.03)
 
 
+TINY = benchmark.SIZES["tiny"]
+CPU = torch.device("cpu")
+
+
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little work, in this process."""
-    sizes = {"RUNS": 1, "PRODUCT": (64, 8, 8), "BATCH": 2, "QUERIES": 2, "CONTEXTS": 3}
-    for name, value in sizes.items():
-        monkeypatch.setattr(benchmark, name, value)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool:
+        def __init__(self, *given: object) -> None:
+            self.shutdown = lambda: None
+
+        def submit(self, function: Callable, *inputs: object) -> Future:
+            future: Future = Future()
+            try:
+                future.set_result(function(*inputs))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(benchmark, "tune_malloc", lambda: None)
-    monkeypatch.setattr(benchmark, "in_new_process", lambda function, *given: function(*given))
+
+
+def run_tiny(monkeypatch: pytest.MonkeyPatch, *more: object) -> int:
+    return run_here(monkeypatch, benchmark.main, ["--sizes", "tiny", *more])
 
 
 def test_rows_of_a_small_run(
-    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    in_this_process: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     path = tmp_path / "speed.json"
-    assert run_here(monkeypatch, benchmark.main, ["--only", "eager", "fp32", "--json", path]) == 0
+    assert run_tiny(monkeypatch, "--only", "eager", "fp32", "--json", path) == 0
     report = json.loads(path.read_text())
     assert "--only eager fp32" in report["command"] and report["not_run"] == []
     rows = report["rows"]
     assert len({(r["direction"], r["precision"], r["what"]) for r in rows}) == len(rows) == 2 * 3
     assert all(row["pairs_per_s"] > 0 and row["peak_gb"] > 0.1 for row in rows)
+    assert all(row["share"] > 0 and row["copy_share"] > 0 for row in rows)
     assert "| train_checkpointing |" in capsys.readouterr().out
 
 
@@ -73,23 +95,74 @@ def test_words_choose_rows() -> None:
     assert list(cases(["t2i", "bf16", "compiled", "score"])) == [Case("t2i", "bf16", True, "score")]
 
 
-def test_a_failed_compilation_is_no_row(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*inputs: object) -> None:
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
-    assert measure(Case("i2t", "fp32", True, "score"), torch.device("cpu")) is None
+    monkeypatch.setattr(benchmark, "tune_malloc", lambda: None)
+    assert measure(Case("i2t", "fp32", True, "score"), TINY, CPU) is None
+
+
+def test_a_row_that_fails_is_named_and_the_others_are_measured(
+    in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*inputs: object) -> None:
+        raise RuntimeError("no memory\nat all")
+
+    monkeypatch.setattr(benchmark, "scoring", fail)
+    path = tmp_path / "speed.json"
+    rows = ["i2t", "fp32", "eager", "score", "train"]
+    assert run_tiny(monkeypatch, "--only", *rows, "--json", path) == 0
+    report = json.loads(path.read_text())
+    assert report["not_run"] == ["i2t fp32 eager score: no memory"]
+    assert [row["what"] for row in report["rows"]] == ["train"]
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("cpu", 3), ("cuda", 2)])
+def test_a_gpu_measures_in_one_process_until_a_row_fails(
+    kind: str, processes: int, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    pool = benchmark.ProcessPoolExecutor
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_: started.append(1) or pool())
+    results = iter([{"row": 1}, None, {"row": 2}])
+    monkeypatch.setattr(benchmark, "measure", lambda *_: next(results))
+    rows = benchmark.Rows(TINY, torch.device(kind))
+    case = Case("i2t", "fp32", True, "score")
+    assert [rows.measure(case) for _ in range(3)] == [{"row": 1}, "the compiler fails", {"row": 2}]
+    assert len(started) == processes
 
 
 def test_bfloat16_is_not_measured_if_it_is_emulated(monkeypatch, capsys) -> None:
     monkeypatch.setattr(benchmark, "has_fast_bf16", lambda device: False)
-    assert run_here(monkeypatch, benchmark.main, ["--only", "i2t", "bf16", "eager", "score"]) == 0
-    assert "Not run: i2t bf16 score" in capsys.readouterr().out
+    assert run_tiny(monkeypatch, "--only", "i2t", "bf16", "eager", "score") == 0
+    assert "Not run: i2t bf16 eager score" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_a_gpu_is_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_apple_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_: calls.append("waited"))
-    assert seconds_of(lambda: calls.append("worked"), torch.device(kind)) >= 0
+    monkeypatch.setattr(torch.mps, "synchronize", lambda *_: calls.append("waited"))
+    assert seconds_of(lambda: calls.append("worked"), torch.device("mps")) >= 0
     assert calls == ["worked", "waited"]
+
+
+def test_a_cuda_gpu_times_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("recorded")
+
+        def synchronize(self) -> None:
+            calls.append("waited")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2500.0 if end is not self else 0.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert seconds_of(lambda: calls.append("worked"), torch.device("cuda")) == 2.5
+    assert calls == ["recorded", "worked", "recorded", "waited"]

@@ -55,15 +55,17 @@ def speed_tables(report: dict[str, Any]) -> str:
 
 def speed_rows(rows: list[dict[str, Any]]) -> str:
     """Return the table of the benchmark's rates."""
-    head = ["", "precision", "", "what", "pairs/s", "seconds", "share", "GB", "GFLOP/s"]
+    head = ["", "precision", "", "what", "pairs/s", "seconds", "GB"]
+    head += ["GFLOP/s", "share", "GB/s", "share"]
     lines = []
     for row in rows:
         way = "compiled" if row["compiled"] else "eager"
-        rates = [
-            f"{row['pairs_per_s']:.0f}",
-            f"{row['seconds']:.2f}",
-            f"{100 * row['share']:.0f} %",
-        ]
-        machine = [f"{row['peak_gb']:.2f}", f"{row['product_gflops']:.0f}"]
-        lines.append([row["direction"], row["precision"], way, row["what"], *rates, *machine])
+        rates = [f"{row['pairs_per_s']:.0f}", f"{row['seconds']:.3g}", f"{row['peak_gb']:.2f}"]
+        product = [f"{row['product_gflops']:.0f}", f"{100 * row['share']:.0f} %"]
+        copy = ["", ""]  # not measured in older reports
+        if "copy_share" in row:
+            copy = [f"{row['copy_gb_per_s']:.0f}", f"{100 * row['copy_share']:.0f} %"]
+        lines.append(
+            [row["direction"], row["precision"], way, row["what"], *rates, *product, *copy]
+        )
     return markdown(head, lines)
