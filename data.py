@@ -33,7 +33,7 @@ from common.layout import (
 )
 from common.numbers import check_numbers
 from common.workers import load
-from vocab import Vocabulary
+from vocab import EncodedCaptions, Vocabulary
 
 SMALL_FILE = 2**28  # bytes; all rows of features up to this size are checked when they are opened
 SAMPLED_ROWS = 16  # rows of a larger file that its fingerprint covers; images that are checked
@@ -239,6 +239,10 @@ class TrainingBatches(Dataset):
         smallest = 2 if self.skip_single else 1
         return full * (self.config.batch_size >= smallest) + (rest >= smallest)
 
+    @cached_property
+    def _encoded(self) -> EncodedCaptions:
+        return EncodedCaptions.of(self.split.captions, self.vocabulary, self.max_words)
+
     def __getitem__(self, index: tuple[int, int]) -> Batch:
         epoch, position = index
         # DEVIATION: order and extra negatives are functions of seed, epoch and position (the
@@ -252,8 +256,7 @@ class TrainingBatches(Dataset):
         images = rng.integers(self.split.images, size=len(paired) * self.config.extra_img)
         rows = np.concatenate([self.split.caption_rows(paired), self.split.image_rows(images)])
         captions = np.concatenate([paired, extra])
-        texts = [self.split.captions[c] for c in captions]
-        ids, mask = self.vocabulary.encode(texts, self.max_words)
+        ids, mask = self._encoded[captions]
         hidden = None
         if self.hidden_states is not None:
             hidden = torch.from_numpy(open_memmap(self.hidden_states, mode="r")[captions])
@@ -263,6 +266,7 @@ class TrainingBatches(Dataset):
     def epoch(self, epoch: int, start: int, pin: bool) -> Iterator[Batch]:
         """Yield the batches of an epoch from position `start` on, read by worker processes."""
         indices = [(epoch, position) for position in range(start, len(self))]
+        _ = self._encoded  # here, so that the workers get it
         return load(self, indices, self.config.workers, pin)
 
 

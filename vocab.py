@@ -12,16 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from common.cli import progress
 from common.errors import InputError, brief_repr, require, summarise
 from common.files import read_json
 from common.layout import read_lines
 
-# Captions are tokenised in the loader's workers. A thread pool of the parent does not survive the
-# fork, and one thread tokenises 25,000 captions in about a second.
+# The loader's workers are forked, and a thread pool does not survive that. One thread tokenises
+# 25,000 captions in about a second.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ NAMES = {
 CLASSES = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 LARGEST_SIZE = 2**20  # entries; LaBSE's vocabulary has 501,153
+CHUNK = 4096  # captions encoded at a time
 LONGEST_WORD = 100  # characters; a longer word is one [UNK]
 WORDPIECE = {
     "type": "WordPiece",
@@ -205,6 +208,37 @@ class Vocabulary:
             captions = [text.lower() for text in captions] if rules.lower_case else captions
         encoded = self._tokenizer.encode_batch(captions, add_special_tokens=False)
         return [pieces.ids for pieces in encoded]
+
+
+@dataclass(frozen=True)
+class EncodedCaptions:
+    """Captions that were encoded once; `self[captions]` is what `Vocabulary.encode` returns.
+
+    MSCOCO's 566,000 captions of 32 words take 75 MB. These are arrays because torch sends a tensor
+    to a spawned worker through shared memory, of which a container has 64 MB.
+    """
+
+    ids: np.ndarray  # [T, max_words] int32
+    lengths: np.ndarray  # [T] int32, number of real tokens
+
+    @classmethod
+    def of(
+        cls, captions: Sequence[str], vocabulary: Vocabulary, max_words: int
+    ) -> "EncodedCaptions":
+        """Encode captions, with a progress bar."""
+        ids = np.empty((len(captions), max_words), np.int32)
+        lengths = np.empty(len(captions), np.int32)
+        with progress("reading captions", len(captions), "captions") as bar:
+            for first in range(0, len(captions), CHUNK):
+                chunk = slice(first, first + CHUNK)
+                chunk_ids, mask = vocabulary.encode(captions[chunk], max_words)
+                ids[chunk], lengths[chunk] = chunk_ids, mask.sum(1)
+                bar.update(len(mask))
+        return cls(ids, lengths)
+
+    def __getitem__(self, captions: np.ndarray) -> tuple[Tensor, Tensor]:
+        mask = np.arange(self.ids.shape[1]) < self.lengths[captions, None]
+        return torch.from_numpy(self.ids[captions].astype(np.int64)), torch.from_numpy(mask)
 
 
 def _warn_of_other_ids(path: Path, entries: tuple[str, ...], other: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +175,28 @@ def test_batch_is_a_function_of_seed_epoch_and_position(
     assert not equal(some[0, 2], some[1, 2])
     other = replace(some, config=replace(some.config, seed=1))
     assert not equal(some[0, 2], other[0, 2])
+
+
+def test_captions_are_encoded_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = Vocabulary.encode
+
+    def noted(self: Vocabulary, captions: Sequence[str], max_words: int) -> tuple:
+        encoded.extend(captions)
+        return encode(self, captions, max_words)
+
+    monkeypatch.setattr(Vocabulary, "encode", noted)
+    some = batches(split)
+    for epoch in range(2):
+        assert len(list(some.epoch(epoch, 0, pin=False))) == 10
+    assert encoded == list(split.captions)
+
+
+def test_a_spawned_worker_gets_the_encoded_captions(split: Split) -> None:
+    some = batches(split)
+    expected = some[0, 3]
+    sent = pickle.loads(pickle.dumps(some))
+    assert "_encoded" in vars(sent) and equal(sent[0, 3], expected)
 
 
 def test_extras_are_drawn_from_the_whole_split(split: Split) -> None:

@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
@@ -15,7 +16,7 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizerFast
 
 from common.errors import InputError
-from vocab import Vocabulary
+from vocab import EncodedCaptions, Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,18 @@ def test_tokens_equal_an_oracle_from_the_spec(vocabulary: Vocabulary) -> None:
     for caption, row, real in zip(captions, ids, mask, strict=True):
         expected = ["[CLS]", *tokens_by_spec(entries, caption), "[SEP]"]
         assert [vocabulary.entries[i] for i in row[real]] == expected, ascii(caption)
+
+
+def test_captions_encoded_once_equal_captions_encoded_anew(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vocab.CHUNK", 3)
+    captions = ["a man", "", "two dogs run " * 9, "a", "white", "the black cat", "a boy in red"]
+    encoded = pickle.loads(pickle.dumps(EncodedCaptions.of(captions, vocabulary, 8)))
+    chosen = np.array([6, 2, 2, 1, 0])
+    expected = vocabulary.encode([captions[t] for t in chosen], 8)
+    for values, wanted in zip(encoded[chosen], expected, strict=True):
+        assert torch.equal(values, wanted) and values.dtype == wanted.dtype
 
 
 def test_long_caption_is_cut_and_short_one_padded() -> None:
