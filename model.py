@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from cells import CellSizes
-from common.compile import compiling_pays
+from common.compile import compiling_pays, needs_fixed_shapes
 from common.config import Direction, ModelConfig, Precision
 from router import Modality, RoutingSpace
 
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 WINDOWS = (1, 2, 3)  # widths of the text convolutions, in words
 WORD_BUCKET = 8  # a context is trimmed to a multiple of it, so that few shapes occur
+# Added to the affinity of a padded word. Below it, bfloat16 has only -inf, and a softmax over
+# nothing but -inf is NaN.
+MASKED = torch.finfo(torch.bfloat16).min
 
 
 class ImageEncoder(nn.Module):
@@ -68,7 +71,12 @@ class TextEncoder(nn.Module):
     def read(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return BERT's last hidden states `[T, M, hidden]` of ids and mask `[T, M]`."""
         # REFERENCE: BERT is frozen, yet its dropout stays on while the rest trains.
-        return self.bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        # `BertModel.forward` asks whether any word is padded, and a GPU must finish all its work
+        # before the answer. The encoder takes a mask `[T, 1, M, M]` as it is.
+        added = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, MASKED)
+        added = added[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        words = self.bert.embeddings(input_ids=ids)
+        return self.bert.encoder(words, attention_mask=added).last_hidden_state.float()
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Modality:
         """Encode hidden states `[T, M, hidden]`: words `[T, M, D]` and sentences `[T, D]`."""
@@ -203,10 +211,12 @@ class DIME(nn.Module):
 
 
 def _trim(captions: Modality) -> Modality:
-    """Return the captions without the positions that no caption uses.
+    """Return the captions without the positions that no caption uses, unless shapes are fixed.
 
     Masked positions of a context have no influence on scores (SPEC §5.3), so this saves time only.
     """
+    if needs_fixed_shapes(captions.mask.device):
+        return captions
     longest = int(captions.mask.sum(1).max())
     width = min(captions.mask.shape[1], -(-longest // WORD_BUCKET) * WORD_BUCKET)
     return Modality(captions.tokens[:, :width], captions.pooled, captions.mask[:, :width])

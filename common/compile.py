@@ -24,6 +24,15 @@ WORTH_COMPILING = 2_000_000  # from so many pairs on, compiling saves more time 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
 
+def needs_fixed_shapes(device: torch.device) -> bool:
+    """Return whether tensors should always have the same shapes on a device: on all but a CPU.
+
+    On a GPU, compiled code is faster for one shape than for all, and to ask for the longest caption
+    the host would have to wait. On a CPU, smaller tensors save time.
+    """
+    return device.type != "cpu"
+
+
 class Compiled:
     """A compiled function; after the compiler's first failure it calls the eager one.
 

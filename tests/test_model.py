@@ -156,6 +156,21 @@ def test_text_encoder() -> None:
     assert torch.equal(encoded.mask, mask)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bert_gives_the_hidden_states_of_its_own_forward(precision: str, attention: str) -> None:
+    """`read` does without `BertModel.forward`; also if no word is padded, and if every one is."""
+    model = small_model("i2t")
+    model.precision, model.text.bert.config._attn_implementation = precision, attention
+    _, ids, mask = small_batch()
+    for words in (mask, torch.ones_like(mask)):
+        with torch.no_grad(), model.autocast(ids):
+            expected = model.text.bert(input_ids=ids, attention_mask=words.long())[0].float()
+            hidden = model.text.read(ids, words)
+        torch.testing.assert_close(hidden, expected, atol=1e-6, rtol=0)
+    assert model.text.read(ids, torch.zeros_like(mask)).isfinite().all()
+
+
 def test_bert_is_frozen_with_its_dropout_on() -> None:
     model = small_model("i2t").train()
     regions, ids, mask = small_batch()

@@ -80,6 +80,26 @@ def test_running_out_of_memory_halves_the_chunk(monkeypatch, caplog) -> None:
     assert "2 pairs" in caplog.text
 
 
+def test_captions_are_not_trimmed_if_shapes_are_fixed(monkeypatch) -> None:
+    """On a CPU words that no caption uses are left out; the scores stay the same."""
+    model, widths = small_model("i2t"), []
+    encoded = small_encoded(model)
+    short = encoded.captions[encoded.captions.mask.sum(1) <= 5]
+    space = model.space.forward
+
+    def noting(query: Modality, context: Modality, pairs: int | None = None) -> tuple:
+        widths.append(context.tokens.shape[1])
+        return space(query, context, pairs)
+
+    monkeypatch.setattr(model.space, "forward", noting)
+    with torch.no_grad():
+        trimmed, _ = model.score(encoded.images, short)
+        monkeypatch.setattr("model.needs_fixed_shapes", lambda device: True)
+        whole, _ = model.score(encoded.images, short)
+    torch.testing.assert_close(trimmed, whole, atol=1e-6, rtol=0)
+    assert widths == [8, 10]
+
+
 def test_scores_of_nan_are_refused_by_the_name_of_the_model() -> None:
     model = small_model("i2t")
     encoded = small_encoded(model)
