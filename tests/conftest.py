@@ -19,47 +19,20 @@ from PIL import Image, ImageDraw
 
 import evaluate_models
 import train
-from checkpoint.bert import Bert
-from checkpoint.checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
 from common import cli as options
 from common import provenance
 from common.files import write_json
-from data import Split
-from model import DIME
 from scripts import extract_regions, prepare_captions
+from scripts.parts.golden import CASES, GOLDEN, Case
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
 Run = Callable[..., int]  # runs a program in this process and returns its exit status
 Error = Callable[..., str]  # runs one that must refuse its input and returns its error
-CASES = ("i2t", "t2i", "i2t_no_extra", "i2t_variant", "t2i_variant", "thresholds")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a model hub for anything
 # Two tests run side by side on two cores; threads that wait for each other would take most of both.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of programs that tests start
-
-
-class Case:
-    """One golden case: files as the published project wrote them, and what it computed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.bert_path, self.data_path = folder / "bert", folder / "data"
-        self.model_path = folder / "checkpoint.pth.tar"
-
-    def expected(self, part: str) -> dict[str, np.ndarray]:
-        with np.load(self.folder / f"expected_{part}.npz") as arrays:
-            return dict(arrays)
-
-    def load(self) -> tuple[DIME, Bert, Checkpoint]:
-        checkpoint = read_checkpoint(self.model_path)
-        bert = bert_of(checkpoint, self.bert_path)
-        return build_model(checkpoint, bert), bert, checkpoint
-
-    def split(self, name: str = "test") -> Split:
-        img_dim = read_checkpoint(self.model_path).config.img_dim
-        return Split.open(self.data_path / "f30k_precomp", name, img_dim)
 
 
 @pytest.fixture(params=CASES)
