@@ -130,10 +130,6 @@ class Split:
         """Row of the features of each image."""
         return self.groups.first[images] if self.row_a_caption else images
 
-    def caption_rows(self, captions: np.ndarray) -> np.ndarray:
-        """Row of the features that each caption belongs to."""
-        return captions if self.row_a_caption else self.groups.image_of_caption[captions]
-
     def rows_of(self, images: np.ndarray) -> np.ndarray:
         """All rows of some images: one each, or one for each caption."""
         return self.groups.captions_of(images) if self.row_a_caption else images
@@ -148,7 +144,7 @@ class Split:
         blocks = size // CHECKED_AT_ONCE + 1
         for block in np.array_split(images, min(blocks, len(images))):
             rows = self.rows_of(block)
-            values = self.regions(rows).numpy()
+            values = self._read(rows).float().numpy()
             check_numbers(self.path, values, rows, self._features.dtype)
             if self.row_a_caption:
                 self._check_repeats(values, self.groups.image_of_caption[rows])
@@ -188,8 +184,14 @@ class Split:
                 f"consecutive and have the same id in {self._ids_name}"
             )
 
-    def regions(self, rows: np.ndarray) -> Tensor:
-        """Features of `rows`, `[rows, L, img_dim]` float32. Raises InputError on NaN or inf."""
+    def regions(self, images: np.ndarray) -> Tensor:
+        """Features of `images`, `[images, L, img_dim]`, float16 or float32 as in the file.
+
+        Raises InputError on NaN or inf.
+        """
+        return self._read(self.image_rows(images))
+
+    def _read(self, rows: np.ndarray) -> Tensor:
         features = read_rows(self._features, rows)
         check_finite_rows(self.path, features, rows)
         return torch.from_numpy(features)
@@ -199,7 +201,7 @@ class Split:
 class Batch:
     """A training batch; the first `pairs` images and captions match one to one."""
 
-    regions: Tensor  # [I, L, img_dim] float32
+    regions: Tensor  # [I, L, img_dim] float16 or float32, as stored; after `to` float32
     ids: Tensor  # [T, M] int64
     mask: Tensor  # [T, M] bool, True = a real token
     captions: Tensor  # [T] index in the split
@@ -207,8 +209,9 @@ class Batch:
     hidden_states: Tensor | None = None  # [T, M, hidden] BERT's output, if it is cached
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return the batch on a device, which makes the features float32."""
+        batch = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(batch, regions=batch.regions.float())
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory (called by DataLoader)."""
@@ -244,7 +247,16 @@ class TrainingBatches(Dataset):
         return EncodedCaptions.of(self.split.captions, self.vocabulary, self.max_words)
 
     def __getitem__(self, index: tuple[int, int]) -> Batch:
-        epoch, position = index
+        images, captions, pairs = self._draw(*index)
+        regions = self.split.regions(images)
+        ids, mask = self._encoded[captions]
+        hidden = None
+        if self.hidden_states is not None:
+            hidden = torch.from_numpy(open_memmap(self.hidden_states, mode="r")[captions])
+        return Batch(regions, ids, mask, torch.from_numpy(captions), pairs, hidden)
+
+    def _draw(self, epoch: int, position: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return images `[I]` and captions `[T]` of a batch, and the number of its pairs."""
         # DEVIATION: order and extra negatives are functions of seed, epoch and position (the
         # published ones came from global generators).
         order = _order(self.config.seed, epoch, len(self.split.captions))
@@ -252,22 +264,42 @@ class TrainingBatches(Dataset):
         paired = order[position * size : (position + 1) * size]
         # Extra negatives stand behind the pairs: captions as columns, images as rows (SPEC §7).
         rng = np.random.default_rng((EXTRAS, self.config.seed, epoch, position))
-        extra = rng.integers(len(self.split.captions), size=len(paired) * self.config.extra_stc)
+        captions = rng.integers(len(self.split.captions), size=len(paired) * self.config.extra_stc)
         images = rng.integers(self.split.images, size=len(paired) * self.config.extra_img)
-        rows = np.concatenate([self.split.caption_rows(paired), self.split.image_rows(images)])
-        captions = np.concatenate([paired, extra])
-        ids, mask = self._encoded[captions]
-        hidden = None
-        if self.hidden_states is not None:
-            hidden = torch.from_numpy(open_memmap(self.hidden_states, mode="r")[captions])
-        regions = self.split.regions(rows)
-        return Batch(regions, ids, mask, torch.from_numpy(captions), len(paired), hidden)
+        images = np.concatenate([self.split.groups.image_of_caption[paired], images])
+        return images, np.concatenate([paired, captions]), len(paired)
 
-    def epoch(self, epoch: int, start: int, pin: bool) -> Iterator[Batch]:
-        """Yield the batches of an epoch from position `start` on, read by worker processes."""
-        indices = [(epoch, position) for position in range(start, len(self))]
+    def epoch(self, epoch: int, start: int, device: torch.device) -> Iterator[Batch]:
+        """Yield the batches of an epoch from position `start` on, on a device.
+
+        Worker processes read them. Raises InputError that names the file or --workers.
+        """
+        keys = [(epoch, position) for position in range(start, len(self))]
         _ = self._encoded  # here, so that the workers get it
-        return load(self, indices, self.config.workers, pin)
+        batches = load(self, keys, self.config.workers, pin=device.type == "cuda")
+        return copied_ahead(batches, device)
+
+
+def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on a device; a CUDA GPU copies the next one while it computes."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    # Copies have a stream of their own. Each waits for the steps that were launched before, because
+    # it may take the memory of their batches; the step that is launched next runs beside it.
+    copies = torch.cuda.Stream(device)
+    ready: Batch | None = None
+    for batch in batches:
+        copies.synchronize()  # the copy of `ready`; it bounds how far the host runs ahead
+        copies.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(copies):
+            copied = batch.to(device)
+        if ready is not None:
+            yield ready
+        ready = copied
+    copies.synchronize()
+    if ready is not None:
+        yield ready
 
 
 @dataclass(frozen=True)
@@ -277,7 +309,7 @@ class ImageBlocks(Dataset):
     split: Split
 
     def __getitem__(self, block: tuple[int, int]) -> Tensor:
-        return self.split.regions(self.split.image_rows(np.arange(*block)))
+        return self.split.regions(np.arange(*block)).float()
 
 
 def spread(length: int, count: int) -> np.ndarray:

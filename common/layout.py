@@ -261,8 +261,8 @@ def map_features(path: Path) -> np.memmap:
 
 
 def read_rows(features: np.memmap, rows: np.ndarray) -> np.ndarray:
-    """Return a copy of some rows of mapped features, `[rows, L, img_dim]` float32."""
-    values = np.ascontiguousarray(features[rows], dtype=np.float32)
+    """Return a copy of some rows of mapped features, `[rows, L, img_dim]` float16 or float32."""
+    values = np.ascontiguousarray(features[rows], dtype=features.dtype.newbyteorder("="))
     # Pages read from a map count as this process's memory until they are given back.
     if hasattr(mmap, "MADV_DONTNEED") and isinstance(features.base, mmap.mmap):
         features.base.madvise(mmap.MADV_DONTNEED)

@@ -199,7 +199,7 @@ def read_split(path: Path) -> None:
     shutil.copy(DATA / ("dev_ims.npy" if path.suffix == ".txt" else "dev_caps.txt"), path.parent)
     split = Split.open(path.parent, "dev", WIDTH)
     Vocabulary.load(BERT).encode(split.captions, 12)
-    split.regions(split.image_rows(np.arange(min(3, split.images))))
+    split.regions(np.arange(min(3, split.images)))
 
 
 def read_words(path: Path) -> None:

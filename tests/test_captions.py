@@ -223,8 +223,8 @@ def test_captions_of_an_image(
     np.save(tmp_path / "dev_ims.npy", np.repeat(features, counts, 0) if repeated else features)
     split = Split.open(tmp_path, "dev", IMG_DIM)
     assert split.groups.counts.tolist() == counts and split.row_a_caption == row_a_caption
-    assert np.array_equal(split.regions(split.image_rows(np.arange(len(counts)))), features)
-    of_captions = split.regions(split.caption_rows(np.arange(10)))
+    assert np.array_equal(split.regions(np.arange(len(counts))), features)
+    of_captions = split.regions(split.groups.image_of_caption)
     assert np.array_equal(of_captions, np.repeat(features, counts, 0))
 
 

@@ -3,22 +3,24 @@
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
+from conftest import GOLDEN, IMG_DIM, write_split
 
 from common.config import DataConfig
 from common.errors import InputError
 from common.layout import read_captions
 from common.workers import load
-from data import Batch, ImageBlocks, Split, TrainingBatches
+from data import Batch, ImageBlocks, Split, TrainingBatches, copied_ahead
 from vocab import Vocabulary
 
 WIDTH = 12
+CPU = torch.device("cpu")
 
 
 def batches(split: Split, skip_single: bool = False, **options: int) -> TrainingBatches:
@@ -34,12 +36,19 @@ def equal(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ">f4"])
-def test_features_are_read_as_float32(tmp_path: Path, dtype: type) -> None:
+def test_features_are_read_as_stored_and_become_float32_on_the_device(
+    tmp_path: Path, dtype: type
+) -> None:
     write_split(tmp_path, "dev", 3, dtype=dtype)
-    regions = Split.open(tmp_path, "dev", IMG_DIM).regions(np.array([2, 0]))
-    assert regions.dtype == torch.float32 and regions.shape == (2, REGIONS, IMG_DIM)
+    split = Split.open(tmp_path, "dev", IMG_DIM)
+    regions = split.regions(np.array([2, 0]))
+    assert regions.dtype == (torch.float16 if dtype == np.float16 else torch.float32)
     stored = np.load(tmp_path / "dev_ims.npy")
-    np.testing.assert_array_equal(regions.numpy(), stored[[2, 0]].astype(np.float32))
+    np.testing.assert_array_equal(regions.numpy(), stored[[2, 0]])
+    batch, moved = batches(split)[0, 0], batches(split)[0, 0].to(CPU)
+    assert batch.regions.dtype == regions.dtype and moved.regions.dtype == torch.float32
+    expected = stored[split.groups.image_of_caption[batch.captions]].astype(np.float32)
+    np.testing.assert_array_equal(moved.regions.numpy(), expected)
 
 
 def test_only_a_line_feed_ends_a_caption(tmp_path: Path) -> None:
@@ -164,17 +173,51 @@ def test_batch_is_a_function_of_seed_epoch_and_position(
     split: Split, extra: dict[str, int]
 ) -> None:
     some = batches(split, **extra)
-    whole = list(some.epoch(1, 0, pin=False))
+    whole = list(some.epoch(1, 0, CPU))
     for workers in (0, 1, 2):
         again = replace(some, config=replace(some.config, workers=workers))
         before = torch.get_rng_state()
         for start in (0, 4):
-            rest = list(again.epoch(1, start, pin=False))
+            rest = list(again.epoch(1, start, CPU))
             assert all(equal(a, b) for a, b in zip(rest, whole[start:], strict=True))
         assert torch.equal(torch.get_rng_state(), before)  # the global generator is not used
     assert not equal(some[0, 2], some[1, 2])
     other = replace(some, config=replace(some.config, seed=1))
     assert not equal(some[0, 2], other[0, 2])
+
+
+def test_a_gpu_copies_the_next_batch_while_it_computes(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in notes the order in which a GPU would be given its work."""
+    calls: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            calls.append("wait for copies")
+
+        def wait_stream(self, other: str) -> None:
+            calls.append(f"copies wait for {other}")
+
+    def to(self: Batch, device: torch.device) -> Batch:
+        calls.append(f"copy {place[self.captions[0].item()]}")
+        return self
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "steps")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Batch, "to", to)
+    some = [batches(split)[0, position] for position in range(3)]
+    place = {batch.captions[0].item(): position for position, batch in enumerate(some)}
+    for position, batch in enumerate(copied_ahead(iter(some), torch.device("cuda"))):
+        assert batch is some[position]
+        calls.append(f"step {position}")
+    wait = ["wait for copies", "copies wait for steps"]
+    copied = [*wait, "copy 0", *wait, "copy 1", "step 0", *wait, "copy 2", "step 1"]
+    assert calls == [*copied, "wait for copies", "step 2"]
 
 
 def test_captions_are_encoded_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +231,7 @@ def test_captions_are_encoded_once(split: Split, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Vocabulary, "encode", noted)
     some = batches(split)
     for epoch in range(2):
-        assert len(list(some.epoch(epoch, 0, pin=False))) == 10
+        assert len(list(some.epoch(epoch, 0, CPU))) == 10
     assert encoded == list(split.captions)
 
 

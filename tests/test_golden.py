@@ -28,7 +28,7 @@ def encoded(case: Case, model: DIME, vocabulary) -> tuple[Modality, Modality]:
     split = case.split()
     ids, mask = vocabulary.encode(split.captions, model.config.max_words)
     with torch.no_grad():
-        regions = split.regions(split.image_rows(np.arange(split.images)))
+        regions = split.regions(np.arange(split.images)).float()
         return model.encode_images(regions), model.encode_captions(ids, mask)
 
 

@@ -136,7 +136,7 @@ class Trainer:
         for batch in self._batches(epoch, position):
             meter.note_loaded()
             try:
-                meter.add(self.train_step.step(batch.to(self.device)))
+                meter.add(self.train_step.step(batch))
             except BadBatch as error:
                 self._skip(error)
             self.state = replace(self.state, step=self.state.step + 1)
@@ -151,9 +151,8 @@ class Trainer:
 
     def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
         """Yield the remaining batches of the epoch. If reading fails, save a checkpoint first."""
-        pin = self.device.type == "cuda"
         try:
-            yield from self.batches.epoch(epoch, position, pin)
+            yield from self.batches.epoch(epoch, position, self.device)
         except InputError as error:
             if self.state.step:
                 self._save(NEWEST)
