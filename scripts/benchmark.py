@@ -21,7 +21,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -35,12 +35,21 @@ from common.config import Direction, Precision
 from common.files import check_writable, write_json
 from common.memory import peak_memory, tune_malloc
 from scripts.parts.tables import speed_rows, speed_tables
+from scripts.parts.workload import (
+    SIZES,
+    Case,
+    Size,
+    Sizes,
+    Way,
+    What,
+    Work,
+    new_train_step,
+    scoring,
+    training,
+)
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
-
-    from training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -59,44 +68,7 @@ BYTES = {
         "t2i": {"fp32": 31.3e6, "tf32": 31.3e6, "bf16": 22.5e6},
     },
 }
-WORDS, REGIONS, WIDTH, ENTRIES = 32, 36, 2048, 30522  # ENTRIES of BERT's vocabulary
-LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
-
-What = Literal["score", "train", "train_checkpointing"]
-Way = Literal["eager", "compiled"]
 Word = Literal[Direction, Precision, Way, What]
-Size = Literal["minilm", "bert_base", "tiny"]
-Work = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much a row computes."""
-
-    hidden: int  # BERT's width
-    layers: int  # of BERT
-    batch: int = 32
-    queries: int = 16
-    contexts: int = 96  # queries and contexts scored at a time: one chunk of a large set
-    product: tuple[int, int, int] = (36 * 1024, 256, 256)
-    copied: int = 2**28  # bytes
-    warm_up: int = 1  # runs that are not timed: they compile, and record launches
-    runs: int = 5  # a row is their median
-
-
-SIZES = {
-    "minilm": Sizes(384, 6),
-    "bert_base": Sizes(
-        *(768, 12),
-        queries=64,
-        contexts=128,
-        product=(8192, 8192, 8192),
-        copied=2**30,
-        warm_up=8,
-        runs=20,
-    ),
-    "tiny": Sizes(24, 1, 2, 2, 3, product=(64, 8, 8), copied=2**10, runs=1),
-}
 
 
 @dataclass(frozen=True)
@@ -107,21 +79,6 @@ class Options:
         Size | None, "BERT, and the work of a row (default: minilm on a CPU, else bert_base)"
     ] = None
     json: Annotated[str | None, "write the rows here"] = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table."""
-
-    direction: Direction
-    precision: Precision
-    compiled: bool
-    what: What
-
-    @property
-    def name(self) -> str:
-        way = "compiled" if self.compiled else "eager"
-        return f"{self.direction} {self.precision} {way} {self.what}"
 
 
 def cases(only: Sequence[str] = ()) -> Iterator[Case]:
@@ -209,73 +166,6 @@ def seconds_of(work: Work, device: "torch.device") -> float:
     if device.type == "mps":
         torch.mps.synchronize()
     return time.perf_counter() - since
-
-
-def new_train_step(case: Case, sizes: Sizes, device: "torch.device") -> "TrainStep":
-    """Return a new model with random weights, BERT included, and its optimiser."""
-    from transformers import BertConfig, BertModel
-
-    from model import DIME
-    from training.config import TrainConfig
-    from training.step import TrainStep
-
-    i2t = case.direction == "i2t"
-    config = TrainConfig(
-        direction=case.direction,
-        img_dim=WIDTH,
-        precision=case.precision,
-        compile=case.compiled,
-        extra_stc=int(i2t),
-        extra_img=int(not i2t),
-        batch_size=sizes.batch,
-        activation_checkpointing=case.what == "train_checkpointing",
-    )
-    bert_config = BertConfig(
-        hidden_size=sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        intermediate_size=4 * sizes.hidden,
-        num_attention_heads=12,
-    )
-    bert = BertModel(bert_config, add_pooling_layer=False)
-    train_step = TrainStep(config, DIME(config, bert).to(device), device)
-    train_step.prepare(steps=1)
-    return train_step
-
-
-def random_inputs(images: int, captions: int) -> tuple["Tensor", "Tensor", "Tensor"]:
-    """Return regions `[images, REGIONS, WIDTH]`, ids and mask `[captions, WORDS]`."""
-    import torch
-
-    lengths = torch.randint(LENGTHS[0], LENGTHS[1] + 1, (captions, 1))
-    mask = torch.arange(WORDS) < lengths
-    ids = torch.where(mask, torch.randint(1, ENTRIES, mask.shape), 0)
-    return torch.rand(images, REGIONS, WIDTH), ids, mask
-
-
-def scoring(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
-    """Return a number of pairs, and a function that scores them."""
-    import torch
-
-    model = train_step.model.eval()
-    counts = (sizes.queries, sizes.contexts)
-    inputs = random_inputs(*(counts if model.direction == "i2t" else reversed(counts)))
-    regions, ids, mask = (tensor.to(train_step.device) for tensor in inputs)
-    with torch.no_grad():
-        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
-    return math.prod(counts), torch.no_grad()(lambda: model.score(images, captions))
-
-
-def training(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
-    """Return the number of pairs of a training step, and the step, BERT included."""
-    import torch
-
-    from data import Batch
-
-    n, i2t = sizes.batch, train_step.model.direction == "i2t"
-    images, captions = (n, 2 * n) if i2t else (2 * n, n)
-    inputs = random_inputs(images, captions)
-    batch = Batch(*inputs, torch.arange(captions), n).to(train_step.device)
-    return images * captions, lambda: train_step.step(batch)
 
 
 class Rows:

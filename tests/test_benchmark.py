@@ -15,7 +15,8 @@ from common.config import ModelConfig
 from model import DIME
 from router import Modality
 from scripts import benchmark
-from scripts.benchmark import FLOPS, Case, cases, measure, seconds_of
+from scripts.benchmark import FLOPS, cases, measure, seconds_of
+from scripts.parts.workload import SIZES, Case
 
 D = 256
 
@@ -46,7 +47,7 @@ def test_a_pair_costs_22_products(direction: str, tokens: int, words: int) -> No
     assert pair == pytest.approx(FLOPS[direction], rel=0.03)
 
 
-TINY = benchmark.SIZES["tiny"]
+TINY = SIZES["tiny"]
 CPU = torch.device("cpu")
 
 
