@@ -17,7 +17,7 @@ from transformers import BertModel
 from cells import CellSizes
 from common.compile import compiling_pays, needs_fixed_shapes
 from common.config import Direction, ModelConfig, Precision
-from router import Modality, RoutingSpace
+from router import PATH_SIZE, Modality, RoutingSpace
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +104,17 @@ class Output:
     """The model's output for a training batch."""
 
     scores: Tensor  # [I, T], the first pairs on the diagonal
+    # Of the path regulariser: a row for each pair, or no row if there is no routing space.
     paths: Tensor  # [pairs, PATH_SIZE] path embeddings, unit length
     sentence_targets: Tensor  # [pairs, hidden] means of BERT's hidden states, unit length
 
 
 class DIME(nn.Module):
-    """Two encoders and a routing space between them (SIGIR 2021), for one direction."""
+    """Two encoders and a routing space between them (SIGIR 2021), for one direction.
+
+    With `num_layer_routing` 0 there is no routing space: the score of a pair is the product of its
+    pooled vectors.
+    """
 
     def __init__(self, config: ModelConfig, bert: BertModel) -> None:
         super().__init__()
@@ -122,22 +127,7 @@ class DIME(nn.Module):
             use_abs=config.use_abs,
         )
         self.text = TextEncoder(bert, config.embed_size)
-        sizes = CellSizes(
-            dim=config.embed_size,
-            heads=config.num_head_IMRC,
-            hidden=config.hid_IMRC,
-            router_hidden=config.hid_router,
-            affinity_norm=config.raw_feature_norm_CMRC,
-            smooth=config.lambda_softmax_CMRC,
-            routing=config.routing,
-        )
-        self.space = RoutingSpace(
-            config.embed_size,
-            config.cell_names,
-            config.num_layer_routing,
-            sizes.cell,
-            hard=config.routing == "hard",
-        )
+        self.space = _new_space(config) if config.num_layer_routing else None
         self.precision: Precision = "fp32"
 
     @property
@@ -147,12 +137,19 @@ class DIME(nn.Module):
 
     def compile_if_it_pays(self, choice: bool | None, pairs: int) -> None:
         """Compile the routing if `choice` is true, or if it is None and `pairs` are many enough."""
+        if self.space is None:
+            return
         if choice is None:
             device = self.space.norm.weight.device.type
             choice = compiling_pays(device, self.precision, pairs)
         if choice:
             log.info("compiling the routing: a minute or two (--no-compile avoids it)")
             self.space.compile_routes()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the routing is compiled (or will be at its first use)."""
+        return self.space is not None and self.space.is_compiled
 
     def encode_images(self, regions: Tensor) -> Modality:
         """Encode region features `[I, L, img_dim]`."""
@@ -196,10 +193,15 @@ class DIME(nn.Module):
             hidden = self.text.read(ids, mask) if hidden_states is None else hidden_states
             captions = self.text(hidden, mask)
         scores, paths = self.score(self.encode_images(regions), captions)
+        if self.space is None:
+            return Output(scores, scores.new_empty(0, PATH_SIZE), hidden[:0, 0])
         targets = F.normalize(hidden[:pairs].mean(1), dim=-1)
         return Output(scores, self.space.embed_paths(paths), targets)
 
     def _pair(self, query: Modality, context: Modality, pairs: int | None) -> tuple[Tensor, Tensor]:
+        if self.space is None:
+            scores = query.pooled @ context.pooled.T  # [Q, C]
+            return scores, scores.new_empty(*scores.shape, 0)
         with self.autocast(query.tokens):
             if self.precision == "bf16":
                 query = Modality(query.tokens.bfloat16(), query.pooled, query.mask)
@@ -208,6 +210,25 @@ class DIME(nn.Module):
     def autocast(self, example: Tensor) -> torch.autocast:
         """Return the autocast context of the model's precision, on the device of `example`."""
         return torch.autocast(example.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def _new_space(config: ModelConfig) -> RoutingSpace:
+    sizes = CellSizes(
+        dim=config.embed_size,
+        heads=config.num_head_IMRC,
+        hidden=config.hid_IMRC,
+        router_hidden=config.hid_router,
+        affinity_norm=config.raw_feature_norm_CMRC,
+        smooth=config.lambda_softmax_CMRC,
+        routing=config.routing,
+    )
+    return RoutingSpace(
+        config.embed_size,
+        config.cell_names,
+        config.num_layer_routing,
+        sizes.cell,
+        hard=config.routing == "hard",
+    )
 
 
 def _trim(captions: Modality) -> Modality:

@@ -21,7 +21,7 @@ LAYERS = 3  # PAPER: three layers of cells, the last of which merges
 CELL_NAMES = ",".join(CELLS).upper()
 MOST_LAYERS = 100
 LARGEST = 2**16  # width of a layer, items of a batch; more is a typing error
-NO_SCORE = " (in i2t it changes no score, only the choice of --shortlist)"
+NO_SCORE = " (i2t with routing: changes no score, only the choice of --shortlist)"
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class ModelConfig:
     routing: Annotated[
         Routing, "ablation: uniform opens every gate, hard only the largest of each out-path"
     ] = "soft"
-    num_layer_routing: Annotated[int, "ablation: layers of cells, the last of which merges"] = (
-        LAYERS
-    )
+    num_layer_routing: Annotated[
+        int, "ablation: layers of cells, the last of which merges; 0: the two encoders alone"
+    ] = LAYERS
     cells: Annotated[str, "ablation: the cells of a layer, some of the default ones"] = CELL_NAMES
 
     def __post_init__(self) -> None:
         sizes = ("embed_size", "img_dim", "num_head_IMRC", "hid_IMRC", "hid_router")
         check_range(self, sizes, 1, LARGEST)
-        check_range(self, ("num_layer_routing",), 1, MOST_LAYERS)
+        check_range(self, ("num_layer_routing",), 0, MOST_LAYERS)
         require(
             ",".join(self.cell_names).upper() == self.cells != "",
             f"--cells {self.cells}: expected some of {CELL_NAMES}, in this order",

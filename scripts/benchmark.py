@@ -104,7 +104,7 @@ def measure(case: Case, sizes: Sizes, device: "torch.device") -> dict[str, Any] 
     pairs, work = (scoring if case.what == "score" else training)(train_step, sizes)
     for _ in range(sizes.warm_up):
         work()
-    if train_step.model.space.is_compiled != case.compiled:
+    if train_step.model.is_compiled != case.compiled:
         return None
     peak = peak_memory(device)
     product, copy = large_product(case, sizes, device), large_copy(sizes, device)

@@ -71,6 +71,9 @@ def open_pairs(options: Options) -> Pairs:
 
     device = pick_device(options.device)
     checkpoint = read_checkpoint(options.model_path)
+    layers = checkpoint.config.num_layer_routing
+    problem = f"{checkpoint.path}: was trained with --num_layer_routing {layers}"
+    require(layers > 0, f"{problem}; expected a model with a routing space")
     path = options.data_path or common_option([checkpoint], "data_path")
     folder = Path(path) / (options.data_name or common_option([checkpoint], "data_name"))
     split = Split.open(folder, options.split, checkpoint.config.img_dim)

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import GOLDEN, Case, run_here
+from conftest import GOLDEN, Case, Run, run_here, tiny_train
 from matplotlib.axes import Axes
 from PIL import Image
 from test_model import small_model
@@ -281,6 +281,16 @@ def test_ablated_models_are_drawn(ablation: dict[str, object], tmp_path: Path, d
     rows = table(tmp_path / "gates.csv")[1:]
     assert len(rows) == (layers - 1) * cells**2 + cells
     assert [row[1] == "score" for row in rows] == [row[0] == str(layers) for row in rows]
+
+
+def test_a_model_without_a_routing_space_is_refused(
+    tiny: Path, run_train: Run, monkeypatch, capsys
+) -> None:
+    argv = tiny_train(tiny, "--num_layer_routing", "0", "--max_steps", "1")
+    assert run_train(*argv) == 0
+    argv = ["--model_path", tiny / "runs/i2t/model_best.pth.tar", "--out", tiny / "out"]
+    assert run_here(monkeypatch, inspect_routes.main, argv) == 2
+    assert "--num_layer_routing 0" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_missing_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch, caplog) -> None:

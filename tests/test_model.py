@@ -123,6 +123,38 @@ def test_gradients_of_ablations_equal_the_oracle(direction: str, ablation: str) 
     assert gradients.keys() <= expected.keys()
 
 
+@BOTH
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_layers_a_score_is_the_product_of_the_pooled_vectors(
+    direction: str, precision: str
+) -> None:
+    model, batch = small_model(direction, num_layer_routing=0), small_batch(captions=2)
+    model.precision = precision
+    regions, ids, mask = batch
+    images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+    scores, paths = model.score(images, captions)
+    assert scores.shape == (IMAGES, 2) and scores.dtype == torch.float32
+    for i in range(IMAGES):
+        for t in range(2):
+            expected = sum(images.pooled[i] * captions.pooled[t])
+            torch.testing.assert_close(scores[i, t], expected, atol=1e-6, rtol=1e-5)
+    assert paths.shape == ((IMAGES, 2, 0) if direction == "i2t" else (2, IMAGES, 0))
+
+
+@BOTH
+def test_without_layers_every_weight_is_an_encoders_and_the_path_loss_is_0(direction: str) -> None:
+    model = small_model(direction, num_layer_routing=0).train()
+    output = model(*small_batch(captions=2), 2)
+    path = path_loss(output.paths, output.sentence_targets, 2)
+    (triplet_loss(output.scores, 2, 0.2) + path).backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert path == 0 and all(name.startswith(("image.", "text.")) for name in trained)
+    assert [
+        name for name, grad in trained.items() if grad is None or not grad.isfinite().all()
+    ] == []
+    assert trained["image.fc.weight"].any() and trained["text.mapping.weight"].any()
+
+
 @pytest.mark.parametrize("options", [{}, {"use_abs": True, "no_imgnorm": True}])
 def test_image_encoder(options: dict[str, bool]) -> None:
     encoder = small_model("t2i", **options).image
@@ -290,7 +322,13 @@ def test_path_loss_divides_by_the_option() -> None:
     torch.testing.assert_close(path_loss(paths, sentence_targets, 8), sum(gaps) / 8)
 
 
-SIZES = [("embed_size", 10), ("max_words", 1), ("hid_router", 0), ("img_dim", -1)]
+SIZES = [
+    ("embed_size", 10),
+    ("num_layer_routing", -1),
+    ("max_words", 1),
+    ("hid_router", 0),
+    ("img_dim", -1),
+]
 CELLS = ["", "RIC,", "IMRC,RIC", "ric", "RIC,RIC", "RIC,XYZ", "RIC CMRC"]
 
 

@@ -44,10 +44,11 @@ def small_encoded(model: DIME) -> Encoded:
 @pytest.mark.parametrize("direction", ["i2t", "t2i"])
 @pytest.mark.parametrize("pairs", [1, 4, 7])
 @pytest.mark.parametrize("tile", [1, 2, 128])
+@pytest.mark.parametrize("layers", [0, 3])
 def test_no_score_depends_on_its_chunk_or_tile(
-    direction: str, pairs: int, tile: int, monkeypatch
+    direction: str, pairs: int, tile: int, layers: int, monkeypatch
 ) -> None:
-    model = small_model(direction)
+    model = small_model(direction, num_layer_routing=layers)
     encoded = small_encoded(model)
     with torch.no_grad():
         whole, _ = model.score(encoded.images, encoded.captions, 10**9)

@@ -14,6 +14,7 @@ from conftest import (
     Error,
     Run,
     events,
+    run_here,
     run_program,
     same,
     state,
@@ -26,6 +27,7 @@ from common.cli import parse
 from data import Batch
 from evaluate_models import evaluate
 from evaluation import Recall, Retrieval
+from scripts import convert_checkpoint
 from training import loop
 from training.config import GROUPS, TrainConfig
 from training.resume import BEST, NEWEST
@@ -273,7 +275,11 @@ def test_nan_in_a_batch_is_one_line_and_saves_a_checkpoint(
 
 
 @pytest.mark.parametrize(
-    "options", ["--routing uniform", "--routing hard", "--num_layer_routing 1 --cells GLGC,CMRC"]
+    "options",
+    [
+        *("--routing uniform", "--routing hard", "--num_layer_routing 1 --cells GLGC,CMRC"),
+        "--num_layer_routing 0 --activation_checkpointing --compile",
+    ],
 )
 def test_ablation_is_trained_resumed_and_evaluated(
     options: str, tiny: Path, run_train: Run, train_error: Error
@@ -283,6 +289,26 @@ def test_ablation_is_trained_resumed_and_evaluated(
     assert run_train(*argv, "--max_steps", "4", "--resume", "auto") == 0
     assert evaluate(tiny / "runs/i2t" / NEWEST, split="test", workers=0).metrics.rsum > 0
     assert option in train_error(*tiny_train(tiny, "--max_steps", "6", "--resume", "auto"))
+
+
+def test_encoders_alone_join_an_ensemble_and_other_forms(
+    trained: Path, run_train: Run, monkeypatch
+) -> None:
+    alone = ["--num_layer_routing", "0", "--logger_name", trained / "alone", "--max_steps", "2"]
+    assert run_train(*tiny_train(trained), *alone) == 0
+    model, arrays = trained / "alone/i2t" / NEWEST, trained / "alone.safetensors"
+    argv = ["--checkpoint", model, "--out", arrays]
+    assert run_here(monkeypatch, convert_checkpoint.main, argv) == 0
+    dime, file = trained / "runs/i2t" / NEWEST, trained / "scores.npy"
+    scores = []
+    options = {"data_path": trained / "data", "split": "test", "workers": 0}
+    for models in (dime, model, arrays, [dime, arrays]):
+        evaluate(models, save_scores=str(file), **options)
+        scores.append(np.load(file))
+    np.testing.assert_array_equal(scores[1], scores[2])
+    np.testing.assert_allclose(scores[3], (scores[0] + scores[1]) / 2, atol=1e-6)
+    short, whole = (evaluate(model, shortlist=count, **options) for count in (3, 50))
+    assert short.metrics.i2t.r1 == whole.metrics.i2t.r1  # the shortlist is by the same products
 
 
 @pytest.mark.slow

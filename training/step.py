@@ -38,7 +38,8 @@ class TrainStep:
         warn_if_bf16_is_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
         self.model.compile_if_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
-        self.model.space.activation_checkpointing = config.activation_checkpointing
+        if self.model.space is not None:
+            self.model.space.activation_checkpointing = config.activation_checkpointing
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Train on a batch; returns losses, gradient norm and the number of pairs.

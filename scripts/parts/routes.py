@@ -92,6 +92,7 @@ class Pairs:
         images, captions = self._modalities(image, [caption])
         i2t = self.model.direction == "i2t"
         query, context = (images, captions) if i2t else (captions, images)
+        assert self.model.space is not None
         cell = self.model.space.all_layers[0].cells["cmrc"]
         assert isinstance(cell, CrossModalRefinement)
         with evaluation_mode(self.model):
