@@ -6,20 +6,20 @@ It is given a model that encodes and scores, and knows nothing of checkpoints or
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.bootstrap import bootstrap_ci
 from common.cli import progress
+from common.compile import needs_fixed_shapes
 from common.errors import InputError, require
 from common.files import map_array
-from common.layout import CaptionGroups
-from common.memory import chunk_size, describe_oom, is_oom
-from common.results import ProtocolResult, Recall, Retrieval
+from common.memory import chunk_size, describe_oom, is_oom, storage_device
+from common.results import ProtocolResult, Ranks, Retrieval
 from common.workers import load
 from data import ImageBlocks, Split
 from model import DIME
@@ -30,19 +30,21 @@ log = logging.getLogger(__name__)
 
 IMAGE_BLOCK, CAPTION_BLOCK = 128, 256  # images and captions encoded at a time
 TILE = 128  # images, and captions, that are scored on the device together
+BAND = 16 * TILE**2  # pairs after which their scores are fetched: a GPU is waited for only then
 ROW_BLOCK = 256  # rows of a score matrix ranked at a time
 FOLDS = 5
-LEVEL = 95  # percent of the confidence intervals
 RERANK_GAP = 4  # scores and coarse scores of unit vectors are within ±1, so 4 separates them
 NOT_FINITE = "the scores hold NaN or inf; expected finite numbers"
 
-Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from 0
 Tile = tuple[Tensor, Tensor]  # indices of images and of encoded captions, all of them paired
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A split's encoded images and captions in main memory; each distinct caption once."""
+    """A split's encoded images and captions; each distinct caption once.
+
+    They stay on the device of the model if they fit there, otherwise they are in main memory.
+    """
 
     images: Modality
     captions: Modality
@@ -59,7 +61,7 @@ class Encoded:
 
     def coarse_scores(self) -> np.ndarray:
         """Return the products `[I, T]` of the pooled vectors."""
-        return self.expand((self.images.pooled @ self.captions.pooled.T).numpy())
+        return self.expand((self.images.pooled.cpu() @ self.captions.pooled.cpu().T).numpy())
 
 
 @contextmanager
@@ -92,12 +94,12 @@ def encode_split(
     ids, mask = vocabulary.encode(list(indices), model.config.max_words)
     text_blocks = zip(ids.split(CAPTION_BLOCK), mask.split(CAPTION_BLOCK), strict=True)
     with evaluation_mode(model):
-        regions = load(ImageBlocks(split), blocks, workers)
+        regions = load(ImageBlocks(split), blocks, workers, device.type == "cuda")
         encoded_images = _gather(
-            (model.encode_images(block.to(device)) for block in regions), "images", images
+            (model.encode_images(_send(block, device)) for block in regions), "images", images
         )
         encoded_captions = _gather(
-            (model.encode_captions(i.to(device), m.to(device)) for i, m in text_blocks),
+            (model.encode_captions(_send(i, device), _send(m, device)) for i, m in text_blocks),
             "captions",
             len(indices),
         )
@@ -105,18 +107,28 @@ def encode_split(
 
 
 def _gather(parts: Iterator[Modality], what: str, total: int) -> Modality:
-    """Return the parts of a modality, `total` items together, as one in main memory."""
+    """Return the parts of a modality, `total` items together, as one, where `Encoded` has it."""
     tensors: dict[str, Tensor] = {}
     done = 0
     with progress(f"encoding {what}", total, what) as bar:
         for part in parts:
+            if not tensors:
+                size = total * sum(value[0].nbytes for value in vars(part).values())
+                place = storage_device(part.tokens.device, size)
+                for name, value in vars(part).items():
+                    tensors[name] = value.new_empty(total, *value.shape[1:], device=place)
             for name, value in vars(part).items():
-                if name not in tensors:
-                    tensors[name] = torch.empty(total, *value.shape[1:], dtype=value.dtype)
                 tensors[name][done : done + len(part)] = value
             done += len(part)
             bar.update(len(part))
     return Modality(**tensors)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the device; the host does not wait for the copy to a GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def score_split(
@@ -146,11 +158,11 @@ def score_all(
 ) -> np.ndarray:
     """Return scores `[I, T]` float32 of all pairs; a score does not depend on its tile."""
     # Captions of similar length share a tile, where words beyond the longest are left out.
-    captions = encoded.captions.mask.sum(1).argsort(stable=True).split(TILE)
+    captions = encoded.captions.mask.cpu().sum(1).argsort(stable=True).split(TILE)
     images = torch.arange(len(encoded.images)).split(TILE)
-    return _score_tiles(
-        model, encoded, [(i, c) for c in captions for i in images], device, name, stop
-    )
+    tiles = [(i, c) for c in captions for i in images]
+    least = TILE if needs_fixed_shapes(device) else 1
+    return _score_tiles(model, encoded, tiles, device, name, stop, least)
 
 
 def score_some(
@@ -175,22 +187,58 @@ def _score_tiles(
     device: torch.device,
     name: str,
     stop: Callable[[], None] | None = None,
+    least: int = 1,
 ) -> np.ndarray:
-    """Return scores `[I, T]` of these tiles, and 0 elsewhere."""
-    images, captions = encoded.images, encoded.captions
-    scores = np.zeros((len(images), len(captions)), dtype=np.float32)
-    pairs = chunk_size(device.type, images.tokens.shape[-1])
+    """Return scores `[I, T]` of these tiles, and 0 elsewhere.
+
+    A tile has at least `least` images and captions for the device: the first ones are repeated.
+    """
+    scores = np.zeros((len(encoded.images), len(encoded.captions)), dtype=np.float32)
+    pairs = chunk_size(device.type, encoded.images.tokens.shape[-1])
     total = sum(len(i) * len(c) for i, c in tiles)
     with evaluation_mode(model), progress("scoring", total, "pairs") as bar:
-        for i, c in tiles:
-            if stop is not None:
-                stop()
-            tile, pairs = _score_tile(model, images[i].to(device), captions[c].to(device), pairs)
-            if not tile.isfinite().all():  # checked here, not after hours of scoring
-                raise InputError(f"{name} gives scores of NaN or inf")
-            scores[np.ix_(i.numpy(), c.numpy())] = tile.cpu().numpy()
-            bar.update(tile.numel())
+        for band in _bands(tiles):
+            scored = []
+            for i, c in band:
+                if stop is not None:
+                    stop()
+                images = _take(encoded.images, i, device, least)
+                captions = _take(encoded.captions, c, device, least)
+                tile, pairs = _score_tile(model, images, captions, pairs)
+                scored.append(tile[: len(i), : len(c)])
+                bar.update(len(i) * len(c))
+            for (i, c), values in zip(band, _fetch(scored, name), strict=True):
+                scores[np.ix_(i.numpy(), c.numpy())] = values
     return encoded.expand(scores)
+
+
+def _bands(tiles: Sequence[Tile]) -> Iterator[list[Tile]]:
+    """Yield consecutive tiles together, as soon as they have BAND pairs."""
+    band: list[Tile] = []
+    for tile in tiles:
+        band.append(tile)
+        if sum(len(i) * len(c) for i, c in band) >= BAND:
+            yield band
+            band = []
+    if band:
+        yield band
+
+
+def _fetch(tiles: Sequence[Tensor], name: str) -> list[np.ndarray]:
+    """Return tiles in main memory, by one copy. Raises InputError on NaN or inf."""
+    fetched = torch.cat([tile.flatten() for tile in tiles]).cpu()
+    if not fetched.isfinite().all():  # checked here, not after hours of scoring
+        raise InputError(f"{name} gives scores of NaN or inf")
+    parts = fetched.split([tile.numel() for tile in tiles])
+    return [part.view(tile.shape).numpy() for part, tile in zip(parts, tiles, strict=True)]
+
+
+def _take(items: Modality, index: Tensor, device: torch.device, least: int) -> Modality:
+    """Return items on the device, at least `least`: the first ones are repeated."""
+    index = index[torch.arange(max(least, len(index))) % len(index)]
+    if items.tokens.device.type == device.type:
+        return items[_send(index, device)]
+    return Modality(*(_send(tensor[index], device) for tensor in vars(items).values()))
 
 
 def _score_tile(
@@ -296,37 +344,6 @@ def ranks_by_fold(scores: np.ndarray, owner: np.ndarray) -> list[Ranks]:
         captions = np.flatnonzero((owner >= first) & (owner < first + size))
         folds.append(ranks(scores[first : first + size][:, captions], owner[captions] - first))
     return folds
-
-
-def bootstrap_ci(
-    folds: Sequence[Ranks], owner: np.ndarray, samples: int, seed: int = 0
-) -> dict[str, Any]:
-    """Return confidence intervals: the JSON of `Retrieval` with `[low, high]` as values.
-
-    `owner` `[T]` is the image of each caption of all folds together, ascending. Images are drawn
-    with replacement within each fold, together with their captions; the searched items stay all.
-    The interval covers the choice of test images, not the variance between training seeds.
-    """
-    groups = [CaptionGroups(counts) for counts in np.split(np.bincount(owner), len(folds))]
-    rng = np.random.default_rng(seed)
-    parts = list(zip(folds, groups, strict=True))
-    drawn = [Retrieval.mean([_resample(*part, rng) for part in parts]) for _ in range(samples)]
-    values = [[*asdict(r.i2t).values(), *asdict(r.t2i).values(), r.rsum] for r in drawn]
-    tail = (100 - LEVEL) / 2
-    bounds = np.percentile(values, (tail, 100 - tail), axis=0).T.tolist()
-    names = list(Recall.__dataclass_fields__)
-    sides = {
-        "i2t": dict(zip(names, bounds[: len(names)], strict=True)),
-        "t2i": dict(zip(names, bounds[len(names) : -1], strict=True)),
-    }
-    return {**sides, "rsum": bounds[-1]}
-
-
-def _resample(ranks: Ranks, groups: CaptionGroups, rng: np.random.Generator) -> Retrieval:
-    """Return the metrics of as many images, drawn with replacement."""
-    of_images, of_captions = ranks
-    chosen = rng.integers(len(of_images), size=len(of_images))
-    return Retrieval.of(of_images[chosen], of_captions[groups.captions_of(chosen)])
 
 
 def evaluate_whole(scores: np.ndarray, owner: np.ndarray, bootstrap: int = 0) -> ProtocolResult:

@@ -58,6 +58,18 @@ def chunk_size(device: str, dim: int) -> int:
     return max(1, (CPU_CHUNK if device == "cpu" else GPU_CHUNK) // max(dim, NARROW))
 
 
+def storage_device(device: "torch.device", size: int) -> "torch.device":
+    """Return where to keep `size` bytes that a device reads again and again.
+
+    It is a GPU itself if half of its free memory holds them, otherwise main memory.
+    """
+    import torch
+
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
+        return device
+    return torch.device("cpu")
+
+
 def peak_memory(device: "torch.device") -> int:
     """Return the most bytes that this process held: on its GPU, otherwise in main memory."""
     if device.type == "cuda":

@@ -8,6 +8,8 @@ import numpy as np
 
 from common.errors import InputError
 
+Ranks = tuple[np.ndarray, np.ndarray]  # of images [I] and of captions [T], from 0
+
 MSCOCO_IMAGES = 5000  # a split of this size is reported as 1K (five folds) and as 5K (whole)
 
 

@@ -15,12 +15,13 @@ from conftest import GOLDEN, IMG_DIM, REGIONS, tiny_train, write_split
 from PIL import Image
 
 from checkpoint.checkpoint import bert_of, build_model, read_checkpoint
+from common.bootstrap import bootstrap_ci
 from common.config import DataConfig
 from common.errors import InputError
 from common.layout import CaptionGroups, read_captions
 from common.results import Retrieval
 from data import Split, TrainingBatches
-from evaluation import bootstrap_ci, evaluate_folds, ranks, recall_upper_bound, retrieval
+from evaluation import evaluate_folds, ranks, recall_upper_bound, retrieval
 from scripts import check_data, inspect_routes, show_retrievals
 from scripts.parts.routes import write_tables
 from vocab import Vocabulary

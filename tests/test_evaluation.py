@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import GOLDEN, image_of_caption
 
+from common.bootstrap import bootstrap_ci
 from common.errors import InputError
 from common.results import EvaluationResult
 from evaluation import (
-    bootstrap_ci,
     evaluate_folds,
     evaluate_whole,
     ranks,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.memory import describe_oom, is_oom
+from common.memory import describe_oom, is_oom, storage_device
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,17 @@ def test_errors_that_mean_out_of_memory(error: Exception) -> None:
 )
 def test_other_errors_do_not(error: Exception | None) -> None:
     assert not is_oom(error)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "place"),
+    [("cuda:1", 500, "cuda:1"), ("cuda:1", 501, "cpu"), ("cpu", 1, "cpu"), ("mps", 1, "cpu")],
+)
+def test_a_gpu_keeps_what_fits_half_of_its_free_memory(
+    device: str, size: int, place: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    assert storage_device(torch.device(device), size) == torch.device(place)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is a parent's there too")

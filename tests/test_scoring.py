@@ -101,6 +101,56 @@ def test_captions_are_not_trimmed_if_shapes_are_fixed(monkeypatch) -> None:
     assert widths == [8, 10]
 
 
+def test_scores_are_fetched_once_a_band(monkeypatch) -> None:
+    """Tiles of 4, 2, 4, 2, 2 and 1 pairs, at least 8 of them together."""
+    model, fetched, fetch = small_model("i2t"), [], evaluation._fetch
+    encoded = small_encoded(model)
+
+    def noting(tiles: list[torch.Tensor], name: str) -> list[np.ndarray]:
+        fetched.append([tile.numel() for tile in tiles])
+        return fetch(tiles, name)
+
+    monkeypatch.setattr(evaluation, "TILE", 2)
+    monkeypatch.setattr(evaluation, "_fetch", noting)
+    monkeypatch.setattr(evaluation, "BAND", 1)
+    expected = score_all(model, encoded, CPU)
+    assert fetched == [[4], [2], [4], [2], [2], [1]]
+    fetched.clear()
+    monkeypatch.setattr(evaluation, "BAND", 8)
+    assert np.array_equal(score_all(model, encoded, CPU), expected)
+    assert fetched == [[4, 2, 4], [2, 2, 1]]
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_every_tile_has_one_shape_if_shapes_are_fixed(direction: str, monkeypatch) -> None:
+    model, shapes = small_model(direction), set()
+    encoded, score = small_encoded(model), model.score
+    expected = score_all(model, encoded, CPU)
+
+    def noting(images: Modality, captions: Modality, pairs: int | None = None) -> tuple:
+        shapes.add((images.tokens.shape, captions.tokens.shape))
+        return score(images, captions, pairs)
+
+    monkeypatch.setattr(model, "score", noting)
+    monkeypatch.setattr(evaluation, "TILE", 4)
+    monkeypatch.setattr(evaluation, "needs_fixed_shapes", lambda device: True)
+    scores = score_all(model, encoded, CPU)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    assert shapes == {((4, 7, 8), (4, 10, 8))}
+
+
+def test_items_in_main_memory_are_sent_to_the_device() -> None:
+    """`meta` stands in for it: a device that holds no numbers."""
+    images = small_encoded(small_model("i2t")).images
+    index = torch.tensor([2, 0])
+    there = evaluation._take(images, index, torch.device("meta"), 5)
+    assert there.tokens.device.type == there.mask.device.type == "meta"
+    assert there.tokens.shape == (5, 7, 8) and there.pooled.shape == (5, 8)
+    here = evaluation._take(images, index, CPU, 5)
+    assert torch.equal(here.tokens, images.tokens[[2, 0, 2, 0, 2]])
+    assert len(evaluation._take(images, index, CPU, 1)) == 2
+
+
 def test_scores_of_nan_are_refused_by_the_name_of_the_model() -> None:
     model = small_model("i2t")
     encoded = small_encoded(model)
@@ -203,6 +253,20 @@ def test_a_split_is_encoded_once_in_evaluation_mode(split: Split, training: bool
     assert np.array_equal(scores[:, 34], scores[:, 2])
     first = score_split(model, split, vocabulary, device=CPU, images=3)
     np.testing.assert_allclose(first, scores[:3, :15], rtol=0, atol=1e-6)
+
+
+def test_encoded_items_are_kept_where_they_fit(split: Split, monkeypatch) -> None:
+    asked = []
+
+    def noting(device: torch.device, size: int) -> torch.device:
+        asked.append((device, size))
+        return device
+
+    monkeypatch.setattr(evaluation, "storage_device", noting)
+    model, vocabulary = CountingModel(), Vocabulary.load(GOLDEN / "i2t/bert")
+    encoded = encode_split(model, split, vocabulary, device=CPU)
+    sizes = [sum(t.nbytes for t in vars(m).values()) for m in (encoded.images, encoded.captions)]
+    assert asked == [(CPU, size) for size in sizes]
 
 
 def test_equal_captions_are_scored_if_one_of_them_is_wanted(split: Split) -> None:
