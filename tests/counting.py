@@ -65,7 +65,7 @@ LOOKUPS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather
 # What torch.autocast("cuda") computes in float32 (torch/csrc, autocast_mode.h), as far as used.
 FLOAT32_ON_CUDA = (
     *("exp", "log", "reciprocal", "rsqrt", "pow.Tensor_Scalar", "pow.Tensor_Tensor"),
-    *("norm.Scalar", "norm.ScalarOpt_dim", "layer_norm", "logsumexp", "prod", "cumsum"),
+    *("norm.Scalar", "norm.ScalarOpt_dim", "layer_norm", "logsumexp", "cumsum"),
 )
 FLOAT32_RESULT_ON_CUDA = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList")
 PROMOTED_ON_CUDA = ("addcmul", "addcdiv", "dot")
