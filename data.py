@@ -210,7 +210,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device, which makes the features float32."""
-        batch = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        batch = self._each(lambda tensor: to_device(tensor, device))
         return replace(batch, regions=batch.regions.float())
 
     def pin_memory(self) -> "Batch":
@@ -232,6 +232,7 @@ class TrainingBatches(Dataset):
     max_words: int
     skip_single: bool  # leave out a batch of one item, which batch normalisation cannot take
     hidden_states: Path | None = None  # BERT's output for all captions, see text_cache.py
+    features: Tensor | None = None  # [images, L, img_dim] on the device, see device_features.py
 
     def __len__(self) -> int:
         """Number of batches of an epoch."""
@@ -248,7 +249,11 @@ class TrainingBatches(Dataset):
 
     def __getitem__(self, index: tuple[int, int]) -> Batch:
         images, captions, pairs = self._draw(*index)
-        regions = self.split.regions(images)
+        if self.features is None:
+            regions = self.split.regions(images)
+        else:
+            gathered = to_device(torch.from_numpy(images), self.features.device)
+            regions = self.features.index_select(0, gathered)
         ids, mask = self._encoded[captions]
         hidden = None
         if self.hidden_states is not None:
@@ -272,12 +277,22 @@ class TrainingBatches(Dataset):
     def epoch(self, epoch: int, start: int, device: torch.device) -> Iterator[Batch]:
         """Yield the batches of an epoch from position `start` on, on a device.
 
-        Worker processes read them. Raises InputError that names the file or --workers.
+        Worker processes read them, unless the features are on the device. Raises InputError that
+        names the file or --workers.
         """
         keys = [(epoch, position) for position in range(start, len(self))]
+        if self.features is not None:
+            return (self[key].to(device) for key in keys)
         _ = self._encoded  # here, so that the workers get it
         batches = load(self, keys, self.config.workers, pin=device.type == "cuda")
         return copied_ahead(batches, device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the host does not wait for a copy to a CUDA GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # unless it is pinned
+    return tensor.to(device, non_blocking=True)
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import parse, run
 from common.errors import require
 from common.lock import LOCK, only_writer
 from training.config import GROUPS, TrainConfig
+
+if TYPE_CHECKING:
+    from data import Split, TrainingBatches
+    from vocab import Vocabulary
 
 DESCRIPTION = """Train a DIME model for one direction on precomputed region features.
 
@@ -32,8 +37,9 @@ def train(config: TrainConfig) -> None:
 
     from checkpoint.checkpoint import bert_to_train_with, check_positions
     from common.cli import pick_device
-    from data import Split, TrainingBatches
+    from data import Split
     from model import DIME
+    from training.device_features import load_features
     from training.initial import load_initial_weights, read_initial
     from training.loop import Trainer
     from training.resume import clear, find_checkpoint
@@ -50,24 +56,34 @@ def train(config: TrainConfig) -> None:
     if checkpoint is not None:  # the record of how the run began stays
         config = replace(config, init=checkpoint.options.get("init"))
     dev = Split.open(folder, "dev", config.img_dim)
-    skips = config.skips_single(split.regions_per_image)
-    batches = TrainingBatches(split, bert.vocabulary, config, config.max_words, skips)
-    reason = "without extra negatives: batch normalisation needs two items in a batch"
-    require(len(batches) > 0, f"--batch_size {config.batch_size} {reason}")
+    batches = new_batches(config, split, bert.vocabulary)
     torch.manual_seed(config.seed)
     trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
     if initial is not None:
-        sha256 = load_initial_weights(trainer.model, initial, config, bert)
-        trainer.log.run["init_sha256"] = sha256
+        trainer.log.run["init_sha256"] = load_initial_weights(trainer.model, initial, config, bert)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if not trainer.complete:
+        features = load_features(split, device, config.features_on_device)
+        trainer.batches = replace(batches, features=features)
     if checkpoint is None:
         clear(config.folder)
-    else:
-        trainer.restore(checkpoint)
     del checkpoint, initial  # frees their copies of the weights
     if config.cache_text and not trainer.complete:
         path = cache_text(config.folder, trainer.model.text, bert, split.captions, config.max_words)
-        trainer.batches = replace(batches, hidden_states=path)
+        trainer.batches = replace(trainer.batches, hidden_states=path)
     trainer.train()
+
+
+def new_batches(config: TrainConfig, split: "Split", vocabulary: "Vocabulary") -> "TrainingBatches":
+    """Return the training batches. Raises InputError if an epoch has none."""
+    from data import TrainingBatches
+
+    skips = config.skips_single(split.regions_per_image)
+    batches = TrainingBatches(split, vocabulary, config, config.max_words, skips)
+    reason = "without extra negatives: batch normalisation needs two items in a batch"
+    require(len(batches) > 0, f"--batch_size {config.batch_size} {reason}")
+    return batches
 
 
 if __name__ == "__main__":

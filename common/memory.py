@@ -65,9 +65,24 @@ def storage_device(device: "torch.device", size: int) -> "torch.device":
     """
     import torch
 
-    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
-        return device
-    return torch.device("cpu")
+    fits = device.type == "cuda" and size <= free_memory(device) // 2
+    return device if fits else torch.device("cpu")
+
+
+def free_memory(device: "torch.device") -> int:
+    """Return how many bytes are free: on a CUDA GPU, otherwise in main memory.
+
+    Only Linux says how much of main memory is free; elsewhere all of it counts.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(device: "torch.device") -> int:

@@ -170,6 +170,7 @@ def test_which_options_change_the_weights(tiny: Path, run_train: Run) -> None:
     for options in (
         "--drop 0.5 --measure order --finetune --use_restval --reset_train",
         "--workers 1 --log_step 1 --val_step 1 --val_captions 10 --num_epochs 7",
+        "--features_on_device",
         "--lr_update 1 --activation_checkpointing",  # the first epoch has more than three steps
     ):
         assert same(weights(options), usual), options

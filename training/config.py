@@ -23,7 +23,10 @@ GROUPS = {
         *("logger_name", "log_step", "val_step", "val_captions", "save_step"),
         *("init", "resume", "overwrite"),
     ),
-    "hardware": ("device", "precision", "workers", "compile", "activation_checkpointing"),
+    "hardware": (
+        *("device", "precision", "workers", "features_on_device", "compile"),
+        "activation_checkpointing",
+    ),
     "ablations": ("routing", "num_layer_routing", "cells", "cache_text"),
     "accepted and ignored": ("drop", "measure", "finetune", "use_restval", "reset_train"),
 }
@@ -32,7 +35,7 @@ GROUPS = {
 FREE = {
     *("num_epochs", "max_steps", "logger_name", "data_path", "bert_path", "workers", "device"),
     *("log_step", "val_step", "save_step", "skip_bad_batches", "compile"),
-    *("init", "resume", "overwrite", "activation_checkpointing"),
+    *("init", "resume", "overwrite", "activation_checkpointing", "features_on_device"),
     *GROUPS["accepted and ignored"],
 }
 
@@ -73,6 +76,11 @@ class TrainConfig(DataConfig, ModelConfig):
     precision: Annotated[Precision, "bf16 computes products in bfloat16, weights stay float32"] = (
         "fp32"
     )
+    features_on_device: Annotated[
+        bool | None,
+        "load all features to the device once; no workers are needed "
+        "(default: on a CUDA GPU if they fit into half of its free memory)",
+    ] = None
     cache_text: Annotated[
         bool, "encode the captions with BERT once, without dropout: not the paper's method"
     ] = False

@@ -24,7 +24,7 @@ from training.step import BadBatch, TrainStep
 log = logging.getLogger(__name__)
 
 LR_DECAY = 0.1  # every `lr_update` epochs
-LESS_MEMORY = "--activation_checkpointing or a smaller --batch_size needs less"
+LESS_MEMORY = "--activation_checkpointing, --no-features_on_device or a smaller --batch_size help"
 
 
 class Trainer:
