@@ -307,8 +307,6 @@ def count(case: Case) -> Count:
 
 def _count_step(train_step: TrainStep, batch: Batch) -> Count:
     optimizer = train_step.optimizer
-    for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False
     for parameter in train_step.parameters:  # the first step makes the optimiser's state
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

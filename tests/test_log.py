@@ -11,7 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import provenance
 from common.errors import InputError
-from evaluation import Recall, Retrieval
+from common.results import Recall
+from data import Batch
+from evaluation import Retrieval
 from training import log
 from training.log import RunLog
 
@@ -31,19 +33,40 @@ def test_metrics_have_their_published_names() -> None:
     }
 
 
+def add(meter: log.Meter, number: int, loss: float, finite: bool = True) -> None:
+    """Add a step of 2 x 3 pairs; its captions are 0, 1 and its number."""
+    batch = Batch(torch.zeros(2, 4, 5), torch.zeros(3, 6), None, torch.tensor([0, 1, number]), 2)
+    figures = {"Le": loss, "grad_norm": 2 * loss, "finite": float(finite)}
+    meter.add(number, batch, {name: torch.tensor(value) for name, value in figures.items()})
+
+
 def test_meter_averages_losses_and_leaves_pauses_out() -> None:
     meter = log.Meter()
-    for loss in (1.0, 4.0):
-        meter.add({"Le": torch.tensor(loss)})
+    for number, loss in enumerate((1.0, 4.0)):
+        add(meter, number, loss)
         time.sleep(0.3)
         meter.start()
     meter.note_loaded()
     time.sleep(0.05)
-    meter.add({"Le": torch.tensor(2.5)})
+    add(meter, 3, 2.5)
+    assert meter.fetch() == [] and meter.fetch() == []
     means = meter.means()
-    assert means["Le"] == 2.5
+    assert means["Le"] == 2.5 and means["grad_norm"] == 5 and means["pairs"] == 6
     assert 0 <= means["data_time"] <= means["batch_time"]
     assert 0.05 / 3 <= means["batch_time"] < 0.1  # of three steps, one took 0.05 seconds
+
+
+def test_meter_names_bad_batches_and_leaves_them_out() -> None:
+    meter = log.Meter()
+    add(meter, 7, 1.0)
+    add(meter, 8, torch.nan, finite=False)
+    (first,) = meter.fetch()
+    add(meter, 9, 3.0)
+    add(meter, 10, 5.0, finite=False)  # the sum of loss and norm may be infinite, neither of them
+    (second,) = meter.fetch()
+    assert "step 8" in first and "nan" in first and "0, 1, 8" in first
+    assert "step 10" in second and "5.0" in second and "0, 1, 10" in second
+    assert meter.steps == 2 and meter.means()["Le"] == 2 and "finite" not in meter.means()
 
 
 def test_resumed_log_continues_behind_its_step_without_torn_lines(tmp_path: Path) -> None:

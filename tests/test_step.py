@@ -1,9 +1,11 @@
 """step.py: one training step, beside the golden steps of test_golden.py."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import same
 from test_model import SMALL, small_batch, small_model
 
 from data import Batch
@@ -11,6 +13,28 @@ from training.config import TrainConfig
 from training.step import TrainStep, gradient_norm
 
 CPU = torch.device("cpu")
+
+
+def training_step(**options: object) -> tuple[TrainStep, Batch]:
+    """Return a small model's step and a batch with BERT's output, which dropout leaves alone."""
+    regions, ids, mask = small_batch(captions=3)
+    batch = Batch(regions, ids, mask, torch.arange(3), 3, torch.randn(3, 10, 12))
+    return TrainStep(TrainConfig(**SMALL, batch_size=3, **options), small_model("i2t"), CPU), batch
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_bad_batch_changes_neither_model_nor_optimiser(asks: bool, monkeypatch) -> None:
+    """Also on a device type whose Adam does not leave it out by itself."""
+    if asks:
+        monkeypatch.setattr("training.step.SKIPPING_ADAM", {"cuda"})
+    train_step, batch = training_step()
+    assert train_step.step(batch)["finite"] == 1
+    before = copy.deepcopy([train_step.model.state_dict(), train_step.optimizer.state_dict()])
+    figures = train_step.step(replace(batch, regions=batch.regions * torch.nan))
+    assert figures["finite"] == 0 and figures["Le"].isnan()
+    assert same([train_step.model.state_dict(), train_step.optimizer.state_dict()], before)
+    assert train_step.step(batch)["finite"] == 1
+    assert not same(train_step.model.state_dict(), before[0])
 
 
 def test_path_regulariser_is_divided_by_the_batch_size_option() -> None:

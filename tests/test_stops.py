@@ -20,7 +20,7 @@ from test_resume import fail
 from common.errors import InputError
 from common.lock import only_writer
 from common.signals import Signals, Stopped
-from data import Batch
+from data import Batch, TrainingBatches
 from model import DIME, Output
 from training import loop, resume
 from training.loop import Trainer
@@ -295,15 +295,20 @@ def test_error_in_a_validation_names_the_checkpoint(
     assert "step 1: --workers 1: died" in line and NEWEST in line and "--resume auto" in line
 
 
-def test_bad_batches_are_skipped_up_to_a_number(
-    tiny: Path, run_train: Run, train_error: Error, monkeypatch
-) -> None:
+def spoil(monkeypatch, *steps: int) -> None:
+    """Make the losses of some steps NaN."""
     forward, current = DIME.forward, current_step(monkeypatch)
 
     def spoilt(self: DIME, regions: torch.Tensor, *rest: object) -> Output:
-        return forward(self, regions * (torch.nan if current() in (3, 4, 6) else 1), *rest)
+        return forward(self, regions * (torch.nan if current() in steps else 1), *rest)
 
     monkeypatch.setattr(DIME, "forward", spoilt)
+
+
+def test_bad_batches_are_skipped_up_to_a_number(
+    tiny: Path, run_train: Run, train_error: Error, monkeypatch
+) -> None:
+    spoil(monkeypatch, 3, 4, 6)
     argv, folder = tiny_train(tiny, "--val_step", "4", "--log_step", "1"), tiny / "runs/i2t"
     argv += ["--max_steps", "8", "--skip_bad_batches"]
     line = train_error(*argv, "2")
@@ -315,9 +320,29 @@ def test_bad_batches_are_skipped_up_to_a_number(
     assert {int(m["step"]) for m in uncut["optimizer"]["state"].values()} == {5}
     assert [event["step"] for event in events(folder) if "Le" in event] == [1, 2, 5, 7, 8]
     assert run_train(*argv, "3", "--overwrite", "--max_steps", "4") == 0
-    assert run_train(*argv, "3", "--resume", "auto") == 0  # they count over resumes
+    assert run_train(*argv, "3", "--resume", "auto", "--log_step", "9") == 0  # over resumes, too
     cut = state(folder / NEWEST)
     assert all(same(cut[key], uncut[key]) for key in (*STATE, "skipped"))
+
+
+def test_bad_batch_is_found_before_the_next_checkpoint(
+    tiny: Path, run_train: Run, train_error: Error, monkeypatch
+) -> None:
+    """Not at once: the figures of several steps are fetched together."""
+    spoil(monkeypatch, 4)
+    batches = []
+    epoch = TrainingBatches.epoch
+    monkeypatch.setattr(
+        TrainingBatches, "epoch", lambda *args: (batches.append(b) or b for b in epoch(*args))
+    )
+    argv, folder = tiny_train(tiny, "--max_steps", "9", "--log_step", "50"), tiny / "runs/i2t"
+    line = train_error(*argv, "--save_step", "3")
+    captions = ", ".join(map(str, batches[3].captions.tolist()))
+    assert "step 4: loss nan" in line and captions in line
+    assert len(batches) == 6 and state(folder / NEWEST)["step"] == 3
+    assert run_train(*argv, "--overwrite", "--skip_bad_batches", "1") == 0
+    assert state(folder / NEWEST)["skipped"] == 1
+    assert "step 4: loss nan" in (folder / "train.log").read_text()
 
 
 def test_infinite_gradient_is_a_bad_batch_and_changes_nothing(

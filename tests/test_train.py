@@ -24,9 +24,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from common.cli import parse
+from common.results import Recall
 from data import Batch
 from evaluate_models import evaluate
-from evaluation import Recall, Retrieval
+from evaluation import Retrieval
 from scripts import convert_checkpoint
 from training import loop
 from training.config import GROUPS, TrainConfig

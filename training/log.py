@@ -8,9 +8,10 @@ import re
 import shlex
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from common import provenance
 from common.errors import InputError, brief_repr, require
 from common.files import explain_os_errors, read_json, read_text, write_bytes, write_json
 from common.memory import peak_memory
+from data import Batch
 from evaluation import Retrieval
 
 if TYPE_CHECKING:
@@ -104,12 +106,23 @@ class RunLog:
         write_json(self.folder / RUN, self.run)
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step whose figures are on the device until they are fetched."""
+
+    number: int
+    captions: Tensor  # [T] of its batch, index in the split
+    figures: Mapping[str, Tensor]  # scalars; "finite" says whether the batch counts
+    numbers: Mapping[str, float]  # that the host knows
+
+
 class Meter:
-    """Means over the steps since the last report: losses, seconds a step, seconds of loading."""
+    """Means over the steps since the last report: losses, pairs, seconds, seconds of loading."""
 
     def __init__(self) -> None:
         self.steps = 0
-        self.sums: dict[str, Tensor | float] = {}
+        self.sums: defaultdict[str, float] = defaultdict(float)
+        self.pending: list[Step] = []
         self.start()
 
     def start(self) -> None:
@@ -120,16 +133,42 @@ class Meter:
         """Note that the batch is loaded."""
         self.loaded = time.monotonic()
 
-    def add(self, figures: Mapping[str, Tensor]) -> None:
-        """Add the losses of a step that just ended."""
-        seconds = time.monotonic() - self.started
-        times = {"batch_time": seconds, "data_time": self.loaded - self.started}
-        for name, value in (times | dict(figures)).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.steps += 1
+    def add(self, number: int, batch: Batch, figures: Mapping[str, Tensor]) -> None:
+        """Add a step that just ended, or was just launched; nothing is asked of the device."""
+        times = {
+            "batch_time": time.monotonic() - self.started,
+            "data_time": self.loaded - self.started,
+        }
+        numbers = times | {"pairs": len(batch.regions) * len(batch.ids)}
+        self.pending.append(Step(number, batch.captions, figures, numbers))
+
+    def fetch(self) -> list[str]:
+        """Fetch the figures of the steps added since the last time, all at once.
+
+        Steps whose loss or gradient are not finite count in no mean. Returns a message for each.
+        """
+        pending, self.pending = self.pending, []
+        if not pending:
+            return []
+        since, bad = time.monotonic(), []
+        rows = torch.stack([torch.stack([*step.figures.values()]) for step in pending]).tolist()
+        for step, row in zip(pending, rows, strict=True):
+            figures = dict(zip(step.figures, row, strict=True))
+            if figures.pop("finite"):
+                for name, value in (figures | dict(step.numbers)).items():
+                    self.sums[name] += value
+                self.steps += 1
+            else:
+                losses = f"loss {figures['Le']}, gradient norm {figures['grad_norm']}"
+                captions = ", ".join(map(str, step.captions.tolist()))
+                bad.append(f"step {step.number}: {losses} for the captions {captions}")
+        # It has waited for the steps that were only launched.
+        self.sums["batch_time"] += time.monotonic() - since
+        return bad
 
     def means(self) -> dict[str, float]:
-        return {name: float(total) / self.steps for name, total in self.sums.items()}
+        """Return the means over the steps whose figures are fetched."""
+        return {name: total / self.steps for name, total in self.sums.items()}
 
 
 def tags(result: Retrieval) -> dict[str, float]:

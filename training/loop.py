@@ -19,7 +19,7 @@ from model import DIME
 from training.config import TrainConfig
 from training.log import Meter, RunLog, mark_complete, tags
 from training.resume import BEST, NEWEST, CheckpointManager, TrainState
-from training.step import BadBatch, TrainStep
+from training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(config, self.train_step, bert, batches, dev)
         self.log = RunLog(config.folder, asdict(config), device)
         self.signals = Signals()
+        self.meter = Meter()
         self.state = TrainState()
         self.metrics: dict[str, float] | None = None  # on dev, if the present weights are validated
         self.resumed: Path | None = None  # the checkpoint that the run resumes from
@@ -130,24 +131,20 @@ class Trainer:
         """Train from the present position to the end of the epoch, or of the run."""
         config, (epoch, position) = self.config, divmod(self.state.step, len(self.batches))
         rate = config.learning_rate * LR_DECAY ** (epoch // config.lr_update)
-        for group in self.train_step.optimizer.param_groups:
-            group["lr"] = rate
-        meter = Meter()
+        self.train_step.set_learning_rate(rate)
+        self.meter = Meter()
         for batch in self._batches(epoch, position):
-            meter.note_loaded()
-            try:
-                meter.add(self.train_step.step(batch))
-            except BadBatch as error:
-                self._skip(error)
+            self.meter.note_loaded()
+            figures = self.train_step.step(batch)
             self.state = replace(self.state, step=self.state.step + 1)
             self.log.step, self.metrics = self.state.step, None
-            if meter.steps and self.state.step % config.log_step == 0:
-                self._report(epoch, rate, meter)
-                meter = Meter()
+            self.meter.add(self.state.step, batch, figures)
+            if self.state.step % config.log_step == 0:
+                self._report(epoch, rate)
             self._save_and_validate()
             if self.finished:
                 return
-            meter.start()
+            self.meter.start()
 
     def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
         """Yield the remaining batches of the epoch. If reading fails, save a checkpoint first."""
@@ -159,17 +156,27 @@ class Trainer:
             self.signals.check()  # a signal to the process group ends the workers, too
             raise InputError(f"{error}; {self._advice()}") from error
 
-    def _skip(self, error: BadBatch) -> None:
-        """Count a bad batch. Raises InputError if there are too many."""
-        message, limit = f"step {self.state.step + 1}: {error}", self.config.skip_bad_batches
-        if self.state.skipped == limit:
-            advice = "--skip_bad_batches skips such batches"
-            raise InputError(f"{message}; {self._advice()}; {advice}") from error
-        self.state = replace(self.state, skipped=self.state.skipped + 1)
-        log.warning("%s; skipped, %d of %d", message, self.state.skipped, limit)
+    def _fetch_figures(self) -> None:
+        """Fetch the figures of the steps so far and count bad batches.
 
-    def _report(self, epoch: int, rate: float, meter: Meter) -> None:
-        means, step = meter.means(), self.state.step
+        Raises InputError if there are too many. Until then the run has trained on; a bad batch has
+        changed neither the model nor the optimiser.
+        """
+        limit = self.config.skip_bad_batches
+        for message in self.meter.fetch():
+            if self.state.skipped == limit:
+                advice = "--skip_bad_batches skips such batches"
+                raise InputError(f"{message}; {self._advice()}; {advice}")
+            self.state = replace(self.state, skipped=self.state.skipped + 1)
+            log.warning("%s; skipped, %d of %d", message, self.state.skipped, limit)
+
+    def _report(self, epoch: int, rate: float) -> None:
+        """Log the means since the last report, unless all batches were bad."""
+        self._fetch_figures()
+        if not self.meter.steps:
+            return
+        means, step = self.meter.means(), self.state.step
+        self.meter = Meter()
         speed = means.pop("pairs") / means["batch_time"]
         self.log.record(epoch=epoch, lr=rate, **means, pairs_per_s=speed)
         left = timedelta(seconds=round((self.last_step - step) * means["batch_time"]))
@@ -224,6 +231,7 @@ class Trainer:
         self._save(NEWEST)
 
     def _save(self, name: str) -> None:
+        self._fetch_figures()  # so that a checkpoint has all of its bad batches counted
         self.checkpoints.write(name, self.state, self.metrics)
         self.log.write_run(self.complete)
 

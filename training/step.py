@@ -1,6 +1,7 @@
 """step.py — one training step: losses, gradient, clipping, Adam (SPEC §7, §8).
 
-Reads and writes no files, so that a benchmark can time it.
+Reads and writes no files, so that a benchmark can time it, and asks the device nothing, so that the
+host can launch the next step while this one runs.
 """
 
 from collections.abc import Iterable
@@ -8,18 +9,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from checkpoint.checkpoint import BERT_KEYS
 from common.cli import keep_float32, warn_if_bf16_is_slow
-from common.errors import InputError
 from data import Batch
 from model import DIME, path_loss, triplet_loss
 from training.config import TrainConfig
 
 WITHOUT_FLOAT64 = {"mps"}  # device types
+SKIPPING_ADAM = {"cpu", "cuda"}  # device types whose fused Adam leaves out a bad batch by itself
 STEP_IN_SCORES = 3  # a training step costs about three scorings: forward, and backward twice that
-
-
-class BadBatch(InputError):
-    """The loss or the gradient of a batch is NaN or infinite."""
 
 
 class TrainStep:
@@ -29,7 +27,11 @@ class TrainStep:
         keep_float32()
         self.config, self.model, self.device = config, model, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.learning_rate)
+        # What a forward pass changes: the running statistics of batch normalisation.
+        named = model.named_buffers()
+        self.statistics = [b for name, b in named if not name.startswith(BERT_KEYS)]
+        self.optimizer = torch.optim.Adam(self.parameters, fused=device.type in SKIPPING_ADAM)
+        self.set_learning_rate(config.learning_rate)
         model.precision = config.precision
 
     def prepare(self, steps: int) -> None:
@@ -41,43 +43,56 @@ class TrainStep:
         if self.model.space is not None:
             self.model.space.activation_checkpointing = config.activation_checkpointing
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """Train on a batch; returns losses, gradient norm and the number of pairs.
+    def set_learning_rate(self, rate: float) -> None:
+        """Set Adam's learning rate of the next steps."""
+        (group,) = self.optimizer.param_groups
+        group["lr"] = rate
 
-        Raises BadBatch if loss or gradient are not finite; model and optimiser are then unchanged.
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Train on a batch; returns losses, gradient norm and whether both are finite (1 or 0).
+
+        They are scalars on the device. If they are not finite, model and optimiser are unchanged.
         """
-        config = self.config
-        # The forward pass moves the running statistics of batch normalisation.
-        buffers = list(self.model.buffers())
-        before = [buffer.clone() for buffer in buffers]
         self.model.train()
+        before = [buffer.clone() for buffer in self.statistics]
+        losses = self._losses(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["Le"].backward()
+        norm = gradient_norm(self.parameters)
+        finite = (losses["Le"] + norm).isfinite()
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip or torch.inf, norm)
+        self._update_weights(finite)
+        for buffer, value in zip(self.statistics, before, strict=True):
+            torch.where(finite, buffer, value, out=buffer)
+        figures = losses | {"grad_norm": norm, "finite": finite.float()}
+        return {name: figure.detach() for name, figure in figures.items()}
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses of a batch under their published names; "Le" is their sum."""
+        config = self.config
         output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.hidden_states)
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
         path = path_loss(output.paths, output.sentence_targets, config.batch_size)
-        loss = rank + config.trade_off * path
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = gradient_norm(self.parameters)
-        nn.utils.clip_grads_with_norm_(self.parameters, config.grad_clip or torch.inf, norm)
-        if not (loss + norm).isfinite():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-            captions = ", ".join(map(str, batch.captions.tolist()))
-            losses = f"loss {loss.item()}, gradient norm {norm.item()}"
-            raise BadBatch(f"{losses} for the captions {captions}")
-        self.optimizer.step()
-        pairs = torch.tensor(output.scores.numel())
-        figures = {"Rank": rank, "Path": path, "Le": loss, "grad_norm": norm}
-        return {name: value.detach() for name, value in figures.items()} | {"pairs": pairs}
+        return {"Rank": rank, "Path": path, "Le": rank + config.trade_off * path}
+
+    def _update_weights(self, finite: Tensor) -> None:
+        """Take a step of Adam if `finite`, a bool scalar on the device, is true."""
+        if self.device.type in SKIPPING_ADAM:
+            # As GradScaler does: then weights, moments and step count stay as they are.
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:  # asks the device
+            self.optimizer.step()
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the joint L2 norm of all gradients, a float32 scalar on their device or on the CPU.
+    """Return the joint L2 norm of all gradients, a float32 scalar on their device.
 
     Squares are summed in float64. A region of zeros has a gradient of up to 1e24 in the first step,
     because §2 divides its norm, 0, by 1e-12; float32 cannot hold the square of that.
     """
-    gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
-    held = (g.cpu() if g.device.type in WITHOUT_FLOAT64 else g for g in gradients)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in held]
-    return torch.stack(norms).norm().float()
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    device = gradients[0].device
+    held = [g.cpu() for g in gradients] if device.type in WITHOUT_FLOAT64 else gradients
+    norms = torch._foreach_norm(held, 2, dtype=torch.float64)  # a few kernels for all gradients
+    return torch.linalg.vector_norm(torch.stack(norms)).float().to(device)
