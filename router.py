@@ -9,6 +9,7 @@ O out-paths   N cells of a layer   I images   T captions   H heads   K numbers o
 A tensor that does not depend on the context has C = 1 and broadcasts.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from common.compile import Compiled
+from common.compile import Compiled, needs_fixed_shapes
 from common.memory import chunk_size
 
 OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is inactive from the start
@@ -297,13 +298,14 @@ class RoutingSpace(nn.Module):
         self, query: Modality, context: Modality, pairs: int
     ) -> tuple[Tensor, Tensor]:
         """Return statistics `[4, Q, C, D]` and paths `[Q, C, K]`; chunks of about `pairs` pairs."""
-        # torch.compile specialises on size 1, so compiled chunks have at least 2 items.
-        least = 2 if self.is_compiled else 1
+        # torch.compile specialises on size 1, so code for all shapes needs at least 2 items.
+        fixed = self.compiled is not None and self.compiled.fixed
+        least = 2 if self.is_compiled and not fixed else 1
         columns = []
-        for contexts, width in _chunks(context, pairs // least, least):
+        for contexts, width in _chunks(context, pairs // least, least, fixed):
             projections = [layer.project_context(contexts) for layer in self.all_layers]
             rows = []
-            for queries, height in _chunks(query, pairs // len(contexts), least):
+            for queries, height in _chunks(query, pairs // len(contexts), least, fixed):
                 outputs = self._run_chunk(queries.tokens, projections, len(contexts))
                 rows.append([output[:, :height, :width] for output in outputs])
             columns.append([torch.cat(outputs, 1) for outputs in zip(*rows, strict=True)])
@@ -326,7 +328,8 @@ class RoutingSpace(nn.Module):
 
     def compile_routes(self) -> None:
         """Compile the routing at its first use; if that fails, go on with eager code."""
-        self.compiled = Compiled(self.route, self.parameters)
+        fixed = needs_fixed_shapes(self.norm.weight.device)
+        self.compiled = Compiled(self.route, self.parameters, fixed)
 
     @property
     def is_compiled(self) -> bool:
@@ -338,12 +341,20 @@ class RoutingSpace(nn.Module):
         return F.normalize(self.path_mapping(paths.mean(1)), dim=-1)
 
 
-def _chunks(items: Modality, size: int, least: int) -> Iterator[tuple[Modality, int]]:
-    """Yield `(chunk, n)` of at most `size` items; `n` are real, the rest pad to `least` items."""
+def _chunks(items: Modality, size: int, least: int, equal: bool) -> Iterator[tuple[Modality, int]]:
+    """Yield `(chunk, n)` of at most `size` items; `n` are real, the rest pad to `least` items.
+
+    If `equal`, every chunk has the same size, and the last one is padded.
+    """
     size = max(least, size)
+    if equal:
+        size = math.ceil(len(items) / math.ceil(len(items) / size))
     for first in range(0, len(items), size):
         chunk = items[first : first + size]
         count = len(chunk)
+        padded = size if equal else max(least, count)
+        if padded > count:
+            chunk = chunk[torch.arange(padded, device=chunk.tokens.device) % count]
         if least > 1:  # compiled code is also specialised on which tensors are views of others
-            chunk = chunk[torch.arange(max(least, count)) % count].copy()
+            chunk = chunk.copy()
         yield chunk, count

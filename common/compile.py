@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -22,6 +23,7 @@ OWN_WARNINGS = ("The .grad attribute of a Tensor", "TensorFloat32 tensor cores")
 WORTH_COMPILING = 2_000_000  # from so many pairs on, compiling saves more time than it takes
 
 Function = Callable[..., tuple[Tensor, Tensor]]
+Shapes = tuple[torch.Size, ...]
 
 
 def needs_fixed_shapes(device: torch.device) -> bool:
@@ -36,42 +38,66 @@ def needs_fixed_shapes(device: torch.device) -> bool:
 class Compiled:
     """A compiled function; after the compiler's first failure it calls the eager one.
 
+    One compilation serves all shapes, unless they are `fixed`: then code is made for one shape
+    only, and other ones run eagerly. Without gradients it is the first shape. With gradients it is
+    the largest, because a resumed run may begin with the smaller last batch of an epoch. Once
+    memory runs out it is the next shape, that of a halved chunk.
     `parameters` returns the weights that a backward pass asks gradients of.
     """
 
-    def __init__(self, function: Function, parameters: Callable[[], Iterable[Tensor]]) -> None:
-        self.function, self.parameters = function, parameters
+    def __init__(
+        self, function: Function, parameters: Callable[[], Iterable[Tensor]], fixed: bool = False
+    ) -> None:
+        self.function, self.parameters, self.fixed = function, parameters, fixed
         self.compiled: Function | None = None
-        self.backward_compiled = False
+        self.shapes: dict[bool, Shapes] = {}  # the compiled ones, without and with gradients
         self.failed = False
         for message in OWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         """Return `function(*inputs)`. Out of memory raises as in eager code."""
-        if self.failed:
+        shapes = self._shapes(inputs)
+        if self.failed or not self._serves(shapes):
             return self.function(*inputs)
         try:
-            return self._run(inputs)
+            return self._run(inputs, shapes)
         except Exception as error:  # compilers fail with many types of exception; one remedy
             if is_oom(error):
+                self.shapes.pop(torch.is_grad_enabled(), None)
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             log.warning("not compiled, using eager code: %s", reason)
             self.failed = True
             return self.function(*inputs)
 
-    def _run(self, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def _shapes(self, inputs: tuple[Any, ...]) -> Shapes:
+        """Return the shapes that code for fixed shapes is bound to."""
+        from torch.utils._pytree import tree_leaves
+
+        if not self.fixed:
+            return ()
+        return tuple(leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+    def _serves(self, shapes: Shapes) -> bool:
+        """Return whether there is, or should be, compiled code for inputs of these shapes."""
+        grad = torch.is_grad_enabled()
+        held = self.shapes.get(grad)
+        return held is None or shapes == held or (grad and _numbers(shapes) > _numbers(held))
+
+    def _run(self, inputs: tuple[Any, ...], shapes: Shapes) -> tuple[Tensor, Tensor]:
         from torch.fx.experimental import _config as config
 
         # Two sizes that happen to be equal at first may differ later: without duck shapes, one
         # compilation serves every size.
         with config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # added at import
             if self.compiled is None:
-                self.compiled = torch.compile(self.function, dynamic=True)
-            if torch.is_grad_enabled() and not self.backward_compiled:
-                self._run_backward(inputs)
-                self.backward_compiled = True
+                self.compiled = torch.compile(self.function, dynamic=not self.fixed)
+            grad = torch.is_grad_enabled()
+            if self.shapes.get(grad) != shapes:
+                if grad:
+                    self._run_backward(inputs)
+                self.shapes[grad] = shapes
             return self.compiled(*inputs)
 
     def _run_backward(self, inputs: tuple[Any, ...]) -> None:
@@ -85,6 +111,10 @@ class Compiled:
         with torch.autograd.graph.saved_tensors_hooks(_identity, _identity):
             total = torch.stack([output.sum() for output in self.compiled(*leaves)]).sum()
             torch.autograd.grad(total, list(self.parameters()), allow_unused=True)
+
+
+def _numbers(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes))
 
 
 def _identity(tensor: Tensor) -> Tensor:

@@ -1,17 +1,21 @@
 """Chunks, activation checkpointing and compilation change no score and no gradient."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import same
 from test_model import ABLATIONS, BOTH, small_batch, small_model
+from test_scoring import small_encoded
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from common import compile as compiling
 from common.compile import WORTH_COMPILING, compiling_pays
+from evaluation import score_all
 from model import DIME
 
 ROUNDING = 5e-4  # of gradients up to 89; those that batch normalisation cancels are only rounding
@@ -105,6 +109,105 @@ def test_one_compilation_serves_every_number_of_images_captions_and_words(
             scores, _ = model.score(images[:i], captions[:c], 6)
             torch.testing.assert_close(scores, whole[:i, :c], atol=1e-6, rtol=0)
     assert compiled_frames.frame_count == once
+
+
+@pytest.fixture
+def fixed_shapes(monkeypatch) -> None:
+    """The CPU stands in for a GPU."""
+    for place in ("model", "router"):
+        monkeypatch.setattr(f"{place}.needs_fixed_shapes", lambda device: True)
+
+
+@BOTH
+def test_fixed_shapes_are_compiled_once_and_others_run_eagerly(
+    direction: str, fixed_shapes: None, compiled_frames: CompileCounter, caplog
+) -> None:
+    """Five captions in chunks of 3, the last one padded."""
+    model = small_model(direction)
+    regions, ids, mask = small_batch()
+    routed: list[int] = []
+    with torch.no_grad():
+        images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
+        expected, _ = model.score(images, captions)
+        route = model.space.route
+        model.space.compile_routes()
+        compiled = model.space.compiled
+        assert compiled is not None
+
+        def noting(tokens: Tensor, projections: Sequence, contexts: int) -> tuple[Tensor, Tensor]:
+            routed.append(len(tokens) * contexts)
+            return route(tokens, projections, contexts)
+
+        scores, _ = model.score(images, captions, 4)
+        torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+        once = compiled_frames.frame_count
+        assert once > 0
+        compiled.function = noting  # the eager code
+        torch.testing.assert_close(model.score(images, captions, 4)[0], scores)
+        assert not routed
+        for i, c, sizes in ((2, 4, 6), (3, 5, 1), (3, 1, 6)):
+            scores, _ = model.score(images[:i], captions[:c], sizes)
+            torch.testing.assert_close(scores, expected[:i, :c], atol=1e-6, rtol=0)
+    assert routed and compiled_frames.frame_count == once and model.space.is_compiled
+    assert all(record.levelno < logging.WARNING for record in caplog.records)
+
+
+@BOTH
+@pytest.mark.parametrize("pairs", [4, 10])
+def test_padded_chunks_have_the_same_gradients(
+    direction: str, pairs: int, fixed_shapes: None, monkeypatch
+) -> None:
+    """Contexts are padded, or queries; every chunk has one shape."""
+    expected = trained(seeded(direction))
+    model = seeded(direction)
+    model.space.activation_checkpointing = True
+    routed = count_routed(model, monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model.space.compile_routes()
+    assert_trained_alike(trained(model, pairs), expected)
+    assert len(set(routed)) == 1 and len(routed) > 2
+
+
+def test_a_larger_batch_takes_the_place_of_a_smaller_one(
+    fixed_shapes: None, compiled_frames: CompileCounter
+) -> None:
+    """A resumed run may begin with the smaller last batch of an epoch."""
+    model = small_model("i2t")
+    model.space.compile_routes()
+    counts, compiled = [], model.space.compiled
+    for captions, images in ((3, 2), (5, 3), (3, 2), (5, 3), (1, 1)):
+        regions, ids, mask = small_batch(captions, images)
+        scores = model(regions, ids, mask, 1).scores
+        scores.sum().backward()
+        counts.append(compiled_frames.frame_count)
+        assert compiled is not None and len(compiled.shapes) == 1
+    assert 0 < counts[0] < counts[1] == counts[-1]
+
+
+def test_a_halved_chunk_is_compiled_after_running_out_of_memory(
+    fixed_shapes: None, monkeypatch, caplog
+) -> None:
+    model = small_model("i2t")
+    encoded = small_encoded(model)
+    expected = score_all(model, encoded, torch.device("cpu"))
+    compiled_chunks: list[int] = []
+
+    def compile_(function: Callable, **options: object) -> Callable:
+        def compiled(tokens: Tensor, projections: Sequence, contexts: int) -> object:
+            if len(tokens) * contexts > 4:
+                raise RuntimeError("CUDA out of memory")
+            compiled_chunks.append(len(tokens) * contexts)
+            return function(tokens, projections, contexts)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr("evaluation.chunk_size", lambda device, dim: 16)
+    model.space.compile_routes()
+    scores = score_all(model, encoded, torch.device("cpu"))
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    assert set(compiled_chunks) == {3} and model.space.is_compiled
+    assert "out of memory" in caplog.text and "not compiled" not in caplog.text
 
 
 @pytest.mark.parametrize("ablation", ["none", "hard", "no RIC", "one layer"])
