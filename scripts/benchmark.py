@@ -10,7 +10,9 @@ copy is the same for the bytes that eager code moves, at the rate of one large c
 between the row's runs, because a machine may be faster now and slower a minute later. Run it on an
 idle machine: any other program makes the figures worthless.
 256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches of 32 with 32 extra
-negatives. `train_checkpointing` is a step with --activation_checkpointing.
+negatives. `train_checkpointing` is a step with --activation_checkpointing. A row of `train` also
+has the rate of train.py's loop, whose batches are read by workers or gathered on a GPU, and its
+share of the rate of as many bare steps, one after the other.
 """
 
 import gc
@@ -21,11 +23,12 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
@@ -34,6 +37,7 @@ from common.cli import has_fast_bf16, parse, pick_device, print_line, run
 from common.config import Direction, Precision
 from common.files import check_writable, write_json
 from common.memory import peak_memory, tune_malloc
+from scripts.parts.feeding import loops, write_data
 from scripts.parts.tables import speed_rows, speed_tables
 from scripts.parts.workload import (
     SIZES,
@@ -89,8 +93,8 @@ def cases(only: Sequence[str] = ()) -> Iterator[Case]:
         yield Case(direction, precision, way == "compiled", what)
 
 
-def measure(case: Case, sizes: Sizes, device: "torch.device") -> dict[str, Any] | None:
-    """Return the row of a case; None if it does not compile."""
+def measure(case: Case, sizes: Sizes, device: "torch.device", data: Path) -> dict[str, Any] | None:
+    """Return the row of a case; None if it does not compile. `data` is a folder of a data set."""
     import torch
 
     tune_malloc()
@@ -116,7 +120,7 @@ def measure(case: Case, sizes: Sizes, device: "torch.device") -> dict[str, Any] 
     flop_rate = 2 * math.prod(sizes.product) / min(product_times)
     byte_rate = 2 * sizes.copied / min(copy_times)  # read and written
     flops = FLOPS[case.direction] * pairs * (1 if case.what == "score" else TRAINING)
-    return asdict(case) | {
+    row = asdict(case) | {
         "pairs_per_s": round(pairs / seconds, 1),
         "seconds": round(seconds, 5),
         "share": round(flops / flop_rate / seconds, 4),
@@ -125,6 +129,10 @@ def measure(case: Case, sizes: Sizes, device: "torch.device") -> dict[str, Any] 
         "product_gflops": round(flop_rate / 1e9, 1),
         "copy_gb_per_s": round(byte_rate / 1e9, 1),
     }
+    if case.what == "train":
+        for name, steps in loops(train_step, work, sizes, data):
+            row[f"{name}_pairs_per_s"] = round(sizes.steps * pairs / seconds_of(steps, device), 1)
+    return row
 
 
 def bytes_moved(case: Case, pairs: int) -> float:
@@ -174,8 +182,8 @@ class Rows:
     A GPU counts its own memory: there, one process measures rows until one of them fails.
     """
 
-    def __init__(self, sizes: Sizes, device: "torch.device") -> None:
-        self.sizes, self.device = sizes, device
+    def __init__(self, sizes: Sizes, device: "torch.device", data: Path) -> None:
+        self.inputs, self.device = (sizes, device, data), device
         self.pool: ProcessPoolExecutor | None = None
 
     def measure(self, case: Case) -> dict[str, Any] | str:
@@ -184,7 +192,7 @@ class Rows:
             self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         row: dict[str, Any] | str | None
         try:
-            row = self.pool.submit(measure, case, self.sizes, self.device).result()
+            row = self.pool.submit(measure, case, *self.inputs).result()
         except Exception as error:  # out of memory, a fault of the GPU: other rows may work
             row = (str(error) or type(error).__name__).splitlines()[0]
         if self.device.type == "cpu" or not isinstance(row, dict):
@@ -204,11 +212,23 @@ def main() -> None:
     if path is not None:
         check_writable(path)
     default: Size = "minilm" if device.type == "cpu" else "bert_base"
-    rows = Rows(SIZES[options.sizes or default], device)
-    since, report = time.monotonic(), new_report(device)
-    for case in cases(options.only or ()):
+    sizes, report = SIZES[options.sizes or default], new_report(device)
+    with TemporaryDirectory() as folder:
+        rows = Rows(sizes, device, write_data(Path(folder), sizes.images))
+        fill(report, rows, cases(options.only or ()), path)
+        rows.close()
+    print_line(speed_tables(report))
+
+
+def fill(report: dict[str, Any], rows: Rows, every_case: Iterable[Case], path: Path | None) -> None:
+    """Measure rows and add them to a report, which is written after each of them.
+
+    So a benchmark that is cut off leaves some.
+    """
+    since = time.monotonic()
+    for case in every_case:
         row: dict[str, Any] | str = "this processor emulates bfloat16"
-        if case.precision != "bf16" or has_fast_bf16(device):
+        if case.precision != "bf16" or has_fast_bf16(rows.device):
             row = rows.measure(case)
         if isinstance(row, dict):
             report["rows"].append(row)
@@ -217,10 +237,8 @@ def main() -> None:
             report["not_run"].append(f"{case.name}: {row}")
             log.info("%s", report["not_run"][-1])
         report["minutes"] = round((time.monotonic() - since) / 60, 1)
-        if path is not None:  # after each row, so that a benchmark that is cut off leaves some
+        if path is not None:
             write_json(path, report)
-    rows.close()
-    print_line(speed_tables(report))
 
 
 def new_report(device: "torch.device") -> dict[str, Any]:

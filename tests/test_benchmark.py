@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import ROOT, run_here
 from test_model import tiny_bert
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +16,10 @@ from model import DIME
 from router import Modality
 from scripts import benchmark
 from scripts.benchmark import FLOPS, cases, measure, seconds_of
-from scripts.parts.workload import SIZES, Case
+from scripts.parts import feeding
+from scripts.parts.tables import speed_rows
+from scripts.parts.workload import SIZES, Case, new_train_step
+from training import device_features
 
 D = 256
 
@@ -87,7 +90,41 @@ def test_rows_of_a_small_run(
     assert len({(r["direction"], r["precision"], r["what"]) for r in rows}) == len(rows) == 2 * 3
     assert all(row["pairs_per_s"] > 0 and row["peak_gb"] > 0.1 for row in rows)
     assert all(row["share"] > 0 and row["copy_share"] > 0 for row in rows)
+    loop = {f"{name}_pairs_per_s" for name in ("bare", "workers")}
+    for row in rows:  # a CPU has its features in main memory
+        assert loop & row.keys() == (loop if row["what"] == "train" else set())
+        assert "on_device_pairs_per_s" not in row and all(row[key] > 0 for key in loop & row.keys())
     assert "| train_checkpointing |" in capsys.readouterr().out
+
+
+def test_the_table_has_the_loop_of_train_py_if_it_was_measured() -> None:
+    speed = ROOT / "results/speed.json"
+    (row, *_) = (r for r in json.loads(speed.read_text())["rows"] if r["what"] == "train")
+    row = {key: value for key, value in row.items() if not key.startswith(("bare", "work", "on_"))}
+    assert "train.py" not in speed_rows([row])
+    loop = {"bare_pairs_per_s": 200.0, "workers_pairs_per_s": 150.0}
+    head, _, without, with_loop = speed_rows([row, row | loop]).splitlines()
+    assert "train.py, workers" in head and "on_device" not in head
+    assert without.endswith("|  |") and with_loop.endswith("| 150, 75 % |")
+
+
+def test_a_gpu_holds_the_features_of_the_loop_too(tmp_path: Path, monkeypatch) -> None:
+    train_step = new_train_step(Case("t2i", "fp32", False, "train"), TINY, CPU)
+    data, taken = feeding.write_data(tmp_path, TINY.images), []
+    load = device_features.load_features
+    monkeypatch.setattr(device_features, "load_features", lambda *given: load(*given[:2], True))
+    step = train_step.step
+    monkeypatch.setattr(train_step, "step", lambda batch: taken.append(batch) or step(batch))
+    steps = dict(feeding.loops(train_step, lambda: taken.append(None), TINY, data))
+    assert list(steps) == ["bare", "workers", "on_device"]
+    warm_up = len(taken)
+    for work in steps.values():
+        work()
+    assert len(taken) == warm_up + 3 * TINY.steps
+    read, gathered = taken[-2 * TINY.steps : -TINY.steps], taken[-TINY.steps :]
+    assert all(torch.equal(a.regions, b.regions) for a, b in zip(read, gathered, strict=True))
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(read, gathered, strict=True))
+    assert gathered[0].mask.sum(1).min() >= 9 and gathered[0].mask.sum(1).max() <= 21
 
 
 def test_words_choose_rows() -> None:
@@ -102,7 +139,7 @@ def test_a_failed_compilation_is_no_row(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
     monkeypatch.setattr(benchmark, "tune_malloc", lambda: None)
-    assert measure(Case("i2t", "fp32", True, "score"), TINY, CPU) is None
+    assert measure(Case("i2t", "fp32", True, "score"), TINY, CPU, Path()) is None
 
 
 def test_a_row_that_fails_is_named_and_the_others_are_measured(
@@ -129,7 +166,7 @@ def test_a_gpu_measures_in_one_process_until_a_row_fails(
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_: started.append(1) or pool())
     results = iter([{"row": 1}, None, {"row": 2}])
     monkeypatch.setattr(benchmark, "measure", lambda *_: next(results))
-    rows = benchmark.Rows(TINY, torch.device(kind))
+    rows = benchmark.Rows(TINY, torch.device(kind), Path())
     case = Case("i2t", "fp32", True, "score")
     assert [rows.measure(case) for _ in range(3)] == [{"row": 1}, "the compiler fails", {"row": 2}]
     assert len(started) == processes

@@ -54,18 +54,27 @@ def speed_tables(report: dict[str, Any]) -> str:
 
 
 def speed_rows(rows: list[dict[str, Any]]) -> str:
-    """Return the table of the benchmark's rates."""
+    """Return the table of the benchmark's rates; older reports lack some."""
     head = ["", "precision", "", "what", "pairs/s", "seconds", "GB"]
     head += ["GFLOP/s", "share", "GB/s", "share"]
+    fed = {f"{name}_pairs_per_s": name for name in ("workers", "on_device")}
+    fed = {key: name for key, name in fed.items() if any(key in row for row in rows)}
+    head += [f"train.py, {name}" for name in fed.values()]
     lines = []
     for row in rows:
         way = "compiled" if row["compiled"] else "eager"
         rates = [f"{row['pairs_per_s']:.0f}", f"{row['seconds']:.3g}", f"{row['peak_gb']:.2f}"]
         product = [f"{row['product_gflops']:.0f}", f"{100 * row['share']:.0f} %"]
-        copy = ["", ""]  # not measured in older reports
+        copy = ["", ""]
         if "copy_share" in row:
             copy = [f"{row['copy_gb_per_s']:.0f}", f"{100 * row['copy_share']:.0f} %"]
+        loops = [
+            f"{row[key]:.0f}, {100 * row[key] / row['bare_pairs_per_s']:.0f} %"
+            if key in row
+            else ""
+            for key in fed
+        ]
         lines.append(
-            [row["direction"], row["precision"], way, row["what"], *rates, *product, *copy]
+            [row["direction"], row["precision"], way, row["what"], *rates, *product, *copy, *loops]
         )
     return markdown(head, lines)

@@ -35,6 +35,8 @@ class Sizes:
     copied: int = 2**28  # bytes
     warm_up: int = 1  # runs that are not timed: they compile, and record launches
     runs: int = 5  # a row is their median
+    steps: int = 3  # of train.py's loop, beside as many bare ones
+    images: int = 2000  # that the loop reads
 
 
 SIZES = {
@@ -47,8 +49,9 @@ SIZES = {
         copied=2**30,
         warm_up=8,
         runs=20,
+        steps=60,
     ),
-    "tiny": Sizes(24, 1, 2, 2, 3, product=(64, 8, 8), copied=2**10, runs=1),
+    "tiny": Sizes(24, 1, 2, 2, 3, product=(64, 8, 8), copied=2**10, runs=1, images=5),
 }
 
 
