@@ -102,19 +102,22 @@ class CrossModalRefinement(Cell):
         # The attention weights P sum to one, so Linear(P c) = P Linear(c): a context is projected
         # once, and not once for each query.
         projected = self.scale_shift(context.tokens)  # [C, M, 2D]
-        return context.tokens[None], context.mask[None, :, None, :], projected[None]
+        return context.tokens, context.mask[None, :, None, :], projected
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor, projected: Tensor) -> Tensor:
+        # A product for each context, with the tokens of all queries: one for each pair would
+        # copy the context for every query, and then add up its gradients.
         weights = self.attention(x, tokens, mask)  # [Q, C, L, M]
-        scale, shift = (weights @ projected).float().chunk(2, -1)  # [Q, C, L, D] each
+        attended = torch.einsum("qclm,cmd->qcld", weights, projected)  # [Q, C, L, 2D]
+        scale, shift = attended.chunk(2, -1)  # [Q, C, L, D] each
         # x tanh(scale) + shift, by tanh(s) = 2 sigmoid(2s) - 1: on a CPU `tanh` is slower than
         # `sigmoid`. In float32, because a sigmoid near 1/2 in bfloat16 loses a small tanh.
-        modulated = torch.addcmul(shift - x, x, (2 * scale).sigmoid_(), value=2)
+        modulated = torch.addcmul(shift.float() - x, x, (2 * scale.float()).sigmoid_(), value=2)
         return self.fc2(self.fc1(modulated).relu_()).add_(x)
 
     def attention(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return attention weights `[Q, C, L, M]` over the context tokens, 0 on masked ones."""
-        affinity = self.norm(x @ tokens.to(x.dtype).mT)  # [Q, C, L, M]
+        affinity = self.norm(torch.einsum("qcld,cmd->qclm", x, tokens.to(x.dtype)))
         return (self.smooth * affinity).masked_fill(~mask, -torch.inf).softmax(-1)
 
 

@@ -94,7 +94,7 @@ class Cell(nn.Module):
         self.router = router
 
     def project_context(self, context: Modality) -> tuple[Tensor, ...]:
-        """Return what the cell needs of the contexts, once for all queries: `[1, C, ...]` each."""
+        """Return what the cell needs of the contexts, once for all queries: tensors of C items."""
         return ()
 
 
