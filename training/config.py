@@ -84,7 +84,10 @@ class TrainConfig(DataConfig, ModelConfig):
     cache_text: Annotated[
         bool, "encode the captions with BERT once, without dropout: not the paper's method"
     ] = False
-    compile: Annotated[bool | None, "compile the routing (default: if it is faster)"] = None
+    compile: Annotated[
+        bool | None,
+        "compile the routing (default: if it is faster); if negated, no CUDA graph is recorded",
+    ] = None
     activation_checkpointing: Annotated[
         bool, "recompute activations in the backward pass: less memory, but slower"
     ] = False
