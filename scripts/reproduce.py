@@ -9,7 +9,8 @@
 
 scripts/experiments.toml lists the runs. `run` skips what is done, resumes what was interrupted, and
 writes results/reproduce/NAME_seedN.json; checkpoints and scores go to runs/reproduce/. An ensemble
-is evaluated from the scores of its models.
+is evaluated from the scores of its models. A run with a baseline is compared with it over the seeds
+whose scores both have: results/compare/NAME.json.
 """
 
 import logging
@@ -83,7 +84,10 @@ def reproduce(each: Run, seed: int, train: bool, needs_scores: bool = False) -> 
     trainings = [t for model in models for t in model["trainings"]] or [check_model(each, seed)]
     file = each.folder(seed) / "evaluation.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    run_program([*each.evaluate_command(seed), "--json", str(file)])
+    outputs = ["--json", str(file)]
+    if models:  # for a comparison
+        outputs += ["--save_scores", str(each.scores(seed))]
+    run_program([*each.evaluate_command(seed), *outputs])
     result = {
         "entry": each.digest(),
         "commands": each.commands(seed),  # of a model from elsewhere only the last one was run
@@ -99,6 +103,27 @@ def reproduce(each: Run, seed: int, train: bool, needs_scores: bool = False) -> 
     write_json(path, result)
     log.info("%s, seed %d: %s", each.name, seed, path)
     return result
+
+
+def compare(each: Run, baseline: Run) -> None:
+    """Compare a run with its baseline over the seeds whose results and scores both have."""
+    runs = (each, baseline)
+    common = each.results().keys() & baseline.results().keys()
+    seeds = [s for s in sorted(common) if all(one.scores(s).exists() for one in runs)]
+    if not seeds:
+        log.info("%s: not compared with %s, which has no scores yet", each.name, baseline.name)
+        return
+    path, entries = each.comparison(), [one.digest() for one in runs]
+    if path.exists():
+        known = read_json(path, "a comparison")
+        if known["entries"] == entries and known["seeds"] == seeds:
+            log.info("%s: compared with %s, %s", each.name, baseline.name, path)
+            return
+    file = each.folder(seeds[0]) / "comparison.json"
+    run_program([*each.compare_command(baseline, seeds), "--json", str(file)])
+    content = {"entries": entries, "seeds": seeds, **read_json(file, "a comparison")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
 
 
 def check_model(each: Run, seed: int) -> dict[str, Any] | None:
@@ -168,6 +193,8 @@ def main() -> None:
         for name in options.names:
             for seed in options.seeds:
                 reproduce(runs[name], seed, options.train)
+            if baseline := runs[name].baseline:
+                compare(runs[name], runs[baseline])
     else:
         require(action in ("-h", "--help"), f"{action}: expected list, run or table (see --help)")
         print_line(__doc__)

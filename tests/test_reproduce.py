@@ -19,7 +19,7 @@ import train
 from common.cli import parse
 from common.errors import InputError
 from common.results import EvaluationResult
-from scripts import reproduce
+from scripts import compare, reproduce
 from scripts.parts.experiments import REGISTRY, Run, read_registry
 from scripts.parts.run_results import find_problem, read_result, recall_table, table_rows
 from training.config import TrainConfig
@@ -70,6 +70,7 @@ def small(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
 def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Program:
     """Run reproduce, and its programs in this process; return what it prints, or its error."""
     mains = {"train.py": train.main, "evaluate_models.py": evaluate_models.main}
+    mains["scripts/compare.py"] = lambda argv: compare.main()
 
     def call(command: list[str]) -> None:
         monkeypatch.setattr(sys, "argv", command)
@@ -154,6 +155,31 @@ def test_missing_results_and_scores_are_made_again(small: Runs, program: Program
     other.scores(0).unlink()
     program("run", "both", "--no-train")
     assert other.scores(0).read_bytes() == kept and both.result(0).exists()
+
+
+def test_a_run_is_compared_with_its_baseline_over_seeds(
+    small: Runs, program: Program, caplog
+) -> None:
+    one, other, _ = small.values()
+    table = read_registry(Path("small.toml"))[1]["first"]
+    program("run", "other")
+    assert not other.comparison().exists() and "one" in caplog.text
+    program("run", "one", "other", "--seeds", "0", "1")
+    content = json.loads(other.comparison().read_text())
+    files = [[str(run.scores(seed)) for seed in (0, 1)] for run in (other, one)]
+    assert [content["scores"]["a"], content["scores"]["b"]] == files
+    mean, (low, high) = content["difference"]["rsum"], content["intervals"]["rsum"]
+    cell = f"| {mean:+.1f} [{low:+.1f}, {high:+.1f}] | {content['p']['rsum']:.4f} |"
+    assert cell in recall_table(table)
+    before = other.comparison().stat().st_mtime_ns
+    program("run", "other", "--seeds", "1")
+    assert other.comparison().stat().st_mtime_ns == before
+    for changes in ({"seeds": [0]}, {"entries": [one.digest()] * 2}):
+        other.comparison().write_text(json.dumps(content | changes))
+        assert "| not run | not run |" in recall_table(table)
+        assert str(other.comparison()) in caplog.text
+    program("run", "other", "--seeds", "1")
+    assert cell in recall_table(table)
 
 
 def test_a_model_trained_with_other_options_or_not_to_its_end_is_refused(
@@ -314,7 +340,7 @@ def test_a_cell_holds_the_interval_of_one_seed_or_the_deviation_of_several(small
     save(other, 1)
     text = recall_table(table)
     assert "| One | 2 | 10.0 · 3.0 ± 1.4 · -7.0 |" in text and "66.0 · 106.0 ± 2.8 · +40.0" in text
-    assert "| Other | One | 0 | -2.0 |" in text  # the seed that both have
+    assert "| Other | One | 0 | -2.0 | not run |" in text  # the seed that both have
 
 
 def test_every_run_of_the_paper_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +352,9 @@ def test_every_run_of_the_paper_is_listed(monkeypatch: pytest.MonkeyPatch) -> No
     for table, name in names.items():
         rows = table_rows(tables[table])
         expected = {model: [*recalls, sum(recalls)] for model, recalls in paper[table].items()}
-        assert {row.run.title: row.paper for row in rows} == expected
-        assert [row.run.name for row in rows] == [f"{name}_i2t", f"{name}_t2i", f"{name}_ensemble"]
+        assert {row.run.title: row.paper for row in rows} == {"encoders alone": [], **expected}
+        ways = ("alone", "i2t", "t2i", "ensemble")
+        assert [row.run.name for row in rows] == [f"{name}_{way}" for way in ways]
         assert tables[table].fold5 == (table == "mscoco_1k_fold5")
     for name, split in (("coco", "testall"), ("f30k", "test")):
         for way, extra, smooth in (("i2t", "--extra_stc", "4"), ("t2i", "--extra_img", "9")):

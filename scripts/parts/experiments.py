@@ -7,7 +7,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,16 @@ class Run:
         return self.folder(seed) / self.direction / "model_best.pth.tar"
 
     def scores(self, seed: int) -> Path:
-        """Return the path of a model's scores. An ensemble is evaluated from them."""
+        """Return the path of the scores. An ensemble is evaluated from those of its models."""
         return self.folder(seed) / "scores.npy"
 
     def result(self, seed: int) -> Path:
         """Return the path of the result of a seed."""
         return RESULTS / "reproduce" / f"{self.name}_seed{seed}.json"
+
+    def comparison(self) -> Path:
+        """Return the path of the comparison with the baseline, over seeds."""
+        return RESULTS / "compare" / f"{self.name}.json"
 
     def results(self) -> dict[int, Path]:
         """Return the paths of the results that exist, by seed."""
@@ -96,6 +100,12 @@ class Run:
             source = ["--model_path", str(self.model(seed)), *self._data_options()]
             source += ["--save_scores", str(self.scores(seed))]
         return ["evaluate_models.py", *source, "--split", self.split, "--bootstrap", BOOTSTRAP]
+
+    def compare_command(self, baseline: "Run", seeds: Sequence[int]) -> list[str]:
+        """Return the command that compares the scores of this run and of its baseline."""
+        scores = [str(each.scores(seed)) for each in (self, baseline) for seed in seeds]
+        where = ["--data_path", self.data_path, "--data_name", self.data_name]
+        return ["scripts/compare.py", *scores, *where, "--split", self.split]
 
     def _data_options(self) -> list[str]:
         folders = ["--data_path", self.data_path, "--bert_path", self.bert_path]

@@ -119,7 +119,10 @@ def legend() -> str:
 
 
 def recall_table(table: Table) -> str:
-    """Return a table of runs, and by how much rsum differs from the baseline's, seed by seed."""
+    """Return a table of runs, and by how much rsum differs from the baseline's, seed by seed.
+
+    The mean difference has its interval and p-value if the scores were compared.
+    """
     rows = {row.run.name: row for row in table_rows(table)}
     cells, compared = [], []
     for row in rows.values():
@@ -129,7 +132,24 @@ def recall_table(table: Table) -> str:
         if other and (both := sorted(row.seeds.keys() & other.seeds.keys())):
             differences = [f"{row.seeds[seed][-1] - other.seeds[seed][-1]:+.1f}" for seed in both]
             named = [row.run.title, other.run.title, ", ".join(map(str, both))]
-            compared.append([*named, ", ".join(differences)])
+            compared.append([*named, ", ".join(differences), *_compared(row.run, other.run, both)])
     text = f"{table.title}:\n\n{markdown(['', 'seeds', *COLUMNS], cells)}"
-    head = ["", "baseline", "seeds", "rsum differs by"]
+    head = ["", "baseline", "seeds", "rsum differs by", "mean [95 % interval]", "p"]
     return f"{text}\n{markdown(head, compared)}" if compared else text
+
+
+def _compared(run: Run, baseline: Run, seeds: Sequence[int]) -> list[str]:
+    """Return the mean difference of rsum with its interval, and p; `not run` if there are none.
+
+    A comparison of other seeds or entries is left out, with a warning.
+    """
+    path = run.comparison()
+    if not path.exists():
+        return ["not run"] * 2
+    content = read_json(path, "a comparison")
+    if content["entries"] != [run.digest(), baseline.digest()] or content["seeds"] != seeds:
+        log.warning("%s: is of other seeds, or stale; left out", path)
+        return ["not run"] * 2
+    low, high = content["intervals"]["rsum"]
+    mean, p = content["difference"]["rsum"], content["p"]["rsum"]
+    return [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.4f}"]
