@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from common.cli import parse, pick_device, print_line, run, warn_if_bf16_is_slow
+from common.cli import parse, pick_device, print_line, run
 from common.config import Precision
 from common.errors import InputError, check_range, require
 from common.files import check_writable, write_array, write_json
 from common.layout import files_of, read_groups_of_scores, split_files
+from common.precision import has_tf32, require_precision, warn_if_bf16_is_slow
 from common.results import MSCOCO_IMAGES, EvaluationResult, ProtocolResult
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class EvaluateConfig:
     save_scores: Annotated[str | None, "write the score matrix (images, captions), .npy"] = None
     json: Annotated[str | None, "write the result, unrounded"] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
-    precision: Annotated[Precision | None, "bf16: products in bfloat16" + THEIRS] = None
+    precision: Annotated[Precision | None, "of products; tf32: CUDA only" + THEIRS] = None
     compile: Annotated[bool | None, "compile the routing (default: if it saves time)"] = None
     workers: Annotated[int, "processes that read features; 0: the program itself"] = 2
 
@@ -231,6 +232,7 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
     )
 
     paths, device = config.model_path or [], pick_device(config.device)
+    require_precision(config.precision, device)
     checkpoints = [read_checkpoint(path) for path in paths]
     widths = sorted({checkpoint.config.img_dim for checkpoint in checkpoints})
     require(
@@ -296,12 +298,21 @@ def _open_model(
         check_folds(split.images, split.path)
     bert = bert_of(checkpoint, config.bert_path, split.captions)
     model = build_model(checkpoint, bert, device)
-    precision = config.precision or checkpoint.options.get("precision", "fp32")
-    if precision not in get_args(Precision):
-        raise InputError(f"{checkpoint.path}: precision {precision!r}; expected fp32 or bf16")
-    model.precision = precision
-    warn_if_bf16_is_slow(precision, device)
+    model.precision = config.precision or _trained_precision(checkpoint, device)
+    warn_if_bf16_is_slow(model.precision, device)
     return _OpenModel(checkpoint, split, bert, model)
+
+
+def _trained_precision(checkpoint: Checkpoint, device: torch.device) -> Precision:
+    """Return the precision that a model was trained in, fp32 instead of a TF32 that is missing."""
+    precision = checkpoint.options.get("precision", "fp32")
+    if precision not in get_args(Precision):
+        expected = ", ".join(get_args(Precision))
+        raise InputError(f"{checkpoint.path}: precision {precision!r}; expected one of {expected}")
+    if precision == "tf32" and not has_tf32(device):
+        log.info("%s: precision tf32 needs a CUDA GPU; computing in fp32", checkpoint.path)
+        return "fp32"
+    return precision
 
 
 def _ensemble_scores(

@@ -19,6 +19,7 @@ from common.compile import needs_fixed_shapes
 from common.errors import InputError, require
 from common.files import map_array
 from common.memory import chunk_size, describe_oom, is_oom, storage_device
+from common.precision import product_precision
 from common.results import ProtocolResult, Ranks, Retrieval
 from common.workers import load
 from data import ImageBlocks, Split
@@ -66,11 +67,11 @@ class Encoded:
 
 @contextmanager
 def evaluation_mode(model: DIME) -> Iterator[None]:
-    """Put the model in evaluation mode, without gradients; afterwards restore its mode."""
+    """Evaluate within: no dropout, no gradients, the model's precision. Afterwards restore all."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), product_precision(model.precision):
             yield
     finally:
         model.train(training)

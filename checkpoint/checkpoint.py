@@ -12,11 +12,12 @@ import torch
 from checkpoint.bert import Bert, assemble_bert, load_bert, reading_advice
 from checkpoint.official import PARTS, native_names
 from checkpoint.weights import Weights, check_named, load_state_dict_strict
-from common.cli import LARGEST_FLOAT, keep_float32
+from common.cli import LARGEST_FLOAT
 from common.config import ModelConfig
 from common.errors import PLAIN, InputError, brief_repr, require
 from common.files import read_json, sha256_of
 from common.layout import SplitName
+from common.precision import keep_float32
 from common.torch_files import read_safetensors, read_torch, write_torch
 from model import DIME
 from vocab import Tokenization

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from tqdm import tqdm
 
-from common.config import Precision
 from common.errors import InputError, require
 from common.memory import describe_oom, is_oom, tune_malloc
+from common.precision import keep_float32
 from common.signals import Stopped
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ BAD_INPUT = 2  # exit status after an InputError
 LARGEST_FLOAT = 1e30  # float32 holds the product of two options up to this size
 LONGEST_MESSAGE = 4000  # characters
 LOG_SECONDS = 30  # between two progress lines if there is no terminal
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and ARM processors in /proc/cpuinfo
 
 tqdm.monitor_interval = 0  # starts no thread: the workers that read data are forked
 
@@ -127,13 +126,6 @@ def nonempty_text(text: str) -> str:
     return printable_text(text)
 
 
-def keep_float32() -> None:
-    """Make all convolutions of the process compute in float32; on a GPU torch defaults to TF32."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = False
-
-
 def pick_device(name: str) -> "torch.device":
     """Return the device called `name`; `auto` is a CUDA GPU if there is one. Raises InputError."""
     import torch
@@ -150,19 +142,6 @@ def pick_device(name: str) -> "torch.device":
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name}: cannot be used here: {reason}") from error
-
-
-def warn_if_bf16_is_slow(precision: Precision, device: "torch.device") -> None:
-    """Warn if the processor has no bfloat16 instructions and emulates them."""
-    if precision == "bf16" and not has_fast_bf16(device):
-        log.warning("--precision bf16: this processor emulates bfloat16; fp32 is faster")
-
-
-def has_fast_bf16(device: "torch.device", cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return False if `device` is a CPU whose flags lack bfloat16 (only Linux lists them)."""
-    if device.type != "cpu" or not cpuinfo.exists():
-        return True
-    return bool(BF16_FLAGS & set(cpuinfo.read_text().split()))
 
 
 def run(program: Callable[[], None]) -> None:

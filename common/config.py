@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 from common.errors import check_range, require
 
 Direction = Literal["i2t", "t2i"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Routing = Literal["soft", "uniform", "hard"]
 AffinityNorm = Literal[
     "clipped_l2norm", "l2norm", "l1norm", "clipped_l1norm", "clipped", "softmax", "no_norm"

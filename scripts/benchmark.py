@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
-from common.cli import has_fast_bf16, parse, pick_device, print_line, run
+from common.cli import parse, pick_device, print_line, run
 from common.config import Direction, Precision
 from common.files import check_writable, write_json
 from common.memory import peak_memory, tune_malloc
+from common.precision import has_fast_bf16, has_tf32, product_precision, require_precision
 from scripts.parts.feeding import loops, write_data
 from scripts.parts.tables import speed_rows, speed_tables
 from scripts.parts.workload import (
@@ -147,7 +148,12 @@ def large_product(case: Case, sizes: Sizes, device: "torch.device") -> Work:
     m, k, n = sizes.product
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     a, b = (torch.randn(*size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
-    return lambda: a @ b
+
+    def multiply() -> None:
+        with product_precision(case.precision):
+            a @ b
+
+    return multiply
 
 
 def large_copy(sizes: Sizes, device: "torch.device") -> Work:
@@ -212,6 +218,8 @@ def main() -> None:
     if path is not None:
         check_writable(path)
     default: Size = "minilm" if device.type == "cpu" else "bert_base"
+    if "tf32" in (options.only or ()):
+        require_precision("tf32", device)
     sizes, report = SIZES[options.sizes or default], new_report(device)
     with TemporaryDirectory() as folder:
         rows = Rows(sizes, device, write_data(Path(folder), sizes.images))
@@ -227,6 +235,8 @@ def fill(report: dict[str, Any], rows: Rows, every_case: Iterable[Case], path: P
     """
     since = time.monotonic()
     for case in every_case:
+        if case.precision == "tf32" and not has_tf32(rows.device):
+            continue
         row: dict[str, Any] | str = "this processor emulates bfloat16"
         if case.precision != "bf16" or has_fast_bf16(rows.device):
             row = rows.measure(case)

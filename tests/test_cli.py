@@ -4,16 +4,14 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import ROOT
 
-from checkpoint.checkpoint import load_model
-from common.cli import has_fast_bf16, parse, pick_device, run, warn_if_bf16_is_slow
+from common.cli import parse, pick_device, run
 from common.errors import InputError
 
 
@@ -91,15 +89,6 @@ def test_lost_output_is_status_2_without_a_traceback(target: str) -> None:
     assert len(done.stderr.splitlines()) == 1 and "standard output" in done.stderr
 
 
-def test_convolutions_on_a_gpu_are_float32() -> None:
-    torch.backends.cudnn.allow_tf32 = True
-    assert pick_device("cpu") == torch.device("cpu")
-    assert not torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = True
-    load_model(GOLDEN / "i2t/checkpoint.pth.tar", GOLDEN / "i2t/bert")  # by itself, too
-    assert not torch.backends.cudnn.allow_tf32
-
-
 def test_unknown_devices_are_refused() -> None:
     for name in ("gpu", "cpu:x", "mpsx"):
         with pytest.raises(InputError, match=f"--device {name}"):
@@ -110,16 +99,3 @@ def test_unknown_devices_are_refused() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match=r"--device mps: .*Apple GPU"):
         pick_device("mps")
-
-
-def test_emulated_bfloat16_is_warned_of(tmp_path: Path, monkeypatch, caplog) -> None:
-    cpu = torch.device("cpu")
-    for flags, fast in (("sse4_2 avx512f", False), ("fp asimd bf16", True), ("amx_bf16", True)):
-        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
-        assert has_fast_bf16(cpu, tmp_path / "cpuinfo") == fast
-    assert has_fast_bf16(cpu, tmp_path / "absent") and has_fast_bf16(torch.device("cuda"))
-    monkeypatch.setattr("common.cli.has_fast_bf16", lambda device: False)
-    warn_if_bf16_is_slow("fp32", cpu)
-    assert not caplog.records
-    warn_if_bf16_is_slow("bf16", cpu)
-    assert "--precision bf16" in caplog.text

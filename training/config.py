@@ -73,9 +73,9 @@ class TrainConfig(DataConfig, ModelConfig):
     ] = ""
     overwrite: Annotated[bool, "delete the run in the folder and start again"] = False
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
-    precision: Annotated[Precision, "bf16 computes products in bfloat16, weights stay float32"] = (
-        "fp32"
-    )
+    precision: Annotated[
+        Precision, "of products: tf32 rounds their inputs to 10 bits (CUDA only), bf16 to 7"
+    ] = "fp32"
     features_on_device: Annotated[
         bool | None,
         "load all features to the device once; no workers are needed "

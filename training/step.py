@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint.checkpoint import BERT_KEYS
-from common.cli import keep_float32, warn_if_bf16_is_slow
+from common.precision import product_precision, warn_if_bf16_is_slow
 from common.recorded import CudaGraphs, Recorded
 from data import Batch
 from model import DIME, path_loss, triplet_loss
@@ -26,7 +26,6 @@ class TrainStep:
     """A model and its optimiser."""
 
     def __init__(self, config: TrainConfig, model: DIME, device: torch.device) -> None:
-        keep_float32()
         self.config, self.model, self.device = config, model, device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # What a forward pass changes: the running statistics of batch normalisation.
@@ -60,6 +59,10 @@ class TrainStep:
 
         They are scalars on the device. If they are not finite, model and optimiser are unchanged.
         """
+        with product_precision(self.config.precision):
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
         self.model.train()
         before = [buffer.clone() for buffer in self.statistics]
         losses = self._losses(batch)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from common.config import Direction, Precision
+from common.precision import product_precision
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,12 @@ def scoring(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
     regions, ids, mask = (tensor.to(train_step.device) for tensor in inputs)
     with torch.no_grad():
         images, captions = model.encode_images(regions), model.encode_captions(ids, mask)
-    return math.prod(counts), torch.no_grad()(lambda: model.score(images, captions))
+
+    def score() -> None:
+        with torch.no_grad(), product_precision(model.precision):
+            model.score(images, captions)
+
+    return math.prod(counts), score
 
 
 def training(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
