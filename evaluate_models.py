@@ -20,7 +20,7 @@ from common.config import Precision
 from common.errors import InputError, check_range, require
 from common.files import check_writable, write_array, write_json
 from common.layout import files_of, read_groups_of_scores, split_files
-from common.precision import has_tf32, require_precision, warn_if_bf16_is_slow
+from common.precision import has_tf32, warn_if_bf16_is_slow
 from common.results import MSCOCO_IMAGES, EvaluationResult, ProtocolResult
 
 if TYPE_CHECKING:
@@ -231,8 +231,7 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
         read_checkpoint,
     )
 
-    paths, device = config.model_path or [], pick_device(config.device)
-    require_precision(config.precision, device)
+    paths, device = config.model_path or [], pick_device(config.device, config.precision)
     checkpoints = [read_checkpoint(path) for path in paths]
     widths = sorted({checkpoint.config.img_dim for checkpoint in checkpoints})
     require(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from common.cli import parse, run
 from common.errors import require
 from common.lock import LOCK, only_writer
-from common.precision import require_precision
 from training.config import GROUPS, TrainConfig
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ def train(config: TrainConfig) -> None:
     from training.resume import clear, find_checkpoint
     from training.text_cache import cache_text
 
-    device = pick_device(config.device)
-    require_precision(config.precision, device)
+    device = pick_device(config.device, config.precision)
     checkpoint = find_checkpoint(config.folder, config.resume, config.overwrite)
     initial = read_initial(config) if checkpoint is None else None
     bert = bert_to_train_with(config.bert_path, checkpoint or initial)

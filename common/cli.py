@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from tqdm import tqdm
 
+from common.config import Precision
 from common.errors import InputError, require
 from common.memory import describe_oom, is_oom, tune_malloc
-from common.precision import keep_float32
+from common.precision import has_tf32, keep_float32
 from common.signals import Stopped
 
 if TYPE_CHECKING:
@@ -126,11 +127,21 @@ def nonempty_text(text: str) -> str:
     return printable_text(text)
 
 
-def pick_device(name: str) -> "torch.device":
-    """Return the device called `name`; `auto` is a CUDA GPU if there is one. Raises InputError."""
+def pick_device(name: str, precision: Precision | None = None) -> "torch.device":
+    """Return the device called `name`; `auto` is a CUDA GPU if there is one.
+
+    Raises InputError if it cannot be used, or does not have the precision that a user asks for.
+    """
+    keep_float32()
+    device = _device(name)
+    problem = f"--precision tf32: expected a CUDA GPU; the device is {device}"
+    require(precision != "tf32" or has_tf32(device), problem)
+    return device
+
+
+def _device(name: str) -> "torch.device":
     import torch
 
-    keep_float32()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_known = name.split(":")[0] in ("cpu", "cuda", "mps")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import Precision
-from common.errors import require
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +52,6 @@ def keep_float32() -> None:
 def has_tf32(device: "torch.device") -> bool:
     """Return whether a device can round products to TF32."""
     return device.type == "cuda"
-
-
-def require_precision(precision: Precision | None, device: "torch.device") -> None:
-    """Raise InputError if the precision that a user asks for does not exist on the device."""
-    problem = f"--precision tf32: expected a CUDA GPU; the device is {device}"
-    require(precision != "tf32" or has_tf32(device), problem)
 
 
 def warn_if_bf16_is_slow(precision: Precision, device: "torch.device") -> None:

@@ -37,7 +37,7 @@ from common.cli import parse, pick_device, print_line, run
 from common.config import Direction, Precision
 from common.files import check_writable, write_json
 from common.memory import peak_memory, tune_malloc
-from common.precision import has_fast_bf16, has_tf32, product_precision, require_precision
+from common.precision import has_fast_bf16, has_tf32, product_precision
 from scripts.parts.feeding import loops, write_data
 from scripts.parts.tables import speed_rows, speed_tables
 from scripts.parts.workload import (
@@ -213,13 +213,11 @@ class Rows:
 
 def main() -> None:
     options = parse(Options, None, __doc__)
-    device = pick_device(options.device)
+    device = pick_device(options.device, "tf32" if "tf32" in (options.only or ()) else None)
     path = Path(options.json) if options.json is not None else None
     if path is not None:
         check_writable(path)
     default: Size = "minilm" if device.type == "cpu" else "bert_base"
-    if "tf32" in (options.only or ()):
-        require_precision("tf32", device)
     sizes, report = SIZES[options.sizes or default], new_report(device)
     with TemporaryDirectory() as folder:
         rows = Rows(sizes, device, write_data(Path(folder), sizes.images))

@@ -15,8 +15,8 @@ from common.config import Precision
 from common.errors import InputError
 from common.precision import (
     has_fast_bf16,
+    has_tf32,
     product_precision,
-    require_precision,
     warn_if_bf16_is_slow,
 )
 from common.torch_files import read_torch, write_torch
@@ -81,7 +81,7 @@ def test_convolutions_on_a_gpu_are_float32() -> None:
 
 
 def test_tf32_is_refused_without_a_cuda_gpu(tiny: Path, train_error: Error) -> None:
-    require_precision("tf32", torch.device("cuda"))
+    assert has_tf32(torch.device("cuda")) and not has_tf32(CPU)
     assert "--precision tf32" in train_error(*tiny_train(tiny, "--precision", "tf32"))
     assert not list((tiny / "runs").rglob("*.json"))
 
