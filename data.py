@@ -319,12 +319,12 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
 
 @dataclass(frozen=True)
 class ImageBlocks(Dataset):
-    """For evaluation: `self[first, stop]` are the features of these images, each once."""
+    """For evaluation: `self[first, stop]` are the features of these images, as `Split.regions`."""
 
     split: Split
 
     def __getitem__(self, block: tuple[int, int]) -> Tensor:
-        return self.split.regions(np.arange(*block)).float()
+        return self.split.regions(np.arange(*block))
 
 
 def spread(length: int, count: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from common.memory import chunk_size, describe_oom, is_oom, storage_device
 from common.precision import product_precision
 from common.results import ProtocolResult, Ranks, Retrieval
 from common.workers import load
-from data import ImageBlocks, Split
+from data import ImageBlocks, Split, to_device
 from model import DIME
 from router import Modality
 from vocab import Vocabulary
@@ -93,17 +94,13 @@ def encode_split(
     text = np.array([indices.setdefault(caption, len(indices)) for caption in captions])
     blocks = [(i, min(i + IMAGE_BLOCK, images)) for i in range(0, images, IMAGE_BLOCK)]
     ids, mask = vocabulary.encode(list(indices), model.config.max_words)
-    text_blocks = zip(ids.split(CAPTION_BLOCK), mask.split(CAPTION_BLOCK), strict=True)
+    texts = zip(ids.split(CAPTION_BLOCK), mask.split(CAPTION_BLOCK), strict=True)
     with evaluation_mode(model):
-        regions = load(ImageBlocks(split), blocks, workers, device.type == "cuda")
-        encoded_images = _gather(
-            (model.encode_images(_send(block, device)) for block in regions), "images", images
-        )
-        encoded_captions = _gather(
-            (model.encode_captions(_send(i, device), _send(m, device)) for i, m in text_blocks),
-            "captions",
-            len(indices),
-        )
+        regions = load(ImageBlocks(split), blocks, workers, pin=device.type == "cuda")
+        sent = (to_device(block, device).float() for block in regions)
+        encoded_images = _gather(map(model.encode_images, sent), "images", images)
+        pairs = ((to_device(i, device), to_device(m, device)) for i, m in texts)
+        encoded_captions = _gather(starmap(model.encode_captions, pairs), "captions", len(indices))
     return Encoded(encoded_images, encoded_captions, text)
 
 
@@ -123,13 +120,6 @@ def _gather(parts: Iterator[Modality], what: str, total: int) -> Modality:
             done += len(part)
             bar.update(len(part))
     return Modality(**tensors)
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on the device; the host does not wait for the copy to a GPU."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def score_split(
@@ -238,8 +228,8 @@ def _take(items: Modality, index: Tensor, device: torch.device, least: int) -> M
     """Return items on the device, at least `least`: the first ones are repeated."""
     index = index[torch.arange(max(least, len(index))) % len(index)]
     if items.tokens.device.type == device.type:
-        return items[_send(index, device)]
-    return Modality(*(_send(tensor[index], device) for tensor in vars(items).values()))
+        return items[to_device(index, device)]
+    return Modality(*(to_device(tensor[index], device) for tensor in vars(items).values()))
 
 
 def _score_tile(
