@@ -16,8 +16,12 @@ CODE = (".", ":!results", ":!README.md", ":!docs")  # git pathspec: tables are m
 def commit(folder: Path = Path(__file__).parent.parent) -> str | None:
     """Return the folder's commit, with a "+" if tracked code differs from it.
 
-    Returns None without git, or if the repository does not track the folder.
+    Without git, or if the repository does not track the folder, it is what DIME_COMMIT says.
     """
+    return _commit_of_git(folder) or os.environ.get("DIME_COMMIT") or None
+
+
+def _commit_of_git(folder: Path) -> str | None:
     try:
         head, tracked = _git(folder, "rev-parse", "HEAD"), _git(folder, "ls-files")
     except OSError:

@@ -98,6 +98,8 @@ def measure(case: Case, sizes: Sizes, device: "torch.device", data: Path) -> dic
     """Return the row of a case; None if it does not compile. `data` is a folder of a data set."""
     import torch
 
+    from common.recorded import Recorded
+
     tune_malloc()
     torch.manual_seed(0)
     if case.compiled:
@@ -130,6 +132,8 @@ def measure(case: Case, sizes: Sizes, device: "torch.device", data: Path) -> dic
         "product_gflops": round(flop_rate / 1e9, 1),
         "copy_gb_per_s": round(byte_rate / 1e9, 1),
     }
+    if case.what != "score" and isinstance(train_step.step, Recorded):
+        row["recorded"] = train_step.step.replay is not None
     if case.what == "train":
         for name, steps in loops(train_step, work, sizes, data):
             row[f"{name}_pairs_per_s"] = round(sizes.steps * pairs / seconds_of(steps, device), 1)
@@ -189,7 +193,7 @@ class Rows:
     """
 
     def __init__(self, sizes: Sizes, device: "torch.device", data: Path) -> None:
-        self.inputs, self.device = (sizes, device, data), device
+        self.sizes, self.device, self.data = sizes, device, data
         self.pool: ProcessPoolExecutor | None = None
 
     def measure(self, case: Case) -> dict[str, Any] | str:
@@ -198,10 +202,11 @@ class Rows:
             self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         row: dict[str, Any] | str | None
         try:
-            row = self.pool.submit(measure, case, *self.inputs).result()
+            row = self.pool.submit(measure, case, self.sizes, self.device, self.data).result()
         except Exception as error:  # out of memory, a fault of the GPU: other rows may work
             row = (str(error) or type(error).__name__).splitlines()[0]
-        if self.device.type == "cpu" or not isinstance(row, dict):
+        own_process = self.device.type == "cpu" and not self.sizes.one_process
+        if own_process or not isinstance(row, dict):
             self.close()
         return row or "the compiler fails"
 

@@ -166,7 +166,7 @@ def test_a_gpu_measures_in_one_process_until_a_row_fails(
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_: started.append(1) or pool())
     results = iter([{"row": 1}, None, {"row": 2}])
     monkeypatch.setattr(benchmark, "measure", lambda *_: next(results))
-    rows = benchmark.Rows(TINY, torch.device(kind), Path())
+    rows = benchmark.Rows(SIZES["minilm"], torch.device(kind), Path())
     case = Case("i2t", "fp32", True, "score")
     assert [rows.measure(case) for _ in range(3)] == [{"row": 1}, "the compiler fails", {"row": 2}]
     assert len(started) == processes

@@ -28,3 +28,9 @@ def test_commit_has_a_plus_if_code_differs(tmp_path: Path, capfd) -> None:
     (tmp_path / "unpacked").mkdir()
     (tmp_path / "unpacked/file").write_text("a")
     assert provenance.commit(tmp_path / "unpacked") is None
+
+
+def test_without_git_a_variable_names_the_commit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DIME_COMMIT", "abc")
+    assert provenance.commit(tmp_path) == "abc"
+    assert provenance.commit() != "abc"  # this folder has git

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.layout import CAPTIONS_PER_IMAGE, split_files
+from common.layout import CAPTIONS_PER_IMAGE, SplitName, split_files
 from scripts.parts.workload import LENGTHS, REGIONS, WIDTH, WORDS, Sizes, Work
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 ENTRIES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(1000)))  # of a vocabulary
 
 
-def write_data(folder: Path, images: int) -> Path:
-    """Write random features, float16, and captions of a training split; return the folder."""
-    rng = np.random.default_rng(0)
-    features_path, captions_path = split_files(folder, "train")
+def write_data(folder: Path, images: int, name: SplitName = "train") -> Path:
+    """Write random features, float16, and captions of a split; return the folder."""
+    rng = np.random.default_rng(images)
+    features_path, captions_path = split_files(folder, name)
     shape = (images, REGIONS, WIDTH)
     features = np.lib.format.open_memmap(features_path, "w+", dtype=np.float16, shape=shape)
     for image in range(images):

@@ -11,6 +11,7 @@ from common.precision import product_precision
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import BertConfig
 
     from training.step import TrainStep
 
@@ -38,6 +39,7 @@ class Sizes:
     runs: int = 5  # a row is their median
     steps: int = 3  # of train.py's loop, beside as many bare ones
     images: int = 2000  # that the loop reads
+    one_process: bool = False  # even on a CPU, where a process of its own measures its peak memory
 
 
 SIZES = {
@@ -52,7 +54,14 @@ SIZES = {
         runs=20,
         steps=60,
     ),
-    "tiny": Sizes(24, 1, 2, 2, 3, product=(64, 8, 8), copied=2**10, runs=1, images=5),
+    "tiny": Sizes(
+        *(24, 1, 2, 2, 3),
+        product=(64, 8, 8),
+        copied=2**10,
+        runs=1,
+        images=5,
+        one_process=True,
+    ),
 }
 
 
@@ -73,7 +82,7 @@ class Case:
 
 def new_train_step(case: Case, sizes: Sizes, device: "torch.device") -> "TrainStep":
     """Return a new model with random weights, BERT included, and its optimiser."""
-    from transformers import BertConfig, BertModel
+    from transformers import BertModel
 
     from model import DIME
     from training.config import TrainConfig
@@ -90,16 +99,22 @@ def new_train_step(case: Case, sizes: Sizes, device: "torch.device") -> "TrainSt
         batch_size=sizes.batch,
         activation_checkpointing=case.what == "train_checkpointing",
     )
-    bert_config = BertConfig(
+    bert = BertModel(bert_config(sizes), add_pooling_layer=False)
+    train_step = TrainStep(config, DIME(config, bert).to(device), device)
+    train_step.prepare(steps=1)
+    return train_step
+
+
+def bert_config(sizes: Sizes) -> "BertConfig":
+    """Return the configuration of a BERT of that size."""
+    from transformers import BertConfig
+
+    return BertConfig(
         hidden_size=sizes.hidden,
         num_hidden_layers=sizes.layers,
         intermediate_size=4 * sizes.hidden,
         num_attention_heads=12,
     )
-    bert = BertModel(bert_config, add_pooling_layer=False)
-    train_step = TrainStep(config, DIME(config, bert).to(device), device)
-    train_step.prepare(steps=1)
-    return train_step
 
 
 def random_inputs(images: int, captions: int) -> tuple["Tensor", "Tensor", "Tensor"]:

@@ -1,0 +1,187 @@
+"""gpu_checks.py — what check_gpu.py checks on a device: golden arrays, resuming, memory.
+
+A check returns its figures. Under "failed" it lists what is wrong; a check that raises fails, too.
+"""
+
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from checkpoint.checkpoint import read_checkpoint
+from common import provenance, recorded
+from common.config import Precision
+from common.files import read_json
+from scripts.parts.golden import CASES, GOLDEN, Case, Deviation, score_deviations, step_deviations
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 40  # of the training that is resumed in its middle
+TINY_STEPS = 4
+MOST_GB = {"train": 8.0, "train_checkpointing": 3.0}  # of a step at the published sizes
+SLOW = ("not compiled, using eager code", "no CUDA graph")  # lines of a training's log
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how much a part works."""
+
+    device: torch.device
+    tiny: bool  # to rehearse it
+    compiled: bool  # False leaves out what is compiled
+    result: Path  # the part's result; what is there when the part is cut off counts
+
+    @property
+    def ways(self) -> list[Literal["eager", "compiled"]]:
+        return ["eager", "compiled"] if self.compiled else ["eager"]
+
+
+def run_program(program: str, *words: object, **options: object) -> None:
+    """Run a program of the project. Raises CalledProcessError if it fails."""
+    command = [sys.executable, ROOT / program, *words]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+    subprocess.run([str(word) for word in command], check=True)
+
+
+def machine(setting: Setting) -> Report:
+    """Return the device, what drives it, versions and commit."""
+    report: Report = provenance.surroundings(setting.device)
+    report |= {"torch": torch.__version__, "python": platform.python_version()}
+    report |= {"transformers": version("transformers"), "cores": os.cpu_count()}
+    if setting.device.type == "cuda":
+        about = torch.cuda.get_device_properties(setting.device)
+        report |= {
+            "driver": driver(),
+            "cuda": torch.version.cuda,
+            "triton": version("triton") if importlib.util.find_spec("triton") else None,
+            "memory_gb": round(about.total_memory / 1e9, 1),
+            "multiprocessors": about.multi_processor_count,
+            "capability": f"{about.major}.{about.minor}",
+        }
+    return report
+
+
+def driver() -> str | None:
+    """Return the version of NVIDIA's driver, None if its tool is not there or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return lines[0] if lines else None
+
+
+def golden(precision: Precision, setting: Setting) -> Report:
+    """Return how far scores and three training steps are from the published model's."""
+    rows: list[Report] = []
+    failed: list[str] = []
+    checks: dict[str, Callable[..., list[Deviation]]] = {
+        "scores": score_deviations,
+        "steps": step_deviations,
+    }
+    for way in setting.ways:
+        # Compiled code depends on the direction and on shapes, hardly on the other options.
+        for name in CASES[:2] if setting.tiny or way == "compiled" else CASES:
+            for what, deviations in checks.items():
+                row = f"{name} {precision} {way} {what}"
+                if way == "compiled":
+                    torch.compiler.reset()
+                    recorded.WARM_UP = 1  # the second and the third step are replayed
+                try:
+                    found = deviations(
+                        Case(GOLDEN / name), setting.device, precision, way == "compiled"
+                    )
+                except Exception as error:  # the next case may work
+                    traceback.print_exc()
+                    failed.append(f"{row}: {type(error).__name__}")
+                    continue
+                rows += [{"case": name, "way": way} | asdict(each) for each in found]
+                failed += [f"{row}: {each.what}" for each in found if not each.is_within]
+    return {"rows": rows, "failed": failed}
+
+
+def resume(setting: Setting) -> Report:
+    """Train in one go, again, and with a break in the middle; compare the final weights."""
+    steps = TINY_STEPS if setting.tiny else STEPS
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {name: Path(folder) / name for name in ("whole", "again", "resumed")}
+        runs_steps = {"whole": [steps], "again": [steps], "resumed": [steps // 2, steps]}
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda n: _train(runs[n], runs_steps[n], setting), runs))
+        weights = {name: _final_weights(path) for name, path in runs.items()}
+        logs = "".join((path / "i2t/train.log").read_text() for path in runs.values())
+    gaps = {
+        name: max(float((weights["whole"][k] - v).abs().max()) for k, v in weights[name].items())
+        for name in ("again", "resumed")
+    }
+    failed = []
+    if gaps["again"] == 0 != gaps["resumed"]:
+        failed.append("the resumed run has other weights, though two whole runs have the same")
+    if not max(gaps.values()) < float("inf"):
+        failed.append("weights that are not finite")
+    failed += [line for line in logs.splitlines() if any(text in line for text in SLOW)][:1]
+    return {"steps": steps, "gaps": gaps, "failed": failed}
+
+
+def _train(folder: Path, ends: list[int], setting: Setting) -> None:
+    """Train in i2t on the golden data, to each of these steps in turn."""
+    case, compiles = Case(GOLDEN / "i2t"), "--compile" if setting.compiled else "--no-compile"
+    sizes = "--embed_size 16 --max_words 14 --num_head_IMRC 4 --hid_IMRC 24 --hid_router 20"
+    for end in ends:
+        run_program(
+            "train.py",
+            *sizes.split(),
+            compiles,
+            data_path=case.data_path,
+            data_name="f30k_precomp",
+            bert_path=case.bert_path,
+            logger_name=folder,
+            batch_size=8,
+            extra_stc=1,
+            device=setting.device,
+            log_step=5,
+            max_steps=end,
+            resume="auto",
+        )
+
+
+def _final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    weights = read_checkpoint(folder / "i2t/checkpoint.pth.tar").weights
+    return {name: value.double() for name, value in weights.items()}
+
+
+def benchmark(words: Sequence[str], setting: Setting) -> Report:
+    """Return the report of the benchmark's rows that match all `words`."""
+    sizes = {"sizes": "tiny"} if setting.tiny else {}
+    where = {"device": setting.device, "json": setting.result}
+    run_program("scripts/benchmark.py", "--only", *words, **where, **sizes)
+    report = read_json(setting.result, "a report of the benchmark")
+    unrecorded = [row for row in report["rows"] if row.get("recorded") is False]
+    launched = [f"{row['direction']} {row['precision']}: no CUDA graph" for row in unrecorded]
+    return report | {"failed": report["not_run"] + launched}
+
+
+def memory(setting: Setting) -> Report:
+    """Return the peak memory of a step with and without --activation_checkpointing."""
+    report = benchmark(["eager", "fp32", "bf16", *MOST_GB], setting)
+    for row in report["rows"]:
+        most = MOST_GB[row["what"]]
+        if row["peak_gb"] > most:
+            name = f"{row['direction']} {row['precision']} {row['what']}"
+            report["failed"].append(f"{name}: {row['peak_gb']} GB; expected at most {most}")
+    return report
