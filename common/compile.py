@@ -105,8 +105,14 @@ class Compiled:
         from torch.utils._pytree import tree_map_only
 
         assert self.compiled is not None
-        # On leaves, so that the backward pass ends there.
-        leaves = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), inputs)
+        # On leaves, so that the backward pass ends there. Compiled code is also bound to which
+        # inputs are the same tensor, so such inputs share a leaf.
+        leaf_of: dict[int, Tensor] = {}
+
+        def leaf(t: Tensor) -> Tensor:
+            return leaf_of.setdefault(id(t), t.detach().requires_grad_(t.requires_grad))
+
+        leaves = tree_map_only(Tensor, leaf, inputs)
         # Under hooks of its own: a surrounding activation checkpoint must not count its tensors.
         with torch.autograd.graph.saved_tensors_hooks(_identity, _identity):
             total = torch.stack([output.sum() for output in self.compiled(*leaves)]).sum()
