@@ -69,7 +69,10 @@ NAMES = {"a": "a.png", "b": "x/b.png"}  # of images
 MENDED = {
     "features": ["tokenize.TokenError from numpy's reader of headers"],
     "image": ["4 GB asked for by a part of a PNG"],
-    "resume": ["RuntimeError for an option or a count that was a tensor"],
+    "resume": [
+        "RuntimeError for an option or a count that was a tensor",
+        "RuntimeError in Adam, whose step was a complex number",
+    ],
 }
 
 

@@ -113,6 +113,11 @@ def other_moment(tiny: Path, content: dict) -> None:
     content["optimizer"]["state"][3]["exp_avg"] = torch.zeros(2, 2)
 
 
+def complex_step(_: object, content: dict) -> None:
+    moment = content["optimizer"]["state"][3]
+    moment["step"] = moment["step"].to(torch.complex64)
+
+
 def moment_of_nan(tiny: Path, content: dict) -> None:
     content["optimizer"]["state"][3]["exp_avg_sq"].fill_(torch.nan)
 
@@ -124,7 +129,8 @@ UNFIT = {
     "no fingerprint": (lambda _, content: content.pop("train_data"), "train_ims.npy"),
     "step": (lambda _, content: content.update(step=7), "step"),
     "no random state": (lambda _, content: content.pop("random"), "'random'"),
-    "moment's shape": (other_moment, "exp_avg is [2, 2]"),
+    "moment's shape": (other_moment, "shape [2, 2]"),
+    "complex step of Adam": (complex_step, "step is torch.complex64"),
     "NaN in a moment": (moment_of_nan, "exp_avg_sq holds NaN"),
     "no Adam": (lambda _, content: content["optimizer"]["state"].clear(), "moments of 0 weights"),
     "no optimiser": (lambda _, content: content.update(optimizer=3), NEWEST),

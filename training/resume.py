@@ -189,10 +189,12 @@ class CheckpointManager:
         if sorted(moments) != list(range(len(parameters) if steps else 0)):
             raise ValueError(f"moments of {len(moments)} weights after {steps} steps")
         for i, moment in moments.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moment[name].shape != parameters[i].shape:
-                    raise ValueError(f"{name} is {list(moment[name].shape)}")
-                if not moment[name].isfinite().all():
+            shapes = {"exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape, "step": ()}
+            for name, shape in shapes.items():
+                tensor = moment[name]
+                if tensor.shape != shape or tensor.dtype != torch.float32:
+                    raise ValueError(f"{name} is {tensor.dtype}, shape {list(tensor.shape)}")
+                if not tensor.isfinite().all():
                     raise ValueError(f"{name} holds NaN or infinite numbers")
             if moment["step"].item() != steps:
                 raise ValueError(f"Adam's step is {moment['step'].item()}, not {steps}")
