@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 
 from common.cli import parse, pick_device, print_line, run
 from common.config import Direction, Precision
-from common.files import check_writable, write_json
+from common.files import check_writable, read_json, write_json
 from common.memory import peak_memory, tune_malloc
 from common.precision import has_fast_bf16, has_tf32, product_precision
 from scripts.parts.feeding import loops, write_data
@@ -62,17 +62,9 @@ log = logging.getLogger(__name__)
 # many, whatever it recomputes.
 FLOPS = {"i2t": 111e6, "t2i": 102e6}
 TRAINING = 3
-# Bytes that eager code reads and writes for a pair; in training with BERT, of bert-base's size.
-BYTES = {
-    "score": {
-        "i2t": {"fp32": 9.9e6, "tf32": 9.9e6, "bf16": 7.3e6},
-        "t2i": {"fp32": 9.1e6, "tf32": 9.1e6, "bf16": 6.6e6},
-    },
-    "train": {
-        "i2t": {"fp32": 35.2e6, "tf32": 35.2e6, "bf16": 25.4e6},
-        "t2i": {"fp32": 31.3e6, "tf32": 31.3e6, "bf16": 22.5e6},
-    },
-}
+COUNTS = (
+    Path(__file__).resolve().parent.parent / "results/counts.json"
+)  # bytes, by tests/counting.py
 Word = Literal[Direction, Precision, Way, What]
 
 
@@ -113,25 +105,8 @@ def measure(case: Case, sizes: Sizes, device: "torch.device", data: Path) -> dic
         work()
     if train_step.model.is_compiled != case.compiled:
         return None
-    peak = peak_memory(device)
-    product, copy = large_product(case, sizes, device), large_copy(sizes, device)
-    times = [
-        [seconds_of(each, device) for each in (work, product, copy)] for _ in range(sizes.runs)
-    ]
-    work_times, product_times, copy_times = zip(*times, strict=True)
-    seconds = statistics.median(work_times)
-    flop_rate = 2 * math.prod(sizes.product) / min(product_times)
-    byte_rate = 2 * sizes.copied / min(copy_times)  # read and written
-    flops = FLOPS[case.direction] * pairs * (1 if case.what == "score" else TRAINING)
-    row = asdict(case) | {
-        "pairs_per_s": round(pairs / seconds, 1),
-        "seconds": round(seconds, 5),
-        "share": round(flops / flop_rate / seconds, 4),
-        "copy_share": round(bytes_moved(case, pairs) / byte_rate / seconds, 4),
-        "peak_gb": round(peak / 1e9, 3),
-        "product_gflops": round(flop_rate / 1e9, 1),
-        "copy_gb_per_s": round(byte_rate / 1e9, 1),
-    }
+    row = asdict(case) | {"peak_gb": round(peak_memory(device) / 1e9, 3)}
+    row |= rates(case, pairs, work, sizes, device)
     if case.what != "score" and isinstance(train_step.step, Recorded):
         row["recorded"] = train_step.step.replay is not None
     if case.what == "train":
@@ -140,10 +115,37 @@ def measure(case: Case, sizes: Sizes, device: "torch.device", data: Path) -> dic
     return row
 
 
+def rates(
+    case: Case, pairs: int, work: Work, sizes: Sizes, device: "torch.device"
+) -> dict[str, float]:
+    """Time `work` on so many pairs, and beside it a large product and a large copy."""
+    every = (work, large_product(case, sizes, device), large_copy(sizes, device))
+    times = [[seconds_of(each, device) for each in every] for _ in range(sizes.runs)]
+    work_times, product_times, copy_times = zip(*times, strict=True)
+    seconds = statistics.median(work_times)
+    flop_rate = 2 * math.prod(sizes.product) / min(product_times)
+    byte_rate = 2 * sizes.copied / min(copy_times)  # read and written
+    flops = FLOPS[case.direction] * pairs * (1 if case.what == "score" else TRAINING)
+    return {
+        "pairs_per_s": round(pairs / seconds, 1),
+        "seconds": round(seconds, 5),
+        "share": round(flops / flop_rate / seconds, 4),
+        "copy_share": round(bytes_moved(case, pairs) / byte_rate / seconds, 4),
+        "product_gflops": round(flop_rate / 1e9, 1),
+        "copy_gb_per_s": round(byte_rate / 1e9, 1),
+    }
+
+
 def bytes_moved(case: Case, pairs: int) -> float:
     """Return how many bytes eager code reads and writes, whatever the row's own code does."""
-    part = "score" if case.what == "score" else "train"
-    return BYTES[part][case.direction][case.precision] * pairs
+    wanted = {
+        "direction": case.direction,
+        "precision": "bf16" if case.precision == "bf16" else "fp32",
+        "what": "chunk" if case.what == "score" else "step",  # with a BERT of bert-base's size
+    }
+    rows = read_json(COUNTS, "the counts of tests/counting.py")["rows"]
+    (megabytes,) = (row["mb_a_pair"] for row in rows if wanted.items() <= row.items())
+    return megabytes * 1e6 * pairs
 
 
 def large_product(case: Case, sizes: Sizes, device: "torch.device") -> Work:

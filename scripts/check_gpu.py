@@ -32,7 +32,7 @@ from common.config import Precision
 from common.errors import require
 from common.files import check_writable, read_json, write_json
 from common.signals import Stopped, handled
-from scripts.parts.gpu_tables import gpu_tables, parts_table
+from scripts.parts.gpu_tables import gpu_tables
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,9 @@ class Part:
         report = {"state": state, "seconds": seconds, "limit": round(self.limit, 1)}
         report |= {"failed": failed, "result": result}
         if state != "passed":
-            text = self.output.read_text(errors="replace").replace(str(PROGRAM.parent.parent), ".")
-            report["output_end"] = text[-OUTPUT_END:]
+            text = self.output.read_text(errors="replace")[-OUTPUT_END:]
+            text = text.replace(str(PROGRAM.parent.parent), ".").replace(str(Path.home()), "~")
+            report["output_end"] = text
         return report
 
 
@@ -181,7 +182,7 @@ def main() -> None:
         for name in chosen:
             if name in TIMED:
                 check.run([(name, TIMED[name])], Path(folder))
-    print_line(f"{gpu_tables(check.report)}\n{parts_table(check.report)}")
+    print_line(gpu_tables(check.report))
     if any(part["state"] != "passed" for part in check.report["parts"].values()):
         sys.exit(1)
 

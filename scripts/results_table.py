@@ -19,6 +19,7 @@ from common.cli import parse, print_line, run
 from common.errors import require
 from common.files import read_json, read_text, write_text
 from scripts.parts.experiments import REGISTRY, RESULTS, read_registry, require_project_folder
+from scripts.parts.gpu_tables import gpu_status, gpu_tables
 from scripts.parts.run_results import legend, recall_table, table_rows
 from scripts.parts.tables import demo_table, markdown, origin, short_commit, speed_tables
 
@@ -89,8 +90,17 @@ def fuzz() -> str:
     return f"`{command}` ({results['machine']}):\n\n{markdown([*head, 'commit', 'torch'], lines)}"
 
 
+def gpu() -> dict[str, Any] | None:
+    """Return the report of the check on a GPU, None if there was none."""
+    return report("gpu") if (RESULTS / "gpu.json").exists() else None
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"paper": paper, "demo": lambda: demo_table(report("demo"))},
+    "README.md": {
+        "gpu_status": lambda: gpu_status(gpu()),
+        "paper": paper,
+        "demo": lambda: demo_table(report("demo")),
+    },
     "docs/results.md": {
         "paper_full": lambda: f"{tables(*PAPER_TABLES)}\n{legend()}",
         "flickr8k": lambda: tables("flickr8k"),
@@ -98,7 +108,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "ablations": lambda: tables("ablations"),
         "full": lambda: tables("flickr8k_64", "flickr8k_256"),
     },
-    "docs/speed.md": {"speed": lambda: speed_tables(report("speed"))},
+    "docs/speed.md": {
+        "speed": lambda: speed_tables(report("speed")),
+        "gpu": lambda: gpu_tables(gpu()),
+    },
     "docs/reliability.md": {"chaos": chaos, "fuzz": fuzz},
 }
 

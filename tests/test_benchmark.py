@@ -127,6 +127,15 @@ def test_a_gpu_holds_the_features_of_the_loop_too(tmp_path: Path, monkeypatch) -
     assert gathered[0].mask.sum(1).min() >= 9 and gathered[0].mask.sum(1).max() <= 21
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_bytes_are_the_counted_ones(precision: str) -> None:
+    chunk, step = (
+        benchmark.bytes_moved(Case("t2i", precision, True, what), 1000)
+        for what in ("score", "train_checkpointing")
+    )
+    assert 2e9 < chunk < step < 100e9  # of 1,000 pairs
+
+
 def test_words_choose_rows() -> None:
     assert len(list(cases())) == 2 * 3 * 2 * 3
     assert len(list(cases(["i2t", "score", "train"]))) == 3 * 2 * 2

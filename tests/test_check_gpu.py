@@ -13,7 +13,7 @@ from conftest import ROOT, run_here
 from torch.autograd import DeviceType
 
 from common.config import Precision
-from scripts import benchmark, check_gpu
+from scripts import benchmark, check_gpu, results_table
 from scripts.parts import gpu_checks, gpu_tables, gpu_timings
 from scripts.parts.golden import CPU, Deviation
 
@@ -252,3 +252,24 @@ def test_a_profile_of_a_step(setting: gpu_checks.Setting) -> None:
 def test_kernels_have_short_names() -> None:
     name = "void at::native::(anonymous namespace)::sum_kernel<4>(int)"
     assert gpu_tables.short_name(name) == "sum_kernel<4>(int)"
+
+
+def test_pages_say_on_which_gpu_it_ran_or_that_it_did_not(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    tables = [
+        results_table.PAGES["README.md"]["gpu_status"],
+        results_table.PAGES["docs/speed.md"]["gpu"],
+    ]
+    assert all("ot run on a GPU" in table() for table in tables)
+    machine = {"machine": "NVIDIA X", "driver": "580", "torch": "2.11", "commit": "c" * 40}
+    parts = {
+        "machine": {"state": "passed", "seconds": 1, "limit": 9, "result": machine},
+        "memory": {"state": "late", "seconds": 9, "limit": 9},
+    }
+    report = {"command": "bash scripts/check_gpu.sh", "seconds": 60, "parts": parts}
+    (tmp_path / "results/gpu.json").write_text(json.dumps(report))
+    status, page = (table() for table in tables)
+    assert "NVIDIA X: 1 of 2 parts" in status
+    assert "NVIDIA X, driver 580, torch 2.11, commit cccccccccccc" in page
+    assert "| memory | late |" in page

@@ -9,18 +9,33 @@ NOT_RUN = "not run on a GPU"
 Report = dict[str, Any]
 
 
+def gpu_status(report: Report | None) -> str:
+    """Return the README's line: the GPU that the code was checked on, and how many parts passed."""
+    text = f"N{NOT_RUN[1:]}"
+    if report is not None:
+        states = [part["state"] for part in report["parts"].values()]
+        name = machine_of(report).get("machine", "unknown GPU")
+        text = f"Checked on {name}: {states.count('passed')} of {len(states)} parts passed"
+    return f"[{text}](docs/speed.md#on-a-gpu).\n"
+
+
 def gpu_tables(report: Report | None) -> str:
     """Return the results of a run of check_gpu.py, or that there was none."""
     if report is None:
         return f"{NOT_RUN}\n"
     parts = {name: part.get("result", {}) for name, part in report["parts"].items()}
-    tables = [origin(report), deviations(parts), speed(parts), profile(parts)]
+    tables = [origin(report), deviations(parts), speed(parts), profile(parts), parts_table(report)]
     return "\n".join(table for table in tables if table)
+
+
+def machine_of(report: Report) -> dict[str, Any]:
+    """Return what the part `machine` found."""
+    return report["parts"].get("machine", {}).get("result", {})
 
 
 def origin(report: Report) -> str:
     """Return the command, the machine, versions and the commit."""
-    m = report["parts"].get("machine", {}).get("result", {})
+    m = machine_of(report)
     names = ("machine", "driver", "cuda", "torch", "triton", "transformers", "memory_gb")
     about = [f"{name} {m[name]}" if name != "machine" else m[name] for name in names if m.get(name)]
     where = ", ".join([*about, f"commit {short_commit(m)}"])

@@ -97,27 +97,7 @@ def trained(setting: Setting) -> Report:
     steps, images = (6, 4) if setting.tiny else (STEPS, IMAGES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = folder / "data/random"
-        data.mkdir(parents=True)
-        write_data(data, images)
-        write_data(data, 2 if setting.tiny else DEV_IMAGES, "dev")
-        write_bert(folder / "bert", setting.tiny)
-        tiny = {"batch_size": 2, "log_step": 2} if setting.tiny else {}
-        run_program(
-            "train.py",
-            "--compile" if setting.compiled else "--no-compile",
-            data_path=folder / "data",
-            data_name="random",
-            bert_path=folder / "bert",
-            logger_name=folder / "runs",
-            direction="i2t",
-            extra_stc=1,
-            precision="bf16",
-            device=setting.device,
-            num_epochs=1000,
-            max_steps=steps,
-            **tiny,
-        )
+        _train_on_random_data(folder, steps, images, setting)
         run = json.loads((folder / "runs/i2t/run.json").read_text())
         lines = (folder / "runs/i2t/metrics.jsonl").read_text().splitlines()
     events = [event for event in map(json.loads, lines) if "batch_time" in event]
@@ -135,6 +115,30 @@ def trained(setting: Setting) -> Report:
         "peak_gb": round(run["peak_memory_bytes"] / 1e9, 3),
         "loss": {"first": events[0]["Le"], "last": events[-1]["Le"]},
     }
+
+
+def _train_on_random_data(folder: Path, steps: int, images: int, setting: Setting) -> None:
+    data = folder / "data/random"
+    data.mkdir(parents=True)
+    write_data(data, images)
+    write_data(data, 2 if setting.tiny else DEV_IMAGES, "dev")
+    write_bert(folder / "bert", setting.tiny)
+    tiny = {"batch_size": 2, "log_step": 2} if setting.tiny else {}
+    run_program(
+        "train.py",
+        "--compile" if setting.compiled else "--no-compile",
+        data_path=folder / "data",
+        data_name="random",
+        bert_path=folder / "bert",
+        logger_name=folder / "runs",
+        direction="i2t",
+        extra_stc=1,
+        precision="bf16",
+        device=setting.device,
+        num_epochs=1000,
+        max_steps=steps,
+        **tiny,
+    )
 
 
 def write_bert(folder: Path, tiny: bool) -> None:
