@@ -80,8 +80,8 @@ class IntraModalReasoning(Cell):
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [Q, C, L, 3, H, D/H]
         query, key, value = split.movedim(-3, 0).transpose(-3, -2)  # each [Q, C, H, L, D/H]
         scale = query.shape[-1] ** -0.5
-        weights = ((query * scale) @ key.transpose(-2, -1)).softmax(-1)  # [Q, C, H, L, L]
-        return (weights @ value).transpose(-3, -2).flatten(-2)  # [Q, C, L, D]
+        affinity = (query * scale) @ key.transpose(-2, -1)  # [Q, C, H, L, L]
+        return (_softmax(affinity) @ value).transpose(-3, -2).flatten(-2)  # [Q, C, L, D]
 
 
 class CrossModalRefinement(Cell):
@@ -110,15 +110,24 @@ class CrossModalRefinement(Cell):
         weights = self.attention(x, tokens, mask)  # [Q, C, L, M]
         attended = torch.einsum("qclm,cmd->qcld", weights, projected)  # [Q, C, L, 2D]
         scale, shift = attended.chunk(2, -1)  # [Q, C, L, D] each
-        # x tanh(scale) + shift, by tanh(s) = 2 sigmoid(2s) - 1: on a CPU `tanh` is slower than
+        # x tanh(scale) + shift, by tanh(s) = 1 - 2 sigmoid(-2s): on a CPU `tanh` is slower than
         # `sigmoid`. In float32, because a sigmoid near 1/2 in bfloat16 loses a small tanh.
-        modulated = torch.addcmul(shift.float() - x, x, (2 * scale.float()).sigmoid_(), value=2)
+        sigmoid = (-2 * scale.float()).sigmoid_()
+        modulated = torch.addcmul(x + shift.float(), x, sigmoid, value=-2)
+        modulated = modulated.contiguous()  # `attended` lies in memory as [C, Q, L, 2D]
         return self.fc2(self.fc1(modulated).relu_()).add_(x)
 
     def attention(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return attention weights `[Q, C, L, M]` over the context tokens, 0 on masked ones."""
         affinity = self.norm(torch.einsum("qcld,cmd->qclm", x, tokens.to(x.dtype)))
-        return (self.smooth * affinity).masked_fill(~mask, -torch.inf).softmax(-1)
+        return _softmax((self.smooth * affinity).masked_fill(~mask, -torch.inf))
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Return the softmax over the last axis, in the type of `x`."""
+    # It adds in float32 in any case. Without `dtype`, autocast on a GPU would copy `x` to float32
+    # and the weights back.
+    return x.softmax(-1, dtype=x.dtype)
 
 
 def _unit_over_tokens(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ A tensor that does not depend on the context has C = 1 and broadcasts.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import cast
 
 import torch
@@ -146,7 +147,7 @@ class RoutingLayer(Layer):
             weights = torch.cat([gates[..., :1] + inactive, gates[..., 1:]], -1)
         else:
             ys, weights = [*ys, xs[0].relu()], torch.cat([gates, inactive], -1)
-        return _mix(ys, weights).unbind(2), gates
+        return _mix(ys, weights), gates
 
 
 class MergeLayer(Layer):
@@ -165,10 +166,9 @@ class MergeLayer(Layer):
         shares = gates / total
         if self.hard:  # the share of the only gate is g / g: its gradient would be rounding noise
             shares = torch.where(inactive > 0, shares, chosen)
-        mixed = _mix(self._refine(xs, projections), shares)
-        if torch.compiler.is_compiling() or inactive.any():
-            mixed = mixed + _mix(xs, inactive / total)
-        return mixed.squeeze(2), gates
+        parts = [*self._refine(xs, projections), *xs]
+        (mixed,) = _mix(parts, torch.cat([shares, inactive / total], -1))
+        return mixed, gates
 
 
 def _one_hot_of_largest(gates: Tensor, any_gate: bool = False) -> Tensor:
@@ -180,12 +180,17 @@ def _one_hot_of_largest(gates: Tensor, any_gate: bool = False) -> Tensor:
     return torch.zeros_like(gates).scatter(-1, first, ((highest > 0) | any_gate).to(gates))
 
 
-def _mix(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return the sums `[Q, C, O, L, D]` of N parts `[Q, C, L, D]` by weights `[Q, C, O, N]`."""
+def _mix(parts: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
+    """Return O sums `[Q, C, L, D]` of N parts `[Q, C, L, D]` by weights `[Q, C, O, N]`."""
+    if torch.compiler.is_compiling():
+        # Compiled, all O sums are one pass over the parts, which the cells' last operations and the
+        # next routers' means join.
+        paths = weights.to(parts[0].dtype)[..., None, None].unbind(2)  # O x [Q, C, N, 1, 1]
+        return tuple(reduce(torch.add, map(torch.mul, w.unbind(2), parts)) for w in paths)
     # One product for each pair is faster than adding N parts O times.
     stacked = torch.stack(torch.broadcast_tensors(*parts), 2)  # [Q, C, N, L, D]
     weights = weights.to(stacked.dtype).expand(*stacked.shape[:2], -1, -1)
-    return (weights @ stacked.flatten(3)).unflatten(-1, stacked.shape[3:])
+    return (weights @ stacked.flatten(3)).unflatten(-1, stacked.shape[3:]).unbind(2)
 
 
 class TokenNorm(nn.BatchNorm1d):

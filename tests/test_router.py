@@ -99,3 +99,17 @@ def test_hard_merging_takes_the_largest_gate_divided_by_itself() -> None:
     merged, raw = routed(MergeLayer(cells, hard=True), xs)
     assert merged[0, :, 0, 0].tolist() == [5, 2, 1]  # b, the first of equal ones, its input
     torch.testing.assert_close(raw[0, :, 0], torch.tensor([[0, 0.6], [0.2, 0], [0, 0]]))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kind", [RoutingLayer, MergeLayer])
+def test_layers_compile_as_one_graph_and_mix_alike(kind: type, hard: bool) -> None:
+    """A graph break would be a question to the device. Some paths and cells are inactive."""
+    paths = 2 if kind is RoutingLayer else 1
+    gates = (torch.randn(2, 2, 3, paths) + 0.5).relu()
+    gates[:, 0, 0] = 0
+    layer = kind({"a": FixedCell(1, gates[0]), "b": FixedCell(2, gates[1])}, hard)
+    xs = [torch.randn(2, 1, 6, 5), torch.randn(2, 3, 6, 5)]
+    expected = routed(layer, xs)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(routed(compiled, xs), expected)
