@@ -11,26 +11,23 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from common.cli import parse, pick_device, print_line, run
 from common.config import Precision
 from common.errors import InputError, check_range, require
 from common.files import check_writable, write_array, write_json
 from common.layout import files_of, read_groups_of_scores, split_files
-from common.precision import has_tf32, warn_if_bf16_is_slow
-from common.results import MSCOCO_IMAGES, EvaluationResult, ProtocolResult
+from common.results import MSCOCO_IMAGES, EvaluationResult
+from common.score_parts import SUFFIX, parse_part, write_part
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from checkpoint import Checkpoint
-    from checkpoint.bert import Bert
-    from data import Split
-    from model import DIME
+    from checkpoint.evaluated import EvaluatedModel
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ LEAST_SAMPLES = 100  # of the bootstrap: with fewer, a single sample would be a 
 GROUPS = {
     "models and data": ("model_path", "scores", "data_path", "data_name", "bert_path", "split"),
     "metrics": ("fold5", "bootstrap", "shortlist"),
-    "output": ("save_scores", "json"),
+    "output": ("save_scores", "json", "part"),
     "hardware": ("device", "precision", "compile", "workers"),
 }
 
@@ -80,6 +77,11 @@ class EvaluateConfig:
     ] = None
     save_scores: Annotated[str | None, "write the score matrix (images, captions), .npy"] = None
     json: Annotated[str | None, "write the result, unrounded"] = None
+    part: Annotated[
+        str | None,
+        "i/n: score only part i of n of the images and write it to --save_scores, a .safetensors "
+        "file; scripts/merge_scores.py makes one matrix of all parts",
+    ] = None
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps, ..."] = "auto"
     precision: Annotated[Precision | None, "of products; tf32: CUDA only" + THEIRS] = None
     compile: Annotated[bool | None, "compile the routing (default: if it saves time)"] = None
@@ -88,24 +90,40 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if bool(self.model_path) == bool(self.scores):
             raise InputError("expected either --model_path or --scores")
+        paths = self.model_path or self.scores or []
+        is_distinct = len({os.path.realpath(path) for path in paths}) == len(paths)
+        require(is_distinct, f"{', '.join(paths)}: one file twice; expected different ones")
         check_range(self, ("workers", "bootstrap"), 0)
         check_range(self, ("shortlist",), 1)
         if 0 < self.bootstrap < LEAST_SAMPLES:
             raise InputError(
                 f"--bootstrap {self.bootstrap}: expected 0 or at least {LEAST_SAMPLES}"
             )
+        if self.part is not None:
+            parse_part(self.part)
+            self._check_unused("--part", "scores", "fold5", "bootstrap", "shortlist", "json")
+            suits = str(self.save_scores).endswith(SUFFIX)
+            require(suits, f"--save_scores {self.save_scores}: expected {SUFFIX} with --part")
         if self.scores:
-            for name in ("shortlist", "precision", "bert_path", "compile", "device", "workers"):
-                unused = getattr(self, name) == getattr(EvaluateConfig, name)  # the default
-                require(unused, f"--{name} goes with --model_path, not with --scores")
+            names = ("shortlist", "precision", "bert_path", "compile", "device", "workers")
+            self._check_unused("--scores", *names)
             if (self.data_path or self.data_name) and not (
                 self.data_path and self.data_name and self.split
             ):
                 raise InputError("--scores: give --data_path, --data_name and --split together")
 
+    def _check_unused(self, option: str, *names: str) -> None:
+        """Raise InputError if one of the named options is given, too."""
+        for name in names:
+            is_default = getattr(self, name) == getattr(EvaluateConfig, name)
+            require(is_default, f"--{name} cannot be given with {option}")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(EvaluateConfig, argv, DESCRIPTION, groups=GROUPS)
+    if config.part is not None:
+        _score_part(config)
+        return
     result, scores = _evaluate(config)
     _write(config, result, scores, printed=True)
 
@@ -125,6 +143,7 @@ def evaluate(
     Data, BERT and precision default to the checkpoints'; the split is test, or with `fold5` testall
     if it exists. Raises InputError if a file or a combination cannot be used.
     """
+    require("part" not in options, "part: is an option of the command line only")
     config = EvaluateConfig(
         model_path=_as_list(model_paths),
         scores=_as_list(options.pop("scores", None)),
@@ -150,9 +169,6 @@ def _evaluate(config: EvaluateConfig) -> tuple[EvaluationResult, np.ndarray]:
     """Return the result and the score matrix; nothing is written yet."""
     from evaluation import evaluate_folds, evaluate_whole
 
-    paths = config.scores or config.model_path or []
-    if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise InputError(f"{', '.join(paths)}: one file twice; expected different ones")
     read = _scores_of_files if config.scores else _scores_of_models
     about, scores, owner = read(config)
     images, captions = scores.shape
@@ -180,7 +196,7 @@ def _write(
             write_array(Path(config.save_scores), scores)
     finally:  # a full disk does not lose what hours of scoring gave
         if printed:
-            print_line(as_text(result))
+            print_line(result.to_text())
 
 
 def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None:
@@ -222,6 +238,47 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
 
 def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return what is known of models and data, the mean of the models' scores, and `owner`."""
+    device = pick_device(config.device, config.precision)
+    models, data_name, split = _open_models(config, device)
+    since = time.monotonic()
+    scores, limits = _ensemble_scores(models, config, device)
+    about = {
+        "models": config.model_path,
+        "data_name": data_name,
+        "split": split,
+        "fingerprints": [model.fingerprints for model in models],
+        "seconds": round(time.monotonic() - since, 2),
+        "shortlist": limits,
+    }
+    return about, scores, models[0].split.groups.image_of_caption
+
+
+def _score_part(config: EvaluateConfig) -> None:
+    """Write some rows of the scores, with what they are of. Raises InputError."""
+    import numpy as np
+
+    from checkpoint.evaluated import identify
+    from evaluation import rows_of_part
+
+    part, device = parse_part(str(config.part)), pick_device(config.device, config.precision)
+    models, _, _ = _open_models(config, device)
+    split = models[0].split
+    rows = rows_of_part(split.images, part)
+    log.info(
+        "part %s: %d of %d images, from %d on", config.part, len(rows), split.images, rows.start
+    )
+    scores = np.empty((0, len(split.captions)), np.float32)
+    if rows:
+        scores, _ = _ensemble_scores(models, config, device, rows)
+    about: dict[str, object] = {"number": part.rank + 1, "count": part.size, "first": rows.start}
+    about |= {"images": split.images, "captions": len(split.captions)}
+    write_part(Path(str(config.save_scores)), scores, identify(models) | about)
+
+
+def _open_models(
+    config: EvaluateConfig, device: torch.device
+) -> tuple[list[EvaluatedModel], str, EvaluatedSplit]:
+    """Return all models with the split they are evaluated on, the data set's name, the split's."""
     from checkpoint.bert_files import bert_files
     from checkpoint.checkpoint import (
         APART,
@@ -230,8 +287,10 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
         json_beside,
         read_checkpoint,
     )
+    from checkpoint.evaluated import EvaluatedModel
+    from evaluation import check_folds
 
-    paths, device = config.model_path or [], pick_device(config.device, config.precision)
+    paths = config.model_path or []
     checkpoints = [read_checkpoint(path) for path in paths]
     widths = sorted({checkpoint.config.img_dim for checkpoint in checkpoints})
     require(
@@ -248,76 +307,23 @@ def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarra
     of_berts = [f for c in checkpoints for f in bert_files(bert_folder(c, config.bert_path))]
     _check_outputs(config, [*paths, *of_models, *of_berts, *files_of(folder, split)])
     # Every model is opened before the first one is run: a fault of the second is not found late.
-    models = [_open_model(checkpoint, folder, split, config, device) for checkpoint in checkpoints]
-    since = time.monotonic()
-    scores, limits = _ensemble_scores(models, config, device)
-    about = {
-        "models": paths,
-        "data_name": data_name,
-        "split": split,
-        "fingerprints": [model.fingerprints for model in models],
-        "seconds": round(time.monotonic() - since, 2),
-        "shortlist": limits,
-    }
-    return about, scores, models[0].split.groups.image_of_caption
-
-
-@dataclass(frozen=True)
-class _OpenModel:
-    """One model, and the split it is evaluated on."""
-
-    checkpoint: Checkpoint
-    split: Split
-    bert: Bert
-    model: DIME
-
-    @property
-    def fingerprints(self) -> dict[str, str | None]:
-        """SHA-256 of what the model reads now, and of the data it was trained on."""
-        inputs = {"data": self.split.fingerprint, "bert": self.bert.fingerprint}
-        return inputs | {"training": self.checkpoint.state.get("train_data")}
-
-
-def _open_model(
-    checkpoint: Checkpoint,
-    folder: Path,
-    name: EvaluatedSplit,
-    config: EvaluateConfig,
-    device: torch.device,
-) -> _OpenModel:
-    """Return a model that is ready to encode a split. Raises InputError if they do not fit."""
-    from checkpoint.checkpoint import bert_of, build_model, warn_of_selection
-    from data import Split
-    from evaluation import check_folds
-
-    split = Split.open(folder, name, checkpoint.config.img_dim)
-    dev_data = checkpoint.state.get("dev_data")
-    warn_of_selection(checkpoint.path, name, dev_data, split.fingerprint)
+    place, choices = (folder, split, device), (config.bert_path, config.precision)
+    models = [EvaluatedModel.open(each, *place, *choices) for each in checkpoints]
     if config.fold5:
-        check_folds(split.images, split.path)
-    bert = bert_of(checkpoint, config.bert_path, split.captions)
-    model = build_model(checkpoint, bert, device)
-    model.precision = config.precision or _trained_precision(checkpoint, device)
-    warn_if_bf16_is_slow(model.precision, device)
-    return _OpenModel(checkpoint, split, bert, model)
-
-
-def _trained_precision(checkpoint: Checkpoint, device: torch.device) -> Precision:
-    """Return the precision that a model was trained in, fp32 instead of a TF32 that is missing."""
-    precision = checkpoint.options.get("precision", "fp32")
-    if precision not in get_args(Precision):
-        expected = ", ".join(get_args(Precision))
-        raise InputError(f"{checkpoint.path}: precision {precision!r}; expected one of {expected}")
-    if precision == "tf32" and not has_tf32(device):
-        log.info("%s: precision tf32 needs a CUDA GPU; computing in fp32", checkpoint.path)
-        return "fp32"
-    return precision
+        check_folds(models[0].split.images, models[0].split.path)
+    return models, data_name, split
 
 
 def _ensemble_scores(
-    models: Sequence[_OpenModel], config: EvaluateConfig, device: torch.device
+    models: Sequence[EvaluatedModel],
+    config: EvaluateConfig,
+    device: torch.device,
+    rows: range | None = None,
 ) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """Return the mean of the models' scores; with --shortlist also what it left out."""
+    """Return the mean of the models' scores; with --shortlist also what it left out.
+
+    With `rows`, they are the scores of these images.
+    """
     import evaluation as ev
 
     encoded: list[ev.Encoded] = []
@@ -328,11 +334,12 @@ def _ensemble_scores(
             *(each.split.images, len(each.split.captions), each.split.path),
         )
         inputs = (each.model, each.split, each.bert.vocabulary)
-        encoded.append(ev.encode_split(*inputs, device=device, workers=config.workers))
+        encoded.append(ev.encode_split(*inputs, device=device, rows=rows, workers=config.workers))
     runs = [(m.model, e, str(m.checkpoint.path)) for m, e in zip(models, encoded, strict=True)]
     if config.shortlist is None:
-        for model, items, _ in runs:
-            model.compile_if_it_pays(config.compile, items.pairs)
+        for each, items in zip(models, encoded, strict=True):  # a part as all of the matrix
+            pairs = each.split.images * len(items.captions)
+            each.model.compile_if_it_pays(config.compile, pairs)
         return ev.mean_matrix(ev.score_all(m, e, device, name) for m, e, name in runs), None
     coarse = ev.mean_matrix(items.coarse_scores() for items in encoded)
     wanted = ev.shortlist(coarse, config.shortlist)
@@ -343,46 +350,6 @@ def _ensemble_scores(
     share = float(wanted.mean())
     limits = {"count": config.shortlist, "share": share, "recall_upper_bound": bound}
     return ev.rank_last(exact, coarse, wanted), limits
-
-
-def as_text(result: EvaluationResult) -> str:
-    """Return the lines that an evaluation prints (SPEC §10)."""
-    text = []
-    if result.shortlist:
-        count, bound = result.shortlist["count"], result.shortlist["recall_upper_bound"]
-        text.append(
-            f"Approximate: only the best {count} in each direction by pooled vectors were scored, "
-            f"{100 * result.shortlist['share']:.1f} % of all pairs; they hold a correct answer for "
-            f"{bound['i2t']:.1f} % of the images and {bound['t2i']:.1f} % of the captions"
-        )
-    if result.fold5:
-        for number, fold in enumerate(result.fold5.folds, 1):
-            text += [f"Fold {number}", *_lines(ProtocolResult(fold))]
-        text += [f"Mean of {len(result.fold5.folds)} folds", *_lines(result.fold5)]
-    if not result.fold5 or result.images == MSCOCO_IMAGES:
-        text += ["All images"] if result.fold5 else []
-        text += _lines(result.whole)
-    return "\n".join(text)
-
-
-def _lines(result: ProtocolResult) -> list[str]:
-    """Return the family's lines for one protocol, with its intervals if there are some."""
-    metrics, intervals = result.metrics, result.intervals
-    text = [f"rsum: {metrics.rsum:.1f}"]
-    for side, title in (("i2t", "Image to text"), ("t2i", "Text to image")):
-        recall = getattr(metrics, side)
-        mean = (recall.r1 + recall.r5 + recall.r10) / 3
-        text.append(f"Average {side} Recall: {mean:.1f}")
-        text.append(f"{title}: {' '.join(f'{value:.1f}' for value in asdict(recall).values())}")
-        if intervals:
-            bounds = (intervals[side][name] for name in asdict(recall))
-            text.append(
-                f"95 % intervals: {' '.join(f'{low:.1f}-{high:.1f}' for low, high in bounds)}"
-            )
-    if intervals:
-        low, high = intervals["rsum"]
-        text.append(f"95 % interval of rsum: {low:.1f}-{high:.1f}")
-    return text
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from common.files import map_array
 from common.memory import chunk_size, describe_oom, is_oom, storage_device
 from common.precision import product_precision
 from common.results import ProtocolResult, Ranks, Retrieval
+from common.score_parts import SUFFIX as PART_SUFFIX
 from common.workers import load
+from common.world import World
 from data import ImageBlocks, Split, to_device
 from model import DIME
 from router import Modality
@@ -30,8 +32,8 @@ from vocab import Vocabulary
 
 log = logging.getLogger(__name__)
 
-IMAGE_BLOCK, CAPTION_BLOCK = 128, 256  # images and captions encoded at a time
 TILE = 128  # images, and captions, that are scored on the device together
+IMAGE_BLOCK, CAPTION_BLOCK = TILE, 256  # images and captions encoded at a time
 BAND = 16 * TILE**2  # pairs after which their scores are fetched: a GPU is waited for only then
 ROW_BLOCK = 256  # rows of a score matrix ranked at a time
 FOLDS = 5
@@ -51,11 +53,6 @@ class Encoded:
     images: Modality
     captions: Modality
     text: np.ndarray  # [T] index of the encoded caption of each caption
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs of an image and a distinct caption."""
-        return len(self.images) * len(self.captions)
 
     def expand(self, columns: np.ndarray) -> np.ndarray:
         """Return `[I, T]` from columns of distinct captions, `[I, distinct captions]`."""
@@ -85,23 +82,37 @@ def encode_split(
     *,
     device: torch.device,
     images: int | None = None,
+    rows: range | None = None,
     workers: int = 0,
 ) -> Encoded:
-    """Encode a split's images (or its first `images`) and all their captions."""
+    """Encode a split's images (or its first `images`) and all their captions.
+
+    Of the images, only those with numbers in `rows` are encoded.
+    """
     images = split.images if images is None else images
+    rows = range(images) if rows is None else rows
     indices: dict[str, int] = {}
     captions = split.captions[: split.groups.counts[:images].sum()]
     text = np.array([indices.setdefault(caption, len(indices)) for caption in captions])
-    blocks = [(i, min(i + IMAGE_BLOCK, images)) for i in range(0, images, IMAGE_BLOCK)]
+    blocks = [(i, min(i + IMAGE_BLOCK, rows.stop)) for i in rows[::IMAGE_BLOCK]]
     ids, mask = vocabulary.encode(list(indices), model.config.max_words)
     texts = zip(ids.split(CAPTION_BLOCK), mask.split(CAPTION_BLOCK), strict=True)
     with evaluation_mode(model):
         regions = load(ImageBlocks(split), blocks, workers, pin=device.type == "cuda")
         sent = (to_device(block, device).float() for block in regions)
-        encoded_images = _gather(map(model.encode_images, sent), "images", images)
+        encoded_images = _gather(map(model.encode_images, sent), "images", len(rows))
         pairs = ((to_device(i, device), to_device(m, device)) for i, m in texts)
         encoded_captions = _gather(starmap(model.encode_captions, pairs), "captions", len(indices))
     return Encoded(encoded_images, encoded_captions, text)
+
+
+def rows_of_part(images: int, part: World) -> range:
+    """Return which of some images are those of a part, perhaps none.
+
+    They are whole blocks and tiles: scores of other tiles could differ in the last bit.
+    """
+    tiles = part.share(-(-images // TILE))
+    return range(min(tiles.start * TILE, images), min(tiles.stop * TILE, images))
 
 
 def _gather(parts: Iterator[Modality], what: str, total: int) -> Modality:
@@ -364,6 +375,8 @@ def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
 
 def map_scores(path: Path) -> np.ndarray:
     """Return a score matrix `[I, T]` by memory map. Raises InputError if it is not one."""
+    if path.suffix == PART_SUFFIX:
+        raise InputError(f"{path}: is not a whole matrix; merge its parts: scripts/merge_scores.py")
     matrix = map_array(path, "a score matrix, a .npy file")
     if (
         matrix.ndim != 2

@@ -13,11 +13,11 @@ from checkpoint.bert import Bert, assemble_bert, load_bert, reading_advice
 from checkpoint.official import PARTS, native_names
 from checkpoint.weights import Weights, check_named, load_state_dict_strict
 from common.cli import LARGEST_FLOAT
-from common.config import ModelConfig
+from common.config import ModelConfig, Precision
 from common.errors import PLAIN, InputError, brief_repr, require
 from common.files import read_json, sha256_of
 from common.layout import SplitName
-from common.precision import keep_float32
+from common.precision import has_tf32, keep_float32
 from common.torch_files import read_safetensors, read_torch, write_torch
 from model import DIME
 from vocab import Tokenization
@@ -66,6 +66,17 @@ class Checkpoint:
             return ModelConfig(**known)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
+
+    def precision_on(self, device: torch.device) -> Precision:
+        """Return the precision that the model was trained in, fp32 if the device has no TF32."""
+        precision = self.options.get("precision", "fp32")
+        if precision not in get_args(Precision):
+            expected = ", ".join(get_args(Precision))
+            raise InputError(f"{self.path}: precision {precision!r}; expected one of {expected}")
+        if precision == "tf32" and not has_tf32(device):
+            log.info("%s: precision tf32 needs a CUDA GPU; computing in fp32", self.path)
+            return "fp32"
+        return precision
 
     @property
     def metrics(self) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""results.py — the metrics of an evaluation as values, and as JSON (SPEC §10). Imports no torch."""
+"""results.py — the metrics of an evaluation as values, JSON and text (SPEC §10). No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -82,6 +82,25 @@ class ProtocolResult:
     # The JSON of `metrics` with `[low, high]` in place of each value; None without --bootstrap.
     intervals: dict[str, Any] | None = None
 
+    @property
+    def lines(self) -> list[str]:
+        """The family's lines of metrics, with intervals if there are some."""
+        text = [f"rsum: {self.metrics.rsum:.1f}"]
+        for side, title in (("i2t", "Image to text"), ("t2i", "Text to image")):
+            recall = getattr(self.metrics, side)
+            mean = (recall.r1 + recall.r5 + recall.r10) / 3
+            text.append(f"Average {side} Recall: {mean:.1f}")
+            text.append(f"{title}: {' '.join(f'{value:.1f}' for value in asdict(recall).values())}")
+            if self.intervals:
+                bounds = (self.intervals[side][name] for name in asdict(recall))
+                text.append(
+                    f"95 % intervals: {' '.join(f'{low:.1f}-{high:.1f}' for low, high in bounds)}"
+                )
+        if self.intervals:
+            low, high = self.intervals["rsum"]
+            text.append(f"95 % interval of rsum: {low:.1f}-{high:.1f}")
+        return text
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         return {
@@ -126,6 +145,26 @@ class EvaluationResult:
         content = {field.name: getattr(self, field.name) for field in fields(self)}
         fold5 = self.fold5.to_json() if self.fold5 else None
         return content | {"whole": self.whole.to_json(), "fold5": fold5}
+
+    def to_text(self) -> str:
+        """Return the lines that an evaluation prints (SPEC §10)."""
+        text = []
+        if self.shortlist:
+            count, bound = self.shortlist["count"], self.shortlist["recall_upper_bound"]
+            share = 100 * self.shortlist["share"]
+            text.append(
+                f"Approximate: only the best {count} in each direction by pooled vectors were "
+                f"scored, {share:.1f} % of all pairs; they hold a correct answer for "
+                f"{bound['i2t']:.1f} % of the images and {bound['t2i']:.1f} % of the captions"
+            )
+        if self.fold5:
+            for number, fold in enumerate(self.fold5.folds, 1):
+                text += [f"Fold {number}", *ProtocolResult(fold).lines]
+            text += [f"Mean of {len(self.fold5.folds)} folds", *self.fold5.lines]
+        if not self.fold5 or self.images == MSCOCO_IMAGES:
+            text += ["All images"] if self.fold5 else []
+            text += self.whole.lines
+        return "\n".join(text)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: object) -> "EvaluationResult":

@@ -22,6 +22,7 @@ from conftest import (
 from test_files import largest_file
 
 import evaluate_models
+from common import results
 from common.torch_files import read_torch
 from evaluate_models import evaluate
 from evaluation import retrieval
@@ -296,7 +297,8 @@ def test_five_thousand_images_are_reported_as_1k_and_5k(
         return capsys.readouterr().out
 
     whole, folds = printed(), printed("--fold5")
-    monkeypatch.setattr(evaluate_models, "MSCOCO_IMAGES", 10)
+    for module in (evaluate_models, results):
+        monkeypatch.setattr(module, "MSCOCO_IMAGES", 10)
     assert printed() == f"{folds}All images\n{whole}"
     result = evaluate(scores=path)
     assert result.fold5 and result.metrics == result.whole.metrics
