@@ -33,6 +33,7 @@ from common.layout import (
 )
 from common.numbers import check_numbers
 from common.workers import load
+from common.world import ALONE, World
 from vocab import EncodedCaptions, Vocabulary
 
 SMALL_FILE = 2**28  # bytes; all rows of features up to this size are checked when they are opened
@@ -199,14 +200,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Batch:
-    """A training batch; the first `pairs` images and captions match one to one."""
+    """A training batch; the first `pairs` images and captions match one to one.
+
+    Of several processes, each has its share of the pairs, then its share of the extra negatives.
+    """
 
     regions: Tensor  # [I, L, img_dim] float16 or float32, as stored; after `to` float32
     ids: Tensor  # [T, M] int64
     mask: Tensor  # [T, M] bool, True = a real token
-    captions: Tensor  # [T] index in the split
-    pairs: int
+    captions: Tensor  # index in the split, of all processes
+    pairs: int  # of all processes
     hidden_states: Tensor | None = None  # [T, M, hidden] BERT's output, if it is cached
+    extras: int = 0  # negatives beyond the pairs, of all processes
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device, which makes the features float32."""
@@ -233,6 +238,7 @@ class TrainingBatches(Dataset):
     skip_single: bool  # leave out a batch of one item, which batch normalisation cannot take
     hidden_states: Path | None = None  # BERT's output for all captions, see text_cache.py
     features: Tensor | None = None  # [images, L, img_dim] on the device, see device_features.py
+    world: World = ALONE
 
     def __len__(self) -> int:
         """Number of batches of an epoch."""
@@ -249,6 +255,10 @@ class TrainingBatches(Dataset):
 
     def __getitem__(self, index: tuple[int, int]) -> Batch:
         images, captions, pairs = self._draw(*index)
+        extras = max(len(images), len(captions)) - pairs
+        every = torch.from_numpy(captions)
+        if self.world.size > 1:
+            images, captions = self._share(images, pairs), self._share(captions, pairs)
         if self.features is None:
             regions = self.split.regions(images)
         else:
@@ -258,7 +268,7 @@ class TrainingBatches(Dataset):
         hidden = None
         if self.hidden_states is not None:
             hidden = torch.from_numpy(open_memmap(self.hidden_states, mode="r")[captions])
-        return Batch(regions, ids, mask, torch.from_numpy(captions), pairs, hidden)
+        return Batch(regions, ids, mask, every, pairs, hidden, extras)
 
     def _draw(self, epoch: int, position: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Return images `[I]` and captions `[T]` of a batch, and the number of its pairs."""
@@ -273,6 +283,11 @@ class TrainingBatches(Dataset):
         images = rng.integers(self.split.images, size=len(paired) * self.config.extra_img)
         images = np.concatenate([self.split.groups.image_of_caption[paired], images])
         return images, np.concatenate([paired, captions]), len(paired)
+
+    def _share(self, items: np.ndarray, pairs: int) -> np.ndarray:
+        """Return this process's share of the pairs, then of the others, both padded."""
+        parts = (items[:pairs], items[pairs:])
+        return np.concatenate([part[self.world.padded_share(len(part))] for part in parts])
 
     def epoch(self, epoch: int, start: int, device: torch.device) -> Iterator[Batch]:
         """Yield the batches of an epoch from position `start` on, on a device.

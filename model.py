@@ -7,7 +7,7 @@ axes are those of `router.py`.
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from transformers import BertModel
 from cells import CellSizes
 from common.compile import compiling_pays, needs_fixed_shapes
 from common.config import Direction, ModelConfig, Precision
+from common.distributed import Rows, SharedBatch
 from router import PATH_SIZE, Modality, RoutingSpace
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,22 @@ class ImageEncoder(nn.Module):
 
     def forward(self, regions: Tensor) -> Modality:
         """Encode features `[I, L, img_dim]`: tokens `[I, L, D]`, pooled `[I, D]`, a full mask."""
+        return self.pool(self.embed(regions))
+
+    def embed(self, regions: Tensor) -> Modality:
+        """Return tokens of unit length, their mean before the batch normalisation, a full mask."""
         tokens = self.fc(regions).float()
-        pooled = self.norm(tokens.mean(1))
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return Modality(F.normalize(tokens, dim=-1), tokens.mean(1), mask)
+
+    def pool(self, images: Modality) -> Modality:
+        """Return the images with pooled vectors; a batch normalisation has to see all of them."""
+        pooled = self.norm(images.pooled)
         if self.unit:
             pooled = F.normalize(pooled, dim=-1)
         if self.use_abs:
             pooled = pooled.abs()
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Modality(F.normalize(tokens, dim=-1), pooled, mask)
+        return replace(images, pooled=pooled)
 
 
 class TextEncoder(nn.Module):
@@ -162,16 +171,21 @@ class DIME(nn.Module):
             return self.text(self.text.read(ids, mask), mask)
 
     def score(
-        self, images: Modality, captions: Modality, pairs: int | None = None
+        self,
+        images: Modality,
+        captions: Modality,
+        pairs: int | None = None,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return scores `[I, T]` and path vectors `[Q, C, K]` of all pairs.
 
-        About `pairs` pairs are routed at a time (default: the device's chunk size).
+        About `pairs` pairs are routed at a time (default: the device's chunk size). If the queries
+        are one process's share, `rows`, the scores of all are gathered; path vectors are not.
         """
         if self.config.direction == "i2t":
-            return self._pair(images, _trim(captions), pairs)
+            return self._pair(images, _trim(captions), pairs, rows)
         # REFERENCE: in t2i every word position counts, padding too, so nothing is trimmed.
-        scores, paths = self._pair(captions, images, pairs)
+        scores, paths = self._pair(captions, images, pairs, rows)
         return scores.T, paths
 
     def forward(
@@ -181,31 +195,54 @@ class DIME(nn.Module):
         mask: Tensor,
         pairs: int,
         hidden_states: Tensor | None = None,
+        shared: SharedBatch | None = None,
     ) -> Output:
         """Return scores, path embeddings and targets of a training batch.
 
         The first `pairs` images and captions match one to one. Further captions (i2t) or images
         (t2i) are negatives only; the refined modality has none, so each pair has one path
-        embedding. `hidden_states` replace BERT's if they are already known.
+        embedding. `hidden_states` replace BERT's if they are already known. If the batch is
+        `shared`, the input is one process's share, and the output is that of the whole batch.
         """
-        assert pairs <= min(len(regions), len(ids)) and ids.shape == mask.shape
+        assert pairs <= min(len(regions), len(ids)) or shared is not None
+        assert ids.shape == mask.shape
         with self.autocast(ids):
             hidden = self.text.read(ids, mask) if hidden_states is None else hidden_states
             captions = self.text(hidden, mask)
-        scores, paths = self.score(self.encode_images(regions), captions)
+            images = self.image.embed(regions)
+        if shared is not None:
+            images, captions = self._gather_contexts(images, captions, shared.contexts)
+        rows = shared.queries if shared is not None else None
+        scores, paths = self.score(self.image.pool(images), captions, rows=rows)
         if self.space is None:
             return Output(scores, scores.new_empty(0, PATH_SIZE), hidden[:0, 0])
-        targets = F.normalize(hidden[:pairs].mean(1), dim=-1)
-        return Output(scores, self.space.embed_paths(paths), targets)
+        targets = F.normalize(hidden[: len(paths)].mean(1), dim=-1)
+        embedded = self.space.embed_paths(paths)
+        if rows is not None:
+            embedded, targets = rows.gather(embedded), rows.gather(targets)
+        return Output(scores, embedded, targets)
 
-    def _pair(self, query: Modality, context: Modality, pairs: int | None) -> tuple[Tensor, Tensor]:
+    def _gather_contexts(
+        self, images: Modality, captions: Modality, rows: Rows
+    ) -> tuple[Modality, Modality]:
+        """Return images and captions; the side that is the context with those of all processes."""
+        if self.config.direction == "i2t":
+            return images, captions.map(rows.gather)
+        return images.map(rows.gather), captions
+
+    def _pair(
+        self, query: Modality, context: Modality, pairs: int | None, rows: Rows | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return scores `[Q, C]`, gathered if there are `rows`, and path vectors `[Q, C, K]`."""
         if self.space is None:
             scores = query.pooled @ context.pooled.T  # [Q, C]
-            return scores, scores.new_empty(*scores.shape, 0)
-        with self.autocast(query.tokens):
-            if self.precision == "bf16":
-                query = Modality(query.tokens.bfloat16(), query.pooled, query.mask)
-            return self.space(query, context, pairs)
+            paths = scores.new_empty(*scores.shape, 0)
+        else:
+            with self.autocast(query.tokens):
+                if self.precision == "bf16":
+                    query = Modality(query.tokens.bfloat16(), query.pooled, query.mask)
+                scores, paths = self.space(query, context, pairs, rows)
+        return scores if rows is None else rows.gather(scores), paths
 
     def autocast(self, example: Tensor) -> torch.autocast:
         """Return the autocast context of the model's precision, on the device of `example`."""

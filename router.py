@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from common.compile import Compiled, needs_fixed_shapes
+from common.distributed import Rows
 from common.memory import chunk_size
 
 OPEN_BIAS = 1.5  # tanh(1.5) = 0.91: every path starts open, so no cell is inactive from the start
@@ -46,11 +47,15 @@ class Modality:
 
     def to(self, device: torch.device) -> "Modality":
         """Return the same items on another device."""
-        return Modality(*(tensor.to(device) for tensor in vars(self).values()))
+        return self.map(lambda tensor: tensor.to(device))
 
     def copy(self) -> "Modality":
         """Return the same items in new, contiguous tensors that share no memory with these."""
-        return Modality(*(t.clone(memory_format=CONTIGUOUS) for t in vars(self).values()))
+        return self.map(lambda tensor: tensor.clone(memory_format=CONTIGUOUS))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Modality":
+        """Return what `change` makes of each tensor."""
+        return Modality(*map(change, vars(self).values()))
 
 
 class Router(nn.Module):
@@ -206,18 +211,19 @@ class TokenNorm(nn.BatchNorm1d):
     num_batches_tracked: Tensor
     momentum: float
 
-    def pool(self, statistics: Tensor, positions: int) -> Tensor:
+    def pool(self, statistics: Tensor, positions: int, rows: Rows | None = None) -> Tensor:
         """Return mean plus maximum over the normalised tokens, unit length, `[Q, C, D]`.
 
         `statistics` are mean, variance, maximum and minimum over the tokens of each pair,
-        `[4, Q, C, D]`; `positions` is the number of tokens of all pairs.
+        `[4, Q, C, D]`; `positions` is the number of tokens of all pairs. Of several processes, each
+        has the statistics of its queries, which are `rows`.
         """
         mean, variance, high, low = statistics
         if self.training:
             # Over every pair and position, extra negatives included. The variance of all is the
             # mean of the pairs' variances plus the variance of their means.
-            centre = mean.mean((0, 1))
-            spread = (variance + (mean - centre).square()).mean((0, 1))
+            centre = _mean_of_pairs(mean, rows)
+            spread = _mean_of_pairs(variance + (mean - centre).square(), rows)
             unbiased = spread.detach() * positions / (positions - 1)
             with torch.no_grad():  # as BatchNorm1d does
                 self.running_mean.lerp_(centre.detach(), self.momentum)
@@ -229,6 +235,11 @@ class TokenNorm(nn.BatchNorm1d):
         shift = self.bias - centre * scale
         extreme = torch.where(scale > 0, high, low)
         return F.normalize((mean + extreme) * scale + 2 * shift, dim=-1)
+
+
+def _mean_of_pairs(values: Tensor, rows: Rows | None) -> Tensor:
+    """Return the mean `[D]` of `[Q, C, D]` over all pairs, those of other processes included."""
+    return values.mean((0, 1)) if rows is None else rows.mean(values)
 
 
 class RoutingSpace(nn.Module):
@@ -261,17 +272,23 @@ class RoutingSpace(nn.Module):
         return cast(list[Layer], [*self.layers, self.merge])
 
     def forward(
-        self, query: Modality, context: Modality, pairs: int | None = None
+        self,
+        query: Modality,
+        context: Modality,
+        pairs: int | None = None,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return scores `[Q, C]` and path vectors `[Q, C, K]`, both float32.
 
-        About `pairs` pairs are routed at a time (default: the device's chunk size).
+        About `pairs` pairs are routed at a time (default: the device's chunk size). Of several
+        processes, each has its share of the queries, which are `rows`, and all contexts.
         """
         assert query.tokens.shape[-1] == context.tokens.shape[-1] == self.norm.num_features
         pairs = pairs or chunk_size(query.tokens.device.type, query.tokens.shape[-1])
         statistics, paths = self._route_in_chunks(query, context, pairs)
-        positions = query.tokens[..., 0].numel() * len(context)
-        refined = self.norm.pool(statistics, positions)  # [Q, C, D]
+        queries = len(query) if rows is None else rows.count
+        positions = queries * query.tokens.shape[1] * len(context)
+        refined = self.norm.pool(statistics, positions, rows)  # [Q, C, D]
         return (refined * context.pooled).sum(-1), paths
 
     def route(

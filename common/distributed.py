@@ -180,8 +180,30 @@ class Rows:
             first += self.world.largest_share(count)
         return torch.cat(parts).to(own.dtype)
 
-    def mean(self, own: Tensor, columns: int) -> Tensor:
-        """Return the mean over rows and columns of `own` `[rows of a rank, columns, ...]`."""
+    def mean(self, own: Tensor) -> Tensor:
+        """Return the mean `[D]` over all rows and columns of `own` `[rows of a rank, columns, D]`.
+
+        There is one block of rows.
+        """
         (count,) = self.counts
         real = own[: len(self.world.share(count))]  # the others are padding
-        return _Sum.apply(real.sum((0, 1)), self.world) / (count * columns)
+        return _Sum.apply(real.sum((0, 1)), self.world) / (count * own.shape[1])
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """How a batch is shared out: pairs, then the extra negatives of its contexts."""
+
+    world: World
+    pairs: int  # of all ranks together
+    extras: int
+
+    @property
+    def queries(self) -> Rows:
+        """The rows of the queries."""
+        return Rows(self.world, (self.pairs,))
+
+    @property
+    def contexts(self) -> Rows:
+        """The rows of the contexts."""
+        return Rows(self.world, (self.pairs, self.extras))

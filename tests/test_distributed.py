@@ -1,9 +1,27 @@
 """Several processes: what torchrun's environment says, shares, collectives, equal training."""
 
-import pytest
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
+import pytest
+import torch
+from conftest import GOLDEN, IMG_DIM, write_split
+from ranks import on_ranks
+from test_model import SMALL
+
+from checkpoint.bert import load_bert
 from common.errors import InputError
 from common.world import ALONE, World
+from data import Split, TrainingBatches
+from model import DIME
+from training.config import TrainConfig
+from training.step import TrainStep
+from vocab import Vocabulary
+
+CPU = torch.device("cpu")
 
 
 def test_world_is_what_torchrun_says() -> None:
@@ -30,3 +48,134 @@ def test_shares_are_all_items_in_order_and_padded_to_one_length(items: int, size
             == list(ALONE.share(items))[share.start : share.stop]
         )
         assert len(padded) == most and set(padded) <= set(range(items))
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """15 captions, so that batches of 7 leave one item: other ranks than the last have none."""
+    folder = tmp_path_factory.mktemp("data")
+    write_split(folder, "train", 3, longest=5)
+    return Split.open(folder, "train", IMG_DIM, training=True)
+
+
+@dataclass(frozen=True)
+class Equality:
+    """What is trained, and how; `dtype` stands for the float32 of the program."""
+
+    direction: str = "i2t"
+    extras: int = 1
+    options: tuple[tuple[str, object], ...] = ()
+    dtype: torch.dtype = torch.float64
+    compiled: bool = False
+
+    def train(self, split: Split, world: World) -> list[dict[str, torch.Tensor]]:
+        """Train three steps; returns losses, gradients, weights and statistics of each."""
+        torch.manual_seed(0)
+        name = "extra_stc" if self.direction == "i2t" else "extra_img"
+        options = SMALL | {name: self.extras, "img_dim": IMG_DIM} | dict(self.options)
+        config = TrainConfig(direction=self.direction, batch_size=7, workers=0, **options)
+        skips = config.skips_single(split.regions_per_image)
+        vocabulary = Vocabulary.load(GOLDEN / "i2t/bert")
+        batches = TrainingBatches(split, vocabulary, config, 10, skips, world=world)
+        bert = load_bert(GOLDEN / "i2t/bert").model  # without dropout
+        step = TrainStep(config, DIME(config, bert).to(self.dtype), CPU, world)
+        step.prepare(3)
+        if self.compiled:
+            step.model.space.compile_routes()
+        states = []
+        for number in range(3):
+            batch = batches[divmod(number, len(batches))].to(CPU)
+            figures = step.step(replace(batch, regions=batch.regions.to(self.dtype)))
+            assert step.model.is_compiled == self.compiled
+            named = {
+                f"grad of {n}": p.grad
+                for n, p in step.model.named_parameters()
+                if p.grad is not None
+            }
+            weights = {
+                n: v for n, v in step.model.state_dict().items() if not n.startswith("text.bert")
+            }
+            states.append(copy.deepcopy(figures | named | weights))
+        return states
+
+
+def as_it_is(function: Callable, **options: object) -> Callable:
+    """Stands for a compiler: chunks are padded and copied as for compiled code."""
+    return function
+
+
+def double_is_float32() -> None:
+    """Make this process compute in float64 where the program asks for float32."""
+    mean, narrow = torch.Tensor.mean, torch.Tensor.float
+
+    def wide(self: torch.Tensor, *args: object, dtype: object = None, **kwargs: object) -> object:
+        return mean(self, *args, dtype=dtype and torch.float64, **kwargs)
+
+    torch.Tensor.mean = wide
+    # Adam takes its flag, made of a bool, in float32 alone.
+    torch.Tensor.float = lambda t: narrow(t) if t.dtype == torch.bool else t.double()
+
+
+def assert_equality(
+    folder: Path, split: Split, case: Equality, size: int, compiler: Callable = as_it_is
+) -> None:
+    """Compare what `size` processes and one compute."""
+
+    def work(world: World) -> list[dict[str, torch.Tensor]]:
+        if case.dtype == torch.float64:
+            double_is_float32()
+        torch.compile = compiler
+        return case.train(split, world)
+
+    ((alone,), ranks) = (on_ranks(folder, n, work) for n in (1, size))
+    if case.dtype == torch.float64:
+        limit, steps, kinds = 1e-10, 3, ("",)
+    else:  # Adam makes a full step of a gradient that is rounding noise: what follows differs
+        limit, steps, kinds = 1e-5, 1, ("grad of ", "L", "Rank", "Path", "running_")
+    for rank, states in enumerate(ranks):
+        for number in range(steps):
+            ours, theirs = states[number], alone[number]
+            assert ours.keys() == theirs.keys() and ours["finite"] == 1
+            names = [name for name in ours if any(kind in name for kind in kinds)]
+            for name in names:
+                where = f"rank {rank}, step {number}: {name}: "
+                torch.testing.assert_close(
+                    *(ours[name], theirs[name]), atol=limit, rtol=limit, msg=where.__add__
+                )
+
+
+SUM, CHECKPOINTED = ("max_violation", False), ("activation_checkpointing", True)
+EQUALITIES = [
+    (2, Equality("i2t", extras=0)),
+    (3, Equality("i2t", extras=2, options=(SUM,))),
+    (4, Equality("i2t", options=(CHECKPOINTED,))),
+    (2, Equality("t2i", extras=2, options=(SUM, CHECKPOINTED))),
+    (3, Equality("t2i", extras=0)),
+    (4, Equality("t2i")),
+    (3, Equality("i2t", options=(("num_layer_routing", 0),))),
+    (3, Equality("t2i", dtype=torch.float32)),
+    (2, Equality("i2t", dtype=torch.float32, compiled=True)),
+]
+NAMED = pytest.mark.parametrize(("size", "case"), EQUALITIES)
+
+
+@NAMED
+def test_several_processes_compute_what_one_computes(tmp_path, split, size, case) -> None:
+    assert_equality(tmp_path, split, case, size)
+
+
+WIDE = [
+    Equality(direction, extras, options, dtype, compiled)
+    for direction in ("i2t", "t2i")
+    for extras in (0, 1)
+    for options in ((), (SUM,), (CHECKPOINTED,))
+    for dtype, compiled in ((torch.float64, False), (torch.float32, False), (torch.float32, True))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("case", WIDE)
+def test_every_case_of_several_processes(tmp_path, split, size, case) -> None:
+    compiler = partial(torch.compile, backend="eager")
+    assert_equality(tmp_path, split, case, size, compiler)

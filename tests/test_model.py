@@ -258,9 +258,9 @@ def test_bfloat16_keeps_gates_and_scores_in_float32(direction: str, monkeypatch)
     cells, gates, statistics = [], [], []
     pool = model.space.norm.pool
 
-    def noted(values: Tensor, positions: int) -> Tensor:
+    def noted(values: Tensor, *rest: object) -> Tensor:
         statistics.append(values.dtype)
-        return pool(values, positions)
+        return pool(values, *rest)
 
     with torch.no_grad():
         exact, _ = model.score(model.encode_images(regions), model.encode_captions(ids, mask))

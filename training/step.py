@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint.checkpoint import BERT_KEYS
+from common.distributed import SharedBatch, add_up
 from common.precision import product_precision, warn_if_bf16_is_slow
 from common.recorded import CudaGraphs, Recorded
+from common.world import ALONE, World
 from data import Batch
 from model import DIME, path_loss, triplet_loss
 from training.config import TrainConfig
@@ -23,10 +25,12 @@ STEP_IN_SCORES = 3  # a training step costs about three scorings: forward, and b
 
 
 class TrainStep:
-    """A model and its optimiser."""
+    """A model and its optimiser; of several processes, each has an equal copy."""
 
-    def __init__(self, config: TrainConfig, model: DIME, device: torch.device) -> None:
-        self.config, self.model, self.device = config, model, device
+    def __init__(
+        self, config: TrainConfig, model: DIME, device: torch.device, world: World = ALONE
+    ) -> None:
+        self.config, self.model, self.device, self.world = config, model, device, world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # What a forward pass changes: the running statistics of batch normalisation.
         named = model.named_buffers()
@@ -39,10 +43,13 @@ class TrainStep:
         config = self.config
         warn_if_bf16_is_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
+        pairs //= self.world.size  # that are routed here
         self.model.compile_if_it_pays(config.compile, steps * pairs * STEP_IN_SCORES)
         if self.model.space is not None:
             self.model.space.activation_checkpointing = config.activation_checkpointing
-        if self.device.type == "cuda" and config.compile is not False:
+        # No recording holds the messages of several processes: nobody could end one that waits.
+        is_recorded = self.world.size == 1 and config.compile is not False
+        if self.device.type == "cuda" and is_recorded:
             recorded = Recorded(self.step, CudaGraphs(self.device))
             self.step = recorded  # type: ignore[method-assign, assignment]  # the same, but faster
 
@@ -67,7 +74,7 @@ class TrainStep:
         before = [buffer.clone() for buffer in self.statistics]
         losses = self._losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        losses["Le"].backward()
+        self._backward(losses["Le"])
         norm = gradient_norm(self.parameters)
         finite = (losses["Le"] + norm).isfinite()
         nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip or torch.inf, norm)
@@ -77,10 +84,27 @@ class TrainStep:
         figures = losses | {"grad_norm": norm, "finite": finite.float()}
         return {name: figure.detach() for name, figure in figures.items()}
 
+    def _backward(self, loss: Tensor) -> None:
+        """Leave the gradients of the loss, of which every process has an equal copy."""
+        if self.world.size == 1:
+            loss.backward()
+            return
+        (loss / self.world.size).backward()  # together they minimise the sum of their losses
+        # A weight has no gradient if the loss does not depend on it: on every rank alike.
+        having = [parameter for parameter in self.parameters if parameter.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in having if p.grad is not None])
+        totals = add_up(self.world, flat).split([p.numel() for p in having])  # one message
+        for parameter, total in zip(having, totals, strict=True):
+            parameter.grad = total.view_as(parameter)
+
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the losses of a batch under their published names; "Le" is their sum."""
-        config = self.config
-        output = self.model(batch.regions, batch.ids, batch.mask, batch.pairs, batch.hidden_states)
+        config, shared = self.config, None
+        if self.world.size > 1:
+            shared = SharedBatch(self.world, batch.pairs, batch.extras)
+        output = self.model(
+            *(batch.regions, batch.ids, batch.mask, batch.pairs, batch.hidden_states, shared)
+        )
         rank = triplet_loss(output.scores, batch.pairs, config.margin, config.max_violation)
         path = path_loss(output.paths, output.sentence_targets, config.batch_size)
         return {"Rank": rank, "Path": path, "Le": rank + config.trade_off * path}
