@@ -284,7 +284,8 @@ class RoutingSpace(nn.Module):
         processes, each has its share of the queries, which are `rows`, and all contexts.
         """
         assert query.tokens.shape[-1] == context.tokens.shape[-1] == self.norm.num_features
-        pairs = pairs or chunk_size(query.tokens.device.type, query.tokens.shape[-1])
+        device, dim = query.tokens.device.type, query.tokens.shape[-1]
+        pairs = pairs or chunk_size(device, dim, self._recomputes)
         statistics, paths = self._route_in_chunks(query, context, pairs)
         queries = len(query) if rows is None else rows.count
         positions = queries * query.tokens.shape[1] * len(context)
@@ -339,7 +340,7 @@ class RoutingSpace(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return `route(...)`, compiled and with activation checkpointing if they are on."""
         route = self.compiled or self.route
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+        if not self._recomputes:
             return route(tokens, projections, contexts)
         # Early stop ends the recomputation by an exception, which the compiled function would take
         # for a failure of the compiler.
@@ -347,6 +348,11 @@ class RoutingSpace(nn.Module):
             return checkpoint(
                 route, tokens, projections, contexts, use_reentrant=False, preserve_rng_state=False
             )
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether the backward pass recomputes the activations."""
+        return self.activation_checkpointing and torch.is_grad_enabled()
 
     def compile_routes(self) -> None:
         """Compile the routing at its first use; if that fails, go on with eager code."""

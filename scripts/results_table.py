@@ -21,7 +21,14 @@ from common.files import read_json, read_text, write_text
 from scripts.parts.experiments import REGISTRY, RESULTS, read_registry, require_project_folder
 from scripts.parts.gpu_tables import gpu_status, gpu_tables
 from scripts.parts.run_results import legend, recall_table, table_rows
-from scripts.parts.tables import demo_table, markdown, origin, short_commit, speed_tables
+from scripts.parts.tables import (
+    counts_table,
+    demo_table,
+    markdown,
+    origin,
+    short_commit,
+    speed_tables,
+)
 
 PAPER_TABLES = {
     "flickr30k_1k": "Flickr30K, 1K",
@@ -109,6 +116,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "full": lambda: tables("flickr8k_64", "flickr8k_256"),
     },
     "docs/speed.md": {
+        "counts": lambda: counts_table(report("counts")["rows"]),
         "speed": lambda: speed_tables(report("speed")),
         "gpu": lambda: gpu_tables(gpu()),
     },

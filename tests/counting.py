@@ -3,7 +3,8 @@
     python -m tests.counting                              # a table
     python -m tests.counting --ops 15                     # and the operators that move most bytes
     python -m tests.counting --only i2t bf16 step         # some rows
-    python -m tests.counting --json results/counts.json   # also write the rows
+    python -m tests.counting --json results/counts.json   # also write the rows, then:
+    python -m scripts.results_table --write               # docs/speed.md shows them
 
 A training step (BERT, forward, backward, Adam) and the scoring of a chunk run on tensors that hold
 no numbers (FakeTensorMode); a dispatch mode sees every operator. Sizes are the published ones:
@@ -43,7 +44,7 @@ from common.files import write_json
 from data import Batch
 from evaluation import evaluation_mode
 from model import DIME
-from scripts.parts.tables import markdown
+from scripts.parts.tables import counts_table, markdown
 from training.config import TrainConfig
 from training.step import TrainStep
 
@@ -350,12 +351,6 @@ def row_of(case: Case, counter: Count) -> dict[str, Any]:
     return vars(case) | row | {"peak_gb": round(counter.peak / 1e9, 3)}
 
 
-def table(rows: Iterable[dict[str, Any]]) -> str:
-    """Return the rows as Markdown."""
-    head = ["", "precision", "what", "kernels", "synchronisations", "GB", "MB a pair", "peak GB"]
-    return markdown(head, [list(map(str, row.values())) for row in rows])
-
-
 def _operators(counter: Count, most: int) -> str:
     lines = [
         [name.removeprefix("aten::"), str(counter.kernels[name]), f"{moved / 1e9:.2f}"]
@@ -380,7 +375,7 @@ def main() -> None:
         if options.ops:
             title = " ".join(map(str, vars(case).values()))
             print_line(f"{title}: {dict(counter.syncs)}\n\n{_operators(counter, options.ops)}")
-    print_line(table(rows))
+    print_line(counts_table(rows))
     if options.json is not None:
         write_json(Path(options.json), {"torch": torch.__version__, "rows": rows})
 

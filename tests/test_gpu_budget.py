@@ -3,26 +3,63 @@
 The budget is the table of the last counts, `python -m tests.counting --json results/counts.json`.
 """
 
-from functools import cache
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from conftest import ROOT
+from functorch.compile import make_boxed_func
+from test_model import small_batch, small_model
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
+from common.config import Precision
 from common.files import read_json
 from tests.counting import Case, Count, cases, count, row_of
 
 ROWS = read_json(ROOT / "results/counts.json", "counts")["rows"]
 MARGIN = 1.01  # versions of torch and transformers differ a little
-counted = cache(count)
+MOST_GB = {"step": 8, "step_checkpointing": 3, "chunk": 8}  # alive at once
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: "-".join(vars(case).values()))
 def test_costs_stay_within_the_budget(case: Case) -> None:
     [budget] = [row for row in ROWS if vars(case).items() <= row.items()]
-    for name, value in row_of(case, counted(case)).items():
+    for name, value in row_of(case, count(case)).items():
         if name not in vars(case):
             assert value <= MARGIN * budget[name], (name, value, budget[name])
+    assert budget["peak_gb"] <= MOST_GB[case.what]
+
+
+@pytest.mark.parametrize(("direction", "precision"), [("i2t", "fp32"), ("t2i", "bf16")])
+def test_compiled_routing_is_one_graph_that_never_waits(
+    direction: str, precision: Precision
+) -> None:
+    """A graph of the forward pass and one of the backward pass: a break would be an error."""
+    counters: list[Count] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        counters.append(counter := Count())
+
+        def run(*values: Tensor) -> Sequence[Tensor]:
+            with counter:
+                return graph(*values)
+
+        return make_boxed_func(run)
+
+    model, batch = small_model(direction, num_layer_routing=2).train(), small_batch()
+    model.precision = precision
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compiler.reset()
+    model.space.compile_routes()
+    compiled = model.space.compiled
+    compiled.compiled = torch.compile(model.space.route, backend=backend, fullgraph=True)
+    output = model(*batch, 3)
+    (output.scores.sum() + output.paths.sum()).backward()
+    assert not compiled.failed
+    assert len(counters) == 2
+    for counter in counters:
+        assert counter.kernels.total() > 100 and not counter.syncs
 
 
 def test_kernels_bytes_and_memory_are_counted() -> None:

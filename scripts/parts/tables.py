@@ -1,6 +1,6 @@
 """tables.py — Markdown tables, and the tables that several programs print."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")  # of a table of recalls
@@ -51,6 +51,12 @@ def speed_tables(report: dict[str, Any]) -> str:
     return (
         f"{origin(report)}, {report['minutes']} minutes:\n\n{speed_rows(report['rows'])}{missing}"
     )
+
+
+def counts_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return the table of kernels and bytes, counted by tests/counting.py."""
+    head = ["", "precision", "what", "kernels", "synchronisations", "GB", "MB a pair", "peak GB"]
+    return markdown(head, [list(map(str, row.values())) for row in rows])
 
 
 def speed_rows(rows: list[dict[str, Any]]) -> str:
