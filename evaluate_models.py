@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +21,8 @@ from common.errors import InputError, check_range, require
 from common.files import check_writable, write_array, write_json
 from common.layout import files_of, read_groups_of_scores, split_files
 from common.results import MSCOCO_IMAGES, EvaluationResult
-from common.score_parts import SUFFIX, parse_part, write_part
+from common.score_files import SUFFIX, map_scores, parse_part, write_part
+from common.world import ALONE, World
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,12 +121,28 @@ class EvaluateConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(EvaluateConfig, argv, DESCRIPTION, groups=GROUPS)
+    config, world = parse(EvaluateConfig, argv, DESCRIPTION, groups=GROUPS), World.of()
     if config.part is not None:
+        problem = f"--part {config.part}: cannot be given under torchrun, which divides the work"
+        require(world.size == 1, problem)
         _score_part(config)
         return
-    result, scores = _evaluate(config)
-    _write(config, result, scores, printed=True)
+    if config.scores:  # nothing to share out
+        if world.rank == 0:
+            _run(config)
+        return
+    from common.distributed import connected, device_name
+
+    device = device_name(config.device, world)
+    with connected(world, device):
+        _run(replace(config, device=device), world)
+
+
+def _run(config: EvaluateConfig, world: World = ALONE) -> None:
+    """Evaluate, print and write. Of several processes only rank 0 has a result."""
+    done = _evaluate(config, world)
+    if done is not None:
+        _write(config, *done, printed=True)
 
 
 def evaluate(
@@ -154,9 +171,10 @@ def evaluate(
         fold5=fold5,
         **options,
     )
-    result, scores = _evaluate(config)
-    _write(config, result, scores)
-    return result
+    done = _evaluate(config)
+    assert done is not None  # of one process
+    _write(config, *done)
+    return done[0]
 
 
 def _as_list(paths: str | Path | Sequence[str | Path] | None) -> list[str] | None:
@@ -165,12 +183,16 @@ def _as_list(paths: str | Path | Sequence[str | Path] | None) -> list[str] | Non
     return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
-def _evaluate(config: EvaluateConfig) -> tuple[EvaluationResult, np.ndarray]:
-    """Return the result and the score matrix; nothing is written yet."""
+def _evaluate(
+    config: EvaluateConfig, world: World = ALONE
+) -> tuple[EvaluationResult, np.ndarray] | None:
+    """Return the result and the score matrix, at rank 0; nothing is written yet."""
     from evaluation import evaluate_folds, evaluate_whole
 
     read = _scores_of_files if config.scores else _scores_of_models
-    about, scores, owner = read(config)
+    about, scores, owner = read(config, world)
+    if world.rank > 0:
+        return None
     images, captions = scores.shape
     folds = config.fold5 or images == MSCOCO_IMAGES
     unknown = dict.fromkeys(("models", "scores", "fingerprints", "seconds", "shortlist"))
@@ -206,7 +228,9 @@ def _check_outputs(config: EvaluateConfig, inputs: Sequence[str | Path]) -> None
         check_writable(path, [*inputs, *outputs[:number]])
 
 
-def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def _scores_of_files(
+    config: EvaluateConfig, world: World
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return what the options say about saved score matrices, their mean, and `owner`."""
     import numpy as np
 
@@ -216,7 +240,7 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
     paths, split = config.scores or [], config.split
     folder = Path(config.data_path) / str(config.data_name) if config.data_path and split else None
     _check_outputs(config, [*paths, *(files_of(folder, split) if folder and split else [])])
-    matrices = [ev.map_scores(Path(path)) for path in paths]
+    matrices = [map_scores(Path(path)) for path in paths]
     groups = read_groups_of_scores(Path(paths[0]), matrices[0].shape, folder, split)
     if folder is None:
         log.info("five captions an image are assumed, since --data_path is not given")
@@ -236,12 +260,19 @@ def _scores_of_files(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray
     return about, mean, groups.image_of_caption
 
 
-def _scores_of_models(config: EvaluateConfig) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def _scores_of_models(
+    config: EvaluateConfig, world: World
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return what is known of models and data, the mean of the models' scores, and `owner`."""
-    device = pick_device(config.device, config.precision)
-    models, data_name, split = _open_models(config, device)
+    from checkpoint.evaluated import identify
+    from common.distributed import agreed, check_equal
+
+    with agreed(world):
+        device = pick_device(config.device, config.precision)
+        models, data_name, split = _open_models(config, device, world)
+    check_equal(world, identify(models))
     since = time.monotonic()
-    scores, limits = _ensemble_scores(models, config, device)
+    scores, limits = _ensemble_scores(models, config, device, world=world)
     about = {
         "models": config.model_path,
         "data_name": data_name,
@@ -276,7 +307,7 @@ def _score_part(config: EvaluateConfig) -> None:
 
 
 def _open_models(
-    config: EvaluateConfig, device: torch.device
+    config: EvaluateConfig, device: torch.device, world: World = ALONE
 ) -> tuple[list[EvaluatedModel], str, EvaluatedSplit]:
     """Return all models with the split they are evaluated on, the data set's name, the split's."""
     from checkpoint.bert_files import bert_files
@@ -305,7 +336,8 @@ def _open_models(
         split = "testall" if config.fold5 and has_testall else "test"
     of_models = [json_beside(Path(path)) for path in paths]
     of_berts = [f for c in checkpoints for f in bert_files(bert_folder(c, config.bert_path))]
-    _check_outputs(config, [*paths, *of_models, *of_berts, *files_of(folder, split)])
+    if world.rank == 0:
+        _check_outputs(config, [*paths, *of_models, *of_berts, *files_of(folder, split)])
     # Every model is opened before the first one is run: a fault of the second is not found late.
     place, choices = (folder, split, device), (config.bert_path, config.precision)
     models = [EvaluatedModel.open(each, *place, *choices) for each in checkpoints]
@@ -319,12 +351,17 @@ def _ensemble_scores(
     config: EvaluateConfig,
     device: torch.device,
     rows: range | None = None,
+    world: World = ALONE,
 ) -> tuple[np.ndarray, dict[str, Any] | None]:
-    """Return the mean of the models' scores; with --shortlist also what it left out.
+    """Return the mean of the models' scores, at rank 0; with --shortlist also what it left out.
 
     With `rows`, they are the scores of these images.
     """
+    import numpy as np
+    import torch
+
     import evaluation as ev
+    from common.distributed import send_from_first
 
     encoded: list[ev.Encoded] = []
     for each in models:
@@ -340,16 +377,20 @@ def _ensemble_scores(
         for each, items in zip(models, encoded, strict=True):  # a part as all of the matrix
             pairs = each.split.images * len(items.captions)
             each.model.compile_if_it_pays(config.compile, pairs)
-        return ev.mean_matrix(ev.score_all(m, e, device, name) for m, e, name in runs), None
+        matrices = (ev.score_all(m, e, device, name, world=world) for m, e, name in runs)
+        return ev.mean_matrix(matrices), None
     coarse = ev.mean_matrix(items.coarse_scores() for items in encoded)
     wanted = ev.shortlist(coarse, config.shortlist)
+    # Processors of other types may round the products, so also rank them, in another way.
+    send_from_first(world, [torch.from_numpy(wanted.view(np.uint8))])
     for model, _, _ in runs:  # one query at a time is scored, and compiled code takes at least two
         model.compile_if_it_pays(bool(config.compile), 0)
-    exact = ev.mean_matrix(ev.score_some(m, e, wanted, device, name) for m, e, name in runs)
+    matrices = (ev.score_some(m, e, wanted, device, name, world) for m, e, name in runs)
+    exact = ev.mean_matrix(matrices)
     bound = ev.recall_upper_bound(wanted, models[0].split.groups.image_of_caption)
     share = float(wanted.mean())
     limits = {"count": config.shortlist, "share": share, "recall_upper_bound": bound}
-    return ev.rank_last(exact, coarse, wanted), limits
+    return ev.rank_last(exact, coarse, wanted) if world.rank == 0 else exact, limits
 
 
 if __name__ == "__main__":

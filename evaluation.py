@@ -17,14 +17,14 @@ from torch import Tensor
 from common.bootstrap import bootstrap_ci
 from common.cli import progress
 from common.compile import needs_fixed_shapes
-from common.errors import InputError, require
-from common.files import map_array
+from common.distributed import agreed, gather_at_first
+from common.errors import require
 from common.memory import chunk_size, describe_oom, is_oom, storage_device
 from common.precision import product_precision
 from common.results import ProtocolResult, Ranks, Retrieval
-from common.score_parts import SUFFIX as PART_SUFFIX
+from common.score_files import NOT_FINITE
 from common.workers import load
-from common.world import World
+from common.world import ALONE, World
 from data import ImageBlocks, Split, to_device
 from model import DIME
 from router import Modality
@@ -38,7 +38,6 @@ BAND = 16 * TILE**2  # pairs after which their scores are fetched: a GPU is wait
 ROW_BLOCK = 256  # rows of a score matrix ranked at a time
 FOLDS = 5
 RERANK_GAP = 4  # scores and coarse scores of unit vectors are within ±1, so 4 separates them
-NOT_FINITE = "the scores hold NaN or inf; expected finite numbers"
 
 Tile = tuple[Tensor, Tensor]  # indices of images and of encoded captions, all of them paired
 
@@ -142,13 +141,16 @@ def score_split(
     images: int | None = None,
     workers: int = 0,
     stop: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> np.ndarray:
     """Return scores `[I, T]` float32 of a split's images (or its first `images`) and captions.
 
-    `stop` is called before each tile and may raise. Raises InputError on NaN or inf.
+    Of several processes each scores its share, and rank 0 has the result; other ranks return no
+    rows. `stop` is called before each tile, equally often by all ranks, and may raise. Raises
+    InputError on NaN or inf.
     """
     encoded = encode_split(model, split, vocabulary, device=device, images=images, workers=workers)
-    return score_all(model, encoded, device, stop=stop)
+    return score_all(model, encoded, device, stop=stop, world=world)
 
 
 def score_all(
@@ -157,20 +159,26 @@ def score_all(
     device: torch.device,
     name: str = "the model",
     stop: Callable[[], None] | None = None,
+    world: World = ALONE,
 ) -> np.ndarray:
-    """Return scores `[I, T]` float32 of all pairs; a score does not depend on its tile."""
+    """Return scores `[I, T]` float32 of all pairs, at rank 0; tiles depend on the split alone."""
     # Captions of similar length share a tile, where words beyond the longest are left out.
     captions = encoded.captions.mask.cpu().sum(1).argsort(stable=True).split(TILE)
     images = torch.arange(len(encoded.images)).split(TILE)
     tiles = [(i, c) for c in captions for i in images]
     least = TILE if needs_fixed_shapes(device) else 1
-    return _score_tiles(model, encoded, tiles, device, name, stop, least)
+    return _score_tiles(model, encoded, tiles, device, name, world, stop, least)
 
 
 def score_some(
-    model: DIME, encoded: Encoded, wanted: np.ndarray, device: torch.device, name: str = "the model"
+    model: DIME,
+    encoded: Encoded,
+    wanted: np.ndarray,
+    device: torch.device,
+    name: str = "the model",
+    world: World = ALONE,
 ) -> np.ndarray:
-    """Return scores `[I, T]` float32 of the pairs that are `wanted` `[I, T]`, and 0 elsewhere."""
+    """Return scores `[I, T]` of the pairs that are `wanted` `[I, T]`, 0 elsewhere, at rank 0."""
     order = encoded.text.argsort(kind="stable")  # captions with equal text side by side
     _, firsts = np.unique(encoded.text[order], return_index=True)
     distinct = np.logical_or.reduceat(wanted[:, order], firsts, axis=1)
@@ -179,7 +187,8 @@ def score_some(
     else:
         tiles = [(np.flatnonzero(column), np.array([c])) for c, column in enumerate(distinct.T)]
     some = [(torch.as_tensor(i), torch.as_tensor(c)) for i, c in tiles if len(i) and len(c)]
-    return np.where(wanted, _score_tiles(model, encoded, some, device, name), np.float32(0))
+    scores = _score_tiles(model, encoded, some, device, name, world)
+    return np.where(wanted[: len(scores)], scores, np.float32(0))
 
 
 def _score_tiles(
@@ -188,51 +197,67 @@ def _score_tiles(
     tiles: Sequence[Tile],
     device: torch.device,
     name: str,
+    world: World,
     stop: Callable[[], None] | None = None,
     least: int = 1,
 ) -> np.ndarray:
-    """Return scores `[I, T]` of these tiles, and 0 elsewhere.
+    """Return scores `[I, T]` of these tiles, and 0 elsewhere; ranks but the first return no rows.
 
     A tile has at least `least` images and captions for the device: the first ones are repeated.
     """
-    scores = np.zeros((len(encoded.images), len(encoded.captions)), dtype=np.float32)
+    rows = len(encoded.images) if world.rank == 0 else 0
+    scores = np.zeros((rows, len(encoded.captions)), dtype=np.float32)
     pairs = chunk_size(device.type, encoded.images.tokens.shape[-1])
-    total = sum(len(i) * len(c) for i, c in tiles)
+    total = sum(map(_size, tiles))
     with evaluation_mode(model), progress("scoring", total, "pairs") as bar:
-        for band in _bands(tiles):
+        for band in _bands(tiles, BAND * world.size):
             scored = []
-            for i, c in band:
+            for first in range(0, len(band), world.size):
+                turn = band[first : first + world.size]  # one for each rank, at the end for some
                 if stop is not None:
                     stop()
-                images = _take(encoded.images, i, device, least)
-                captions = _take(encoded.captions, c, device, least)
-                tile, pairs = _score_tile(model, images, captions, pairs)
-                scored.append(tile[: len(i), : len(c)])
-                bar.update(len(i) * len(c))
-            for (i, c), values in zip(band, _fetch(scored, name), strict=True):
-                scores[np.ix_(i.numpy(), c.numpy())] = values
+                for i, c in turn[world.rank : world.rank + 1]:
+                    images = _take(encoded.images, i, device, least)
+                    captions = _take(encoded.captions, c, device, least)
+                    tile, pairs = _score_tile(model, images, captions, pairs)
+                    scored.append(tile[: len(i), : len(c)])
+                bar.update(sum(map(_size, turn)))
+            for (i, c), values in _fetch(band, scored, name, world):
+                scores[np.ix_(i.numpy(), c.numpy())] = values.view(len(i), len(c)).numpy()
     return encoded.expand(scores)
 
 
-def _bands(tiles: Sequence[Tile]) -> Iterator[list[Tile]]:
-    """Yield consecutive tiles together, as soon as they have BAND pairs."""
+def _size(tile: Tile) -> int:
+    return len(tile[0]) * len(tile[1])
+
+
+def _bands(tiles: Sequence[Tile], least: int) -> Iterator[list[Tile]]:
+    """Yield consecutive tiles together, as soon as they have `least` pairs."""
     band: list[Tile] = []
     for tile in tiles:
         band.append(tile)
-        if sum(len(i) * len(c) for i, c in band) >= BAND:
+        if sum(map(_size, band)) >= least:
             yield band
             band = []
     if band:
         yield band
 
 
-def _fetch(tiles: Sequence[Tensor], name: str) -> list[np.ndarray]:
-    """Return tiles in main memory, by one copy. Raises InputError on NaN or inf."""
-    fetched = torch.cat([tile.flatten() for tile in tiles]).cpu()
-    if not fetched.isfinite().all():  # checked here, not after hours of scoring
-        raise InputError(f"{name} gives scores of NaN or inf")
-    parts = fetched.split([tile.numel() for tile in tiles])
-    return [part.view(tile.shape).numpy() for part, tile in zip(parts, tiles, strict=True)]
+def _fetch(
+    band: Sequence[Tile], own: Sequence[Tensor], name: str, world: World
+) -> Iterator[tuple[Tile, Tensor]]:
+    """Yield at rank 0 the tiles of a band and their scores `[pairs]`, in main memory.
+
+    `own` are the scores of this rank, of every size-th tile: neighbours have captions of similar
+    length, which cost the same. Raises InputError on NaN or inf.
+    """
+    values = torch.cat([tile.flatten() for tile in own]).cpu() if own else torch.empty(0)
+    with agreed(world):  # checked here, not after hours of scoring
+        require(bool(values.isfinite().all()), f"{name} gives scores of NaN or inf")
+    shares = [band[rank :: world.size] for rank in range(world.size)]
+    counts = [sum(map(_size, share)) for share in shares]
+    for share, scores in zip(shares, gather_at_first(world, values, counts), strict=False):
+        yield from zip(share, scores.split(list(map(_size, share))), strict=True)
 
 
 def _take(items: Modality, index: Tensor, device: torch.device, least: int) -> Modality:
@@ -371,23 +396,3 @@ def mean_matrix(matrices: Iterable[np.ndarray]) -> np.ndarray:
         np.add(total, matrix, out=total)
         count += 1
     return np.divide(total, count, out=total)
-
-
-def map_scores(path: Path) -> np.ndarray:
-    """Return a score matrix `[I, T]` by memory map. Raises InputError if it is not one."""
-    if path.suffix == PART_SUFFIX:
-        raise InputError(f"{path}: is not a whole matrix; merge its parts: scripts/merge_scores.py")
-    matrix = map_array(path, "a score matrix, a .npy file")
-    if (
-        matrix.ndim != 2
-        or not matrix.shape[1] >= len(matrix) > 0
-        or matrix.dtype not in (np.float16, np.float32, np.float64)  # in native byte order
-    ):
-        raise InputError(
-            f"{path}: {matrix.dtype}, shape {matrix.shape}; expected floats in native byte order, "
-            "shape (images, captions)"
-        )
-    for first in range(0, len(matrix), ROW_BLOCK):
-        block = matrix[first : first + ROW_BLOCK]
-        require(bool(np.isfinite(block).all()), f"{path}: {NOT_FINITE}")
-    return matrix

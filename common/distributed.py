@@ -7,7 +7,7 @@ sum of L / N. So the adjoint of a gather adds up the gradients that all ranks ha
 the gradient of a weight is the sum over all ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common.errors import InputError, require
+from common.errors import InputError, brief_repr, require
 from common.world import World
 
 # How long a process waits for another one, which may save or encode meanwhile. One that dies closes
@@ -102,6 +102,18 @@ def agreed(world: World) -> Iterator[None]:
             raise InputError(f"process {rank}: {reason}" if rank else reason) from own
 
 
+def check_equal(world: World, facts: Mapping[str, Any]) -> None:
+    """Raise InputError in all processes if a fact of one is not that of process 0."""
+    first, *others = gather_objects(world, dict(facts))
+    for rank, theirs in enumerate(others, 1):
+        for name, fact in theirs.items():
+            problem = f"process {rank}: {name}: {brief_repr(fact)}"
+            require(
+                fact == first[name],
+                f"{problem}; expected {brief_repr(first[name])}, as in process 0",
+            )
+
+
 def largest(world: World, number: int) -> int:
     """Return the largest of the numbers of all ranks. Asks no GPU."""
     if world.size == 1:
@@ -125,6 +137,21 @@ def send_from_first(world: World, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors if world.size > 1 else ():
         with _naming_loss():
             torch.distributed.broadcast(tensor, 0)
+
+
+def gather_at_first(world: World, own: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """Return at rank 0 the vectors of all ranks, of so many numbers each; nothing elsewhere.
+
+    They are in main memory.
+    """
+    every = [own, *(own.new_empty(count) for count in counts[1:])] if world.rank == 0 else []
+    with _naming_loss():
+        for rank in range(1, world.size):
+            if world.rank == rank and counts[rank]:
+                torch.distributed.send(own, 0)
+            elif world.rank == 0 and counts[rank]:
+                torch.distributed.recv(every[rank], rank)
+    return every
 
 
 class _Gather(torch.autograd.Function):

@@ -67,7 +67,7 @@ def read_hits(options: Options) -> tuple[np.ndarray, CaptionGroups]:
 
     Raises InputError if a file holds no scores of the split.
     """
-    from evaluation import map_scores
+    from common.score_files import map_scores
 
     hits: list[np.ndarray] = []
     for path in map(Path, options.scores):

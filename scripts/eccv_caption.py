@@ -89,7 +89,8 @@ def compute(metrics: Any, scores: "np.ndarray", captions: "np.ndarray") -> dict[
 def main() -> None:
     options = parse(Options, None, __doc__)
     metrics = load_metrics()
-    from evaluation import map_scores, mean_matrix
+    from common.score_files import map_scores
+    from evaluation import mean_matrix
 
     matrices = [map_scores(Path(path)) for path in options.scores]
     shapes = {matrix.shape for matrix in matrices}

@@ -20,7 +20,7 @@ import numpy as np
 
 from common.cli import parse, print_line, run
 from common.files import check_writable, write_blocks
-from common.score_parts import ScorePart, check_whole
+from common.score_files import ScorePart, check_whole
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def spread(count: int, queries: int) -> list[int]:
 
 def main() -> None:
     options = parse(Options, None, __doc__)
-    from evaluation import map_scores
+    from common.score_files import map_scores
 
     path, folder, out = Path(options.scores), Path(options.data), Path(options.out)
     captions = read_captions(split_files(folder, options.split)[1])

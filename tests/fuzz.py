@@ -38,9 +38,9 @@ from common.errors import InputError, require
 from common.files import write_array
 from common.layout import images_digest, read_ids, read_names
 from common.memory import is_oom
+from common.score_files import map_scores
 from common.torch_files import read_torch
 from data import Split, TrainingBatches
-from evaluation import map_scores
 from model import DIME
 from scripts import convert_checkpoint
 from scripts.parts import caption_files

@@ -88,9 +88,9 @@ def test_captions_are_not_trimmed_if_shapes_are_fixed(monkeypatch) -> None:
     short = encoded.captions[encoded.captions.mask.sum(1) <= 5]
     space = model.space.forward
 
-    def noting(query: Modality, context: Modality, pairs: int | None = None) -> tuple:
+    def noting(query: Modality, context: Modality, *rest: object) -> tuple:
         widths.append(context.tokens.shape[1])
-        return space(query, context, pairs)
+        return space(query, context, *rest)
 
     monkeypatch.setattr(model.space, "forward", noting)
     with torch.no_grad():
@@ -106,9 +106,9 @@ def test_scores_are_fetched_once_a_band(monkeypatch) -> None:
     model, fetched, fetch = small_model("i2t"), [], evaluation._fetch
     encoded = small_encoded(model)
 
-    def noting(tiles: list[torch.Tensor], name: str) -> list[np.ndarray]:
-        fetched.append([tile.numel() for tile in tiles])
-        return fetch(tiles, name)
+    def noting(band: list, own: list[torch.Tensor], *rest: object) -> Iterator:
+        fetched.append([tile.numel() for tile in own])
+        return fetch(band, own, *rest)
 
     monkeypatch.setattr(evaluation, "TILE", 2)
     monkeypatch.setattr(evaluation, "_fetch", noting)

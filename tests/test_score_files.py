@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import evaluation
 from common.errors import InputError
-from common.score_parts import ROW_BLOCK, ScorePart, parse_part, write_part
+from common.score_files import ROW_BLOCK, ScorePart, parse_part, write_part
 from common.world import World
 from evaluation import rows_of_part
 from scripts import merge_scores

@@ -1,7 +1,7 @@
-"""score_parts.py — files of some rows of a score matrix, for jobs that know nothing of each other.
+"""score_files.py — saved score matrices, whole and in parts (SPEC §10). Imports no torch.
 
-A part is a safetensors file: no reader takes it for a whole matrix, a `.npy` file. Its metadata say
-what it is a part of. Imports no torch.
+A matrix is a `.npy` file. A part has some of its rows, from a job that knows nothing of the others:
+a safetensors file, which no reader takes for a matrix and whose metadata say what it is a part of.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +14,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from common.errors import InputError, require
-from common.files import explain_os_errors, require_regular_file, write_bytes
+from common.files import explain_os_errors, map_array, require_regular_file, write_bytes
 from common.world import World
 
 FORMAT = "dime-scores-1"
 SUFFIX = ".safetensors"
+NOT_FINITE = "the scores hold NaN or inf; expected finite numbers"
 WANTED = "a part of a score matrix, as evaluate_models.py --part writes it"
 ROW_BLOCK = 256  # rows in memory at a time
 # What all parts of a matrix share: SHA-256 of each model, its BERT and the data, and more.
 COMMON = ("models", "berts", "data", "directions", "precisions", "count", "images", "captions")
+
+
+def map_scores(path: Path) -> np.ndarray:
+    """Return a score matrix `[I, T]` by memory map. Raises InputError if it is not one."""
+    if path.suffix == SUFFIX:
+        raise InputError(f"{path}: expected a matrix; scripts/merge_scores.py makes one of parts")
+    matrix = map_array(path, "a score matrix, a .npy file")
+    if (
+        matrix.ndim != 2
+        or not matrix.shape[1] >= len(matrix) > 0
+        or matrix.dtype not in (np.float16, np.float32, np.float64)  # in native byte order
+    ):
+        raise InputError(
+            f"{path}: {matrix.dtype}, shape {matrix.shape}; expected floats in native byte order, "
+            "shape (images, captions)"
+        )
+    for first in range(0, len(matrix), ROW_BLOCK):
+        block = matrix[first : first + ROW_BLOCK]
+        require(bool(np.isfinite(block).all()), f"{path}: {NOT_FINITE}")
+    return matrix
 
 
 def parse_part(text: str) -> World:
