@@ -25,7 +25,9 @@ MOST_GB = {"step": 8, "step_checkpointing": 3, "chunk": 8}  # alive at once
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: "-".join(vars(case).values()))
 def test_costs_stay_within_the_budget(case: Case) -> None:
     [budget] = [row for row in ROWS if vars(case).items() <= row.items()]
-    for name, value in row_of(case, count(case)).items():
+    counter = count(case)
+    assert not counter.syncs
+    for name, value in row_of(case, counter).items():
         if name not in vars(case):
             assert value <= MARGIN * budget[name], (name, value, budget[name])
     assert budget["peak_gb"] <= MOST_GB[case.what]
