@@ -232,7 +232,7 @@ class EncodedCaptions:
             for first in range(0, len(captions), CHUNK):
                 chunk = slice(first, first + CHUNK)
                 chunk_ids, mask = vocabulary.encode(captions[chunk], max_words)
-                ids[chunk], lengths[chunk] = chunk_ids, mask.sum(1)
+                ids[chunk], lengths[chunk] = chunk_ids.numpy(), mask.sum(1).numpy()
                 bar.update(len(mask))
         return cls(ids, lengths)
 
