@@ -361,7 +361,7 @@ def _ensemble_scores(
     import torch
 
     import evaluation as ev
-    from common.distributed import send_from_first
+    from common.distributed import agreed, send_from_first
 
     encoded: list[ev.Encoded] = []
     for each in models:
@@ -371,7 +371,9 @@ def _ensemble_scores(
             *(each.split.images, len(each.split.captions), each.split.path),
         )
         inputs = (each.model, each.split, each.bert.vocabulary)
-        encoded.append(ev.encode_split(*inputs, device=device, rows=rows, workers=config.workers))
+        with agreed(world):
+            items = ev.encode_split(*inputs, device=device, rows=rows, workers=config.workers)
+        encoded.append(items)
     runs = [(m.model, e, str(m.checkpoint.path)) for m, e in zip(models, encoded, strict=True)]
     if config.shortlist is None:
         for each, items in zip(models, encoded, strict=True):  # a part as all of the matrix

@@ -22,7 +22,7 @@ from common.errors import require
 from common.memory import chunk_size, describe_oom, is_oom, storage_device
 from common.precision import product_precision
 from common.results import ProtocolResult, Ranks, Retrieval
-from common.score_files import NOT_FINITE
+from common.score_files import NOT_FINITE, ROW_BLOCK
 from common.workers import load
 from common.world import ALONE, World
 from data import ImageBlocks, Split, to_device
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 TILE = 128  # images, and captions, that are scored on the device together
 IMAGE_BLOCK, CAPTION_BLOCK = TILE, 256  # images and captions encoded at a time
 BAND = 16 * TILE**2  # pairs after which their scores are fetched: a GPU is waited for only then
-ROW_BLOCK = 256  # rows of a score matrix ranked at a time
 FOLDS = 5
 RERANK_GAP = 4  # scores and coarse scores of unit vectors are within ±1, so 4 separates them
 
@@ -149,7 +148,10 @@ def score_split(
     rows. `stop` is called before each tile, equally often by all ranks, and may raise. Raises
     InputError on NaN or inf.
     """
-    encoded = encode_split(model, split, vocabulary, device=device, images=images, workers=workers)
+    with agreed(world):
+        encoded = encode_split(
+            model, split, vocabulary, device=device, images=images, workers=workers
+        )
     return score_all(model, encoded, device, stop=stop, world=world)
 
 

@@ -1,0 +1,176 @@
+"""Several processes score one matrix: it equals that of one process bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, Run, write_split
+from ranks import on_ranks
+
+import evaluate_models
+import evaluation
+from common.errors import InputError
+from common.world import ALONE, World
+from evaluate_models import EvaluateConfig
+
+MODELS = {name: str(GOLDEN / name / "checkpoint.pth.tar") for name in ("i2t", "t2i")}
+
+
+def evaluate(folder: Path, world: World = ALONE, name: str = "own", **options: object) -> None:
+    """Evaluate as the program does, in one of several processes; writes N.npy and N.json."""
+    outputs = {"save_scores": f"{folder}/{world.size}.npy", "json": f"{folder}/{world.size}.json"}
+    where = {"data_path": str(folder), "data_name": name, "bert_path": str(GOLDEN / "i2t/bert")}
+    defaults = {"model_path": list(MODELS.values()), "device": "cpu", "workers": 0}
+    evaluate_models._run(EvaluateConfig(**where | outputs | defaults | options), world)
+
+
+def results(folder: Path, size: int) -> tuple[np.ndarray, dict]:
+    content = json.loads((folder / f"{size}.json").read_text())
+    assert content.pop("seconds") > 0
+    return np.load(folder / f"{size}.npy"), content
+
+
+def assert_equal(folder: Path, size: int) -> None:
+    """Compare what `size` processes and one wrote."""
+    (alone, expected), (scores, result) = results(folder, 1), results(folder, size)
+    assert scores.dtype == np.float32 and np.array_equal(scores, alone) and result == expected
+    assert np.unique(alone).size > alone.size / 4
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch) -> Path:
+    """Ten images with 50 captions: 3 x 13 tiles, in several bands."""
+    for name, value in {"TILE": 4, "IMAGE_BLOCK": 4, "BAND": 40}.items():
+        monkeypatch.setattr(evaluation, name, value)
+    write_split(tmp_path / "own", "test", 10, width=20)
+    return tmp_path
+
+
+CASES: dict[str, dict[str, object]] = {
+    "i2t": {"model_path": [MODELS["i2t"]]},
+    "t2i": {"model_path": [MODELS["t2i"]], "bootstrap": 100},
+    "ensemble": {"fold5": True},
+    "shortlist": {"shortlist": 3},
+}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_the_matrix_and_the_result_are_those_of_one_process(
+    data: Path, case: str, size: int
+) -> None:
+    for n in (1, size):
+        on_ranks(data, n, lambda world: evaluate(data, world, **CASES[case]))
+    assert_equal(data, size)
+
+
+def test_there_may_be_more_processes_than_tiles(data: Path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "TILE", 128)
+    for n in (1, 3):
+        on_ranks(data, n, lambda world: evaluate(data, world))
+    assert_equal(data, 3)
+
+
+def errors(folder: Path, size: int, work: Callable[[World], object]) -> list[str]:
+    """Return the InputError that `work` raises in each process."""
+
+    def refused(world: World) -> str:
+        with pytest.raises(InputError) as raised:
+            work(world)
+        return str(raised.value)
+
+    return on_ranks(folder, size, refused)
+
+
+def test_nan_in_one_process_ends_all(data: Path) -> None:
+    def work(world: World) -> None:
+        if world.rank == 1:
+            score = evaluation._score_tile
+            evaluation._score_tile = lambda *args: (score(*args)[0] * np.nan, 9)
+        evaluate(data, world)
+
+    first, second, third = errors(data, 3, work)
+    assert first == third == f"process 1: {second}" and MODELS["i2t"] in second
+
+
+def test_processes_with_other_data_or_models_are_refused(data: Path) -> None:
+    write_split(data / "other", "test", 10, width=20, seed=1)
+    for message in errors(
+        data, 2, lambda world: evaluate(data, world, ["own", "other"][world.rank])
+    ):
+        assert message.startswith("process 1: data")
+    models = [{"model_path": [path]} for path in MODELS.values()]
+    for message in errors(data, 2, lambda world: evaluate(data, world, **models[world.rank])):
+        assert message.startswith("process 1: models")
+
+
+def test_an_output_that_cannot_be_written_ends_all(data: Path) -> None:
+    messages = errors(data, 2, lambda world: evaluate(data, world, json=str(data)))
+    assert messages[0] == messages[1] and messages[0].startswith(f"{data}: ")
+
+
+def test_every_process_is_asked_to_stop_equally_often(data: Path) -> None:
+    """Though of 39 tiles, two processes have 20 and 19."""
+
+    def work(world: World) -> int:
+        evaluated, calls = open_model(data), []
+        encoded = evaluation.encode_split(*evaluated, device=torch.device("cpu"))
+        stop = lambda: calls.append(None)  # noqa: E731
+        evaluation.score_all(evaluated[0], encoded, torch.device("cpu"), stop=stop, world=world)
+        return len(calls)
+
+    first, second = on_ranks(data, 2, work)
+    assert first == second >= 20
+
+
+def open_model(data: Path) -> tuple:
+    from checkpoint.checkpoint import read_checkpoint
+    from checkpoint.evaluated import EvaluatedModel
+
+    place = (data / "own", "test", torch.device("cpu"), GOLDEN / "i2t/bert")
+    opened = EvaluatedModel.open(read_checkpoint(MODELS["i2t"]), *place)
+    return opened.model, opened.split, opened.bert.vocabulary
+
+
+def test_torchrun_prints_and_writes_once(tmp_path: Path, run_evaluate: Run, capsys) -> None:
+    """The program: 130 images are two tiles."""
+    write_split(tmp_path / "own", "test", 130, counts=[1] * 130, width=20, longest=1)
+    paths = ["--data_path", tmp_path, "--data_name", "own", "--bert_path", GOLDEN / "i2t/bert"]
+    argv = ["--model_path", *MODELS.values(), *paths, "--workers", 0, "--fold5"]
+
+    def outputs(size: int) -> list[object]:
+        return ["--save_scores", tmp_path / f"{size}.npy", "--json", tmp_path / f"{size}.json"]
+
+    assert run_evaluate(*argv, *outputs(1)) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    command += [ROOT / "evaluate_models.py", *argv, *outputs(2)]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == capsys.readouterr().out
+    (alone, expected), (scores, result) = results(tmp_path, 1), results(tmp_path, 2)
+    assert np.array_equal(scores, alone) and result == expected
+
+
+@pytest.fixture
+def second(monkeypatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setitem(os.environ, name, value)
+
+
+def test_a_part_is_not_divided_further(tmp_path: Path, second, monkeypatch) -> None:
+    argv = ["--model_path", "m", "--part", "1/2", "--save_scores", f"{tmp_path}/a.safetensors"]
+    with pytest.raises(InputError, match="--part 1/2"):
+        evaluate_models.main(argv)
+
+
+def test_saved_scores_are_evaluated_by_the_first_process(
+    tmp_path: Path, second, run_evaluate: Run, capsys
+) -> None:
+    assert run_evaluate("--scores", tmp_path / "none.npy") == 0
+    assert capsys.readouterr().out == ""
