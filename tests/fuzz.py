@@ -38,7 +38,7 @@ from common.errors import InputError, require
 from common.files import write_array
 from common.layout import images_digest, read_ids, read_names
 from common.memory import is_oom
-from common.score_files import map_scores
+from common.score_files import COMMON, ScorePart, check_whole, map_scores, write_part
 from common.torch_files import read_torch
 from data import Split, TrainingBatches
 from model import DIME
@@ -217,6 +217,18 @@ def scores(folder: Path) -> Reader:
     return by_bytes("s.npy", [(folder / "s.npy").read_bytes()], map_scores)
 
 
+def score_part(folder: Path) -> Reader:
+    """Read a part that is the whole matrix, as a merge does."""
+    about = dict.fromkeys(COMMON, "x") | {"count": 1, "images": 2, "captions": 10}
+    write_part(folder / "p", np.ones((2, 10), np.float32), about | {"number": 1, "first": 0})
+
+    def merge(path: Path) -> None:
+        for block in check_whole([ScorePart.open(path)])[0].blocks():
+            assert block.dtype == np.float32 and block.shape[1] == 10
+
+    return by_bytes("p", [(folder / "p").read_bytes()], merge)
+
+
 def annotations(folder: Path) -> Reader:
     sentences = [{"raw": "a man", "tokens": ["a", "man"]}] * 5
     karpathy = {"imgid": 3, "filename": "a.jpg", "split": "val", "sentences": sentences}
@@ -325,6 +337,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "captions": simple("dev_caps.txt", (DATA / "dev_caps.txt").read_bytes(), read_split),
     "features": simple("dev_ims.npy", (DATA / "dev_ims.npy").read_bytes(), read_split),
     "scores": scores,
+    "score_part": score_part,
     "ids": simple("dev_ids.txt", b"a\nb\n3\n", lambda path: read_ids(path, images=3)),
     "names": simple(
         "id_mapping.json", json.dumps(NAMES).encode(), lambda path: read_names(path.parent)
