@@ -22,13 +22,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, pick_device, print_line, run
-from common.config import Precision
+from common.config import Direction, Precision
 from common.errors import require
 from common.files import check_writable, read_json, write_json
 from common.signals import Stopped, handled
@@ -54,9 +55,21 @@ class Options:
     part: Annotated[str | None, "run this part here and write its result to OUT/PART.json"] = None
 
 
-# Seconds that each part may take. The first ones run side by side, the others alone.
-CHECKS = {"machine": 60, **{f"golden_{p}": 150 for p in PRECISIONS}, "resume": 150, "memory": 120}
-TIMED = {"training": 75, "profile": 75, **{f"benchmark_{p}": 120 for p in sorted(PRECISIONS)}}
+PRODUCTS = tuple(product(get_args(Precision), get_args(Direction)))
+# Seconds that each part may take. The first ones run side by side, the others alone. `prepare`
+# fills the compiler's cache, so that what is timed waits for no compiler.
+CHECKS = {
+    "machine": 60,
+    **{f"golden_{precision}": 120 for precision in PRECISIONS},
+    **{f"compiled_{precision}_{direction}": 150 for precision, direction in PRODUCTS},
+    **{f"prepare_{precision}_{direction}": 150 for precision, direction in PRODUCTS},
+    **{"resume": 150, "memory": 120},
+}
+TIMED = {
+    **{"training": 75, "profile": 75},
+    **{f"benchmark_{precision}": 120 for precision in sorted(PRECISIONS)},
+}
+COMPILING = ("compiled_", "prepare_")
 
 
 @dataclass
@@ -168,8 +181,11 @@ def main() -> None:
     if options.part is not None:
         run_part(options.part, options, out)
         return
-    # A CPU has no TF32.
-    names = [n for n in [*CHECKS, *TIMED] if "tf32" not in n or options.device != "cpu"]
+    names = [*CHECKS, *TIMED]
+    if not options.compile:
+        names = [name for name in names if not name.startswith(COMPILING)]
+    if options.device == "cpu":  # which has no TF32
+        names = [name for name in names if "tf32" not in name]
     for name in options.only or ():
         require(name in names, f"--only {name}: expected some of {' '.join(names)}")
     chosen = [name for name in names if name in (options.only or names)]
@@ -205,11 +221,14 @@ def run_part(name: str, options: Options, out: Path) -> None:
         "training": timings.trained,
         "profile": timings.profiles,
     }
-    for precision in PRECISIONS:
-        ways = ["eager", "compiled"] if options.compile else ["eager"]
-        rows = [precision, *ways, "score", "train"]
-        functions[f"golden_{precision}"] = partial(checks.golden, precision)
-        functions[f"benchmark_{precision}"] = partial(checks.benchmark, rows)
+    ways = ["eager", "compiled"] if options.compile else ["eager"]
+    for p in PRECISIONS:
+        functions[f"golden_{p}"] = partial(checks.golden, p)
+        functions[f"benchmark_{p}"] = partial(checks.benchmark, [p, *ways, "score", "train"])
+    for p, d in PRODUCTS:
+        functions[f"compiled_{p}_{d}"] = partial(checks.compiled, p, d)
+        rows = [p, d, "compiled", "score", "train"]
+        functions[f"prepare_{p}_{d}"] = partial(checks.benchmark, rows)
     require(name in functions, f"--part {name}: expected one of {' '.join(functions)}")
     torch.manual_seed(0)
     result = out / f"{name}.json"

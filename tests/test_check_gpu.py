@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, run_here
 from torch.autograd import DeviceType
 
+from common import recorded
 from common.config import Precision
 from scripts import benchmark, check_gpu, results_table
 from scripts.parts import gpu_checks, gpu_tables, gpu_timings
@@ -91,6 +92,8 @@ def test_all_parts_together_have_eight_minutes() -> None:
     precisions = check_gpu.PRECISIONS
     assert {f"golden_{p}" for p in precisions} < check_gpu.CHECKS.keys()
     assert {f"benchmark_{p}" for p in precisions} < check_gpu.TIMED.keys()
+    # The checks run side by side; what is timed still has some minutes.
+    assert max(check_gpu.CHECKS.values()) <= 150
 
 
 def test_unknown_parts_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -189,10 +192,15 @@ def test_a_golden_case_that_fails_ends_no_other(
     monkeypatch.setattr(
         gpu_checks, "step_deviations", lambda *_: [Deviation("losses", 2.0, 1.0), Deviation("x", 9)]
     )
+    monkeypatch.setattr(recorded, "WARM_UP", recorded.WARM_UP)  # is changed, in a process of a part
     report = gpu_checks.golden("fp32", setting)
     assert report["failed"][0] == "i2t fp32 eager scores: RuntimeError"
     assert report["failed"][1] == "i2t fp32 eager steps: losses"
     assert len(report["failed"]) == 4 and len(report["rows"]) == 4
+    assert json.loads(setting.result.read_text()) == report  # counts if the part is late
+    report = gpu_checks.compiled("bf16", "t2i", setting)
+    assert report["failed"][0].startswith("t2i bf16 compiled")
+    assert {row["case"] for row in report["rows"]} == {"t2i"}
 
 
 def test_other_weights_after_resuming_fail(

@@ -16,16 +16,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from checkpoint.checkpoint import read_checkpoint
 from common import provenance, recorded
-from common.config import Precision
-from common.files import read_json
+from common.config import Direction, Precision
+from common.files import read_json, write_json
 from scripts.parts.golden import CASES, GOLDEN, Case, Deviation, score_deviations, step_deviations
+from scripts.parts.workload import Way
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Setting:
     result: Path  # the part's result; what is there when the part is cut off counts
 
     @property
-    def ways(self) -> list[Literal["eager", "compiled"]]:
+    def ways(self) -> list[Way]:
         return ["eager", "compiled"] if self.compiled else ["eager"]
 
 
@@ -88,31 +90,36 @@ def driver() -> str | None:
 
 def golden(precision: Precision, setting: Setting) -> Report:
     """Return how far scores and three training steps are from the published model's."""
-    rows: list[Report] = []
-    failed: list[str] = []
+    return _golden(precision, "eager", CASES[:2] if setting.tiny else CASES, setting)
+
+
+def compiled(precision: Precision, direction: Direction, setting: Setting) -> Report:
+    """Return the same of compiled code, and of steps recorded as a CUDA graph on a GPU."""
+    recorded.WARM_UP = 1  # the second and the third step are replayed
+    return _golden(precision, "compiled", [direction], setting)
+
+
+def _golden(precision: Precision, way: Way, names: Sequence[str], setting: Setting) -> Report:
     checks: dict[str, Callable[..., list[Deviation]]] = {
         "scores": score_deviations,
         "steps": step_deviations,
     }
-    for way in setting.ways:
-        # Compiled code depends on the direction and on shapes, hardly on the other options.
-        for name in CASES[:2] if setting.tiny or way == "compiled" else CASES:
-            for what, deviations in checks.items():
-                row = f"{name} {precision} {way} {what}"
-                if way == "compiled":
-                    torch.compiler.reset()
-                    recorded.WARM_UP = 1  # the second and the third step are replayed
-                try:
-                    found = deviations(
-                        Case(GOLDEN / name), setting.device, precision, way == "compiled"
-                    )
-                except Exception as error:  # the next case may work
-                    traceback.print_exc()
-                    failed.append(f"{row}: {type(error).__name__}")
-                    continue
-                rows += [{"case": name, "way": way} | asdict(each) for each in found]
-                failed += [f"{row}: {each.what}" for each in found if not each.is_within]
-    return {"rows": rows, "failed": failed}
+    report: Report = {"rows": [], "failed": []}
+    for name, what in product(names, checks):
+        row = f"{name} {precision} {way} {what}"
+        is_compiled = way == "compiled"
+        if is_compiled:
+            torch.compiler.reset()
+        try:
+            found = checks[what](Case(GOLDEN / name), setting.device, precision, is_compiled)
+        except Exception as error:  # the next case may work
+            traceback.print_exc()
+            report["failed"].append(f"{row}: {type(error).__name__}")
+            continue
+        report["rows"] += [{"case": name, "way": way} | asdict(each) for each in found]
+        report["failed"] += [f"{row}: {each.what}" for each in found if not each.is_within]
+        write_json(setting.result, report)  # a late part leaves what it has found
+    return report
 
 
 def resume(setting: Setting) -> Report:

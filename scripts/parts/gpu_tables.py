@@ -56,9 +56,9 @@ def deviations(parts: dict[str, Report]) -> str:
     largest: dict[tuple[str, str, str], float] = {}
     limits: dict[tuple[str, str, str], float | None] = {}
     for name, result in parts.items():
-        if name.startswith("golden_"):
+        if name.startswith(("golden_", "compiled_")):
             for row in result.get("rows", []):
-                key = (row["what"], name.removeprefix("golden_"), row["way"])
+                key = (row["what"], name.split("_")[1], row["way"])
                 largest[key] = max(largest.get(key, 0.0), row["gap"])
                 limits[key] = row["limit"]
     rows = [
