@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,14 @@ from ranks import on_ranks
 
 import evaluate_models
 import evaluation
+from checkpoint.checkpoint import read_checkpoint
+from checkpoint.evaluated import EvaluatedModel
 from common.errors import InputError
 from common.world import ALONE, World
 from evaluate_models import EvaluateConfig
+from evaluation import encode_split, score_all
 
+CPU = torch.device("cpu")
 MODELS = {name: str(GOLDEN / name / "checkpoint.pth.tar") for name in ("i2t", "t2i")}
 
 
@@ -44,12 +49,50 @@ def assert_equal(folder: Path, size: int) -> None:
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch) -> Path:
+def data(tmp_path: Path) -> Path:
     """Ten images with 50 captions: 3 x 13 tiles, in several bands."""
-    for name, value in {"TILE": 4, "IMAGE_BLOCK": 4, "BAND": 40}.items():
-        monkeypatch.setattr(evaluation, name, value)
     write_split(tmp_path / "own", "test", 10, width=20)
     return tmp_path
+
+
+def small_tiles() -> None:
+    """Make tiles of four images and captions, in this process."""
+    evaluation.TILE = evaluation.IMAGE_BLOCK = 4
+    evaluation.BAND = 40
+
+
+# What each process does. A function of a module can be sent to it.
+
+
+def share(folder: Path, tile: int, options: list[dict], world: World) -> None:
+    """Evaluate with this rank's options, or with those of all."""
+    small_tiles()
+    evaluation.TILE = tile
+    evaluate(folder, world, **options[world.rank % len(options)])
+
+
+def refused(work: Callable[[World], object], world: World) -> str:
+    with pytest.raises(InputError) as raised:
+        work(world)
+    return str(raised.value)
+
+
+def share_with_nan(folder: Path, world: World) -> None:
+    """Evaluate, with scores of NaN in process 1."""
+    if world.rank == 1:
+        score = evaluation._score_tile
+        evaluation._score_tile = lambda *args: (score(*args)[0] * np.nan, 9)
+    share(folder, 4, [{}], world)
+
+
+def count_stops(folder: Path, world: World) -> int:
+    small_tiles()
+    place = (folder / "own", "test", CPU, GOLDEN / "i2t/bert")
+    opened = EvaluatedModel.open(read_checkpoint(MODELS["i2t"]), *place)
+    encoded = encode_split(opened.model, opened.split, opened.bert.vocabulary, device=CPU)
+    calls: list[int] = []
+    score_all(opened.model, encoded, CPU, stop=lambda: calls.append(1), world=world)
+    return len(calls)
 
 
 CASES: dict[str, dict[str, object]] = {
@@ -60,82 +103,47 @@ CASES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_the_matrix_and_the_result_are_those_of_one_process(
-    data: Path, case: str, size: int
-) -> None:
-    for n in (1, size):
-        on_ranks(data, n, lambda world: evaluate(data, world, **CASES[case]))
-    assert_equal(data, size)
+def test_the_matrix_and_the_result_are_those_of_one_process(data: Path, case: str) -> None:
+    for size in (1, 2, 3):
+        on_ranks(data, size, partial(share, data, 4, [CASES[case]]))
+        assert_equal(data, size)
 
 
-def test_there_may_be_more_processes_than_tiles(data: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluation, "TILE", 128)
-    for n in (1, 3):
-        on_ranks(data, n, lambda world: evaluate(data, world))
+def test_there_may_be_more_processes_than_tiles(data: Path) -> None:
+    for size in (1, 3):
+        on_ranks(data, size, partial(share, data, 128, [{}]))
     assert_equal(data, 3)
 
 
 def errors(folder: Path, size: int, work: Callable[[World], object]) -> list[str]:
     """Return the InputError that `work` raises in each process."""
-
-    def refused(world: World) -> str:
-        with pytest.raises(InputError) as raised:
-            work(world)
-        return str(raised.value)
-
-    return on_ranks(folder, size, refused)
+    return on_ranks(folder, size, partial(refused, work))
 
 
 def test_nan_in_one_process_ends_all(data: Path) -> None:
-    def work(world: World) -> None:
-        if world.rank == 1:
-            score = evaluation._score_tile
-            evaluation._score_tile = lambda *args: (score(*args)[0] * np.nan, 9)
-        evaluate(data, world)
-
-    first, second, third = errors(data, 3, work)
+    first, second, third = errors(data, 3, partial(share_with_nan, data))
     assert first == third == f"process 1: {second}" and MODELS["i2t"] in second
 
 
 def test_processes_with_other_data_or_models_are_refused(data: Path) -> None:
     write_split(data / "other", "test", 10, width=20, seed=1)
-    for message in errors(
-        data, 2, lambda world: evaluate(data, world, ["own", "other"][world.rank])
-    ):
-        assert message.startswith("process 1: data")
+    names = [{"name": name} for name in ("own", "other")]
     models = [{"model_path": [path]} for path in MODELS.values()]
-    for message in errors(data, 2, lambda world: evaluate(data, world, **models[world.rank])):
-        assert message.startswith("process 1: models")
+    for options, named in ((names, "data"), (models, "models")):
+        for message in errors(data, 2, partial(share, data, 4, options)):
+            assert message.startswith(f"process 1: {named}")
 
 
 def test_an_output_that_cannot_be_written_ends_all(data: Path) -> None:
-    messages = errors(data, 2, lambda world: evaluate(data, world, json=str(data)))
-    assert messages[0] == messages[1] and messages[0].startswith(f"{data}: ")
+    first, second = errors(data, 2, partial(share, data, 4, [{"json": str(data)}]))
+    assert first == second and first.startswith(f"{data}: ")
 
 
 def test_every_process_is_asked_to_stop_equally_often(data: Path) -> None:
     """Though of 39 tiles, two processes have 20 and 19."""
-
-    def work(world: World) -> int:
-        evaluated, calls = open_model(data), []
-        encoded = evaluation.encode_split(*evaluated, device=torch.device("cpu"))
-        stop = lambda: calls.append(None)  # noqa: E731
-        evaluation.score_all(evaluated[0], encoded, torch.device("cpu"), stop=stop, world=world)
-        return len(calls)
-
-    first, second = on_ranks(data, 2, work)
+    first, second = on_ranks(data, 2, partial(count_stops, data))
     assert first == second >= 20
-
-
-def open_model(data: Path) -> tuple:
-    from checkpoint.checkpoint import read_checkpoint
-    from checkpoint.evaluated import EvaluatedModel
-
-    place = (data / "own", "test", torch.device("cpu"), GOLDEN / "i2t/bert")
-    opened = EvaluatedModel.open(read_checkpoint(MODELS["i2t"]), *place)
-    return opened.model, opened.split, opened.bert.vocabulary
 
 
 def test_torchrun_prints_and_writes_once(tmp_path: Path, run_evaluate: Run, capsys) -> None:
