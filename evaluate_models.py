@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from common.distributed import connected, device_name
 
     device = device_name(config.device, world)
-    with connected(world, device):
+    with connected(world):
         _run(replace(config, device=device), world)
 
 

@@ -1,6 +1,7 @@
 """train.py — train a DIME model for one direction (SPEC §8, §9)."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,10 +9,12 @@ from typing import TYPE_CHECKING
 from common.cli import parse, run
 from common.errors import require
 from common.lock import LOCK, only_writer
+from common.world import World
 from training.config import GROUPS, TrainConfig
 
 if TYPE_CHECKING:
     from data import Split, TrainingBatches
+    from training.loop import Trainer
     from vocab import Vocabulary
 
 DESCRIPTION = """Train a DIME model for one direction on precomputed region features.
@@ -26,26 +29,58 @@ events to LOGGER_NAME/DIRECTION. Evaluate the models with evaluate_models.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(TrainConfig, argv, DESCRIPTION, groups=GROUPS)
-    with only_writer(config.folder / LOCK):
-        train(config)
+    config, world = parse(TrainConfig, argv, DESCRIPTION, groups=GROUPS), World.of()
+    problem = f"--batch_size {config.batch_size}: expected at least {world.size}"
+    require(config.batch_size >= world.size, f"{problem}, a pair for each process")
+    from common.distributed import agreed, connected  # here, so that --help answers at once
+
+    with connected(world), ExitStack() as held:
+        with agreed(world):
+            if world.rank == 0:
+                held.enter_context(only_writer(config.folder / LOCK))
+        train(config, world)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, world: World) -> None:
     """Train in the run's folder. Raises InputError."""
-    import torch  # here, so that --help answers at once
+    from common.distributed import agreed, check_equal
+    from training.resume import clear
+    from training.text_cache import cache_text
+
+    with agreed(world):
+        trainer = new_trainer(config, world)
+    check_equal(world, trainer.facts())
+    if trainer.resumed is None and world.rank == 0:
+        clear(config.folder)
+    if config.cache_text and not trainer.complete:
+        bert, captions = trainer.bert, trainer.batches.split.captions
+        for ranks in (range(1), range(1, world.size)):  # the first process writes the file
+            with agreed(world):
+                if world.rank in ranks:
+                    states = cache_text(
+                        config.folder, trainer.model.text, bert, captions, config.max_words
+                    )
+        trainer.batches = replace(trainer.batches, hidden_states=states)
+    trainer.train()
+
+
+def new_trainer(config: TrainConfig, world: World) -> "Trainer":
+    """Return the training of this process, new or resumed. Raises InputError."""
+    import torch
 
     from checkpoint.checkpoint import bert_to_train_with, check_positions
     from common.cli import pick_device
+    from common.distributed import device_name
     from data import Split
     from model import DIME
     from training.device_features import load_features
     from training.initial import load_initial_weights, read_initial
     from training.loop import Trainer
-    from training.resume import clear, find_checkpoint
-    from training.text_cache import cache_text
+    from training.resume import find_checkpoint
 
-    device = pick_device(config.device, config.precision)
+    device = pick_device(device_name(config.device, world), config.precision)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     checkpoint = find_checkpoint(config.folder, config.resume, config.overwrite)
     initial = read_initial(config) if checkpoint is None else None
     bert = bert_to_train_with(config.bert_path, checkpoint or initial)
@@ -56,9 +91,10 @@ def train(config: TrainConfig) -> None:
     if checkpoint is not None:  # the record of how the run began stays
         config = replace(config, init=checkpoint.options.get("init"))
     dev = Split.open(folder, "dev", config.img_dim)
-    batches = new_batches(config, split, bert.vocabulary)
+    batches = replace(new_batches(config, split, bert.vocabulary), world=world)
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, DIME(config, bert.model).to(device), bert, batches, dev, device)
+    model = DIME(config, bert.model).to(device)
+    trainer = Trainer(config, model, bert, batches, dev, device, world)
     if initial is not None:
         trainer.log.run["init_sha256"] = load_initial_weights(trainer.model, initial, config, bert)
     if checkpoint is not None:
@@ -66,13 +102,7 @@ def train(config: TrainConfig) -> None:
     if not trainer.complete:
         features = load_features(split, device, config.features_on_device)
         trainer.batches = replace(batches, features=features)
-    if checkpoint is None:
-        clear(config.folder)
-    del checkpoint, initial  # frees their copies of the weights
-    if config.cache_text and not trainer.complete:
-        path = cache_text(config.folder, trainer.model.text, bert, split.captions, config.max_words)
-        trainer.batches = replace(trainer.batches, hidden_states=path)
-    trainer.train()
+    return trainer
 
 
 def new_batches(config: TrainConfig, split: "Split", vocabulary: "Vocabulary") -> "TrainingBatches":

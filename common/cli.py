@@ -21,6 +21,7 @@ from common.errors import InputError, require
 from common.memory import describe_oom, is_oom, tune_malloc
 from common.precision import has_tf32, keep_float32
 from common.signals import Stopped
+from common.world import is_first
 
 if TYPE_CHECKING:
     import torch
@@ -159,10 +160,12 @@ def run(program: Callable[[], None]) -> None:
     """Run `program` and exit: with 0, or with 2 and one line on standard error for InputError.
 
     Running out of memory counts as bad input. A signal exits with 128 plus its number. Any other
-    exception is a bug and keeps its traceback.
+    exception is a bug and keeps its traceback. Of the processes of torchrun, the first one alone
+    prints the line of an InputError and the log; others log errors that they alone know.
     """
     tune_malloc()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if is_first() else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     status, message = 0, ""
     try:
         program()
@@ -177,7 +180,7 @@ def run(program: Callable[[], None]) -> None:
             raise
         status, message = BAD_INPUT, f"error: {describe_oom(error)}"
     try:
-        if message:
+        if message and is_first():
             sys.stderr.write(f"{Path(sys.argv[0]).name}: {_one_line(message)}\n")
         sys.stderr.flush()
     except OSError:  # nobody reads standard error: `2>&1 | tee` whose tee has gone
@@ -208,7 +211,12 @@ def _discard_output(descriptor: int) -> None:
 
 
 def progress(what: str, total: int, unit: str) -> tqdm:
-    """Return a progress bar; without a terminal it logs a line every half minute instead."""
+    """Return a progress bar; without a terminal it logs a line every half minute instead.
+
+    Of the processes of torchrun, the first one alone shows it.
+    """
+    if not is_first():
+        return tqdm(total=total, disable=True)
     if sys.stderr.isatty():
         return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False)
     line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"

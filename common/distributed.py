@@ -38,8 +38,12 @@ def device_name(name: str, world: World) -> str:
     return f"cuda:{world.local_rank}" if is_cuda else "cpu"
 
 
+class ProcessLost(InputError):
+    """Another process has ended, and none can go on without it."""
+
+
 @contextmanager
-def connected(world: World, device: str) -> Iterator[None]:
+def connected(world: World) -> Iterator[None]:
     """Connect the processes: NCCL for tensors on CUDA GPUs, gloo for those in main memory.
 
     Raises InputError if they cannot be connected.
@@ -49,12 +53,10 @@ def connected(world: World, device: str) -> Iterator[None]:
         return
     from torch import distributed
 
-    is_cuda = device.startswith("cuda")
-    if is_cuda:
-        torch.cuda.set_device(device)
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     try:
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
             timeout=TIMEOUT,
             rank=world.rank,
             world_size=world.size,
@@ -68,13 +70,13 @@ def connected(world: World, device: str) -> Iterator[None]:
 
 @contextmanager
 def _naming_loss() -> Iterator[None]:
-    """Raise InputError if a collective fails, because another process has ended."""
+    """Raise ProcessLost if a collective fails, because another process has ended."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split("] ")[-1].split(". ")[0]
         ended = "another process has ended, and torchrun's report names it"
-        raise InputError(f"{ended} ({reason})") from error
+        raise ProcessLost(f"{ended} ({reason})") from error
 
 
 def gather_objects(world: World, item: Any) -> list[Any]:

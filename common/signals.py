@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from common.world import is_first
+
 DOUBLED_SECONDS = 1.0  # launchers pass a signal on, so that it may arrive twice within this time
 
 
@@ -55,6 +57,8 @@ class Signals:
         if self.received is None:
             self.received, self.since = number, time.monotonic()
             name = signal.Signals(number).name
+            if not is_first():
+                return
             with suppress(OSError):  # standard error may be closed: the terminal, or tee, is gone
                 os.write(2, f"\n{name}: ending soon; a second signal ends at once\n".encode())
         elif time.monotonic() - self.since > DOUBLED_SECONDS:

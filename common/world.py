@@ -52,3 +52,8 @@ class World:
 
 
 ALONE = World()
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process may print; of several ones, rank 0 alone does."""
+    return "WORLD_SIZE" not in environment or environment.get("RANK", "0") == "0"

@@ -116,18 +116,20 @@ def double_is_float32() -> None:
     torch.Tensor.float = lambda t: narrow(t) if t.dtype == torch.bool else t.double()
 
 
+def trained(case: Equality, split: Split, backend: str | None, world: World) -> list[dict]:
+    """Return what `case.train` returns in this process, compiled by a back end."""
+    if case.dtype == torch.float64:
+        double_is_float32()
+    torch.compile = partial(torch.compile, backend=backend) if backend else as_it_is
+    return case.train(split, world)
+
+
 def assert_equality(
-    folder: Path, split: Split, case: Equality, size: int, compiler: Callable = as_it_is
+    folder: Path, split: Split, case: Equality, size: int, backend: str | None = None
 ) -> None:
     """Compare what `size` processes and one compute."""
-
-    def work(world: World) -> list[dict[str, torch.Tensor]]:
-        if case.dtype == torch.float64:
-            double_is_float32()
-        torch.compile = compiler
-        return case.train(split, world)
-
-    ((alone,), ranks) = (on_ranks(folder, n, work) for n in (1, size))
+    work = partial(trained, case, split, backend)
+    (alone,), ranks = (on_ranks(folder, n, work) for n in (1, size))
     if case.dtype == torch.float64:
         limit, steps, kinds = 1e-10, 3, ("",)
     else:  # Adam makes a full step of a gradient that is rounding noise: what follows differs
@@ -177,5 +179,4 @@ WIDE = [
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("case", WIDE)
 def test_every_case_of_several_processes(tmp_path, split, size, case) -> None:
-    compiler = partial(torch.compile, backend="eager")
-    assert_equality(tmp_path, split, case, size, compiler)
+    assert_equality(tmp_path, split, case, size, "eager")

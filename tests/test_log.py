@@ -35,7 +35,9 @@ def test_metrics_have_their_published_names() -> None:
 
 def add(meter: log.Meter, number: int, loss: float, finite: bool = True) -> None:
     """Add a step of 2 x 3 pairs; its captions are 0, 1 and its number."""
-    batch = Batch(torch.zeros(2, 4, 5), torch.zeros(3, 6), None, torch.tensor([0, 1, number]), 2)
+    batch = Batch(
+        torch.zeros(2, 4, 5), torch.zeros(3, 6), None, torch.tensor([0, 1, number]), 2, None, 1
+    )
     figures = {"Le": loss, "grad_norm": 2 * loss, "finite": float(finite)}
     meter.add(number, batch, {name: torch.tensor(value) for name, value in figures.items()})
 

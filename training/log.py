@@ -34,7 +34,12 @@ log = logging.getLogger(__name__)
 METRICS, RUN, LOG = "metrics.jsonl", "run.json", "train.log"
 EVENTS = "events.out.tfevents.*"
 LOG_LINE = re.compile(rb"\S+ \S+ \[(\d{1,18})\] ")  # date, time and step
-RAN_ON = ("commit", "device", "versions")  # keys of run.json that may differ between sessions
+RAN_ON = (
+    "commit",
+    "device",
+    "processes",
+    "versions",
+)  # keys of run.json that may differ between sessions
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "tensorboard")
 
 
@@ -106,6 +111,21 @@ class RunLog:
         write_json(self.folder / RUN, self.run)
 
 
+class NoLog(RunLog):
+    """The log of a process that writes none, because another one of the same run does."""
+
+    @contextmanager
+    def open(self, step: int = 0, validated: bool = True) -> Iterator[None]:
+        self.step = step
+        yield
+
+    def record(self, **values: float) -> None:
+        pass
+
+    def write_run(self, complete: bool = False) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Step:
     """A step whose figures are on the device until they are fetched."""
@@ -139,7 +159,7 @@ class Meter:
             "batch_time": time.monotonic() - self.started,
             "data_time": self.loaded - self.started,
         }
-        numbers = times | {"pairs": len(batch.regions) * len(batch.ids)}
+        numbers = times | {"pairs": batch.pairs * (batch.pairs + batch.extras)}
         self.pending.append(Step(number, batch.captions, figures, numbers))
 
     def fetch(self) -> list[str]:

@@ -5,25 +5,32 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
+from common.distributed import ProcessLost, largest
 from common.errors import InputError, require
 from common.memory import describe_oom, is_oom
 from common.signals import Signals, Stopped
+from common.world import ALONE, World
 from data import Batch, Split, TrainingBatches
 from evaluation import retrieval, score_split
 from model import DIME
 from training.config import TrainConfig
-from training.log import Meter, RunLog, mark_complete, tags
+from training.log import Meter, NoLog, RunLog, mark_complete, tags
 from training.resume import BEST, NEWEST, CheckpointManager, TrainState
 from training.step import TrainStep
 
 log = logging.getLogger(__name__)
 
 LR_DECAY = 0.1  # every `lr_update` epochs
+# Options that may differ between the processes of a run.
+OF_A_MACHINE = {"data_path", "bert_path", "logger_name", "workers", "init", "resume"}
+DROPOUT = 3  # first number of the seed of a step's dropout
 LESS_MEMORY = "--activation_checkpointing, --no-features_on_device or a smaller --batch_size help"
 
 
@@ -38,15 +45,18 @@ class Trainer:
         batches: TrainingBatches,
         dev: Split,
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
-        self.config, self.model, self.bert = config, model, bert
+        self.config, self.model, self.bert, self.world = config, model, bert, world
         self.batches, self.dev, self.device = batches, dev, device
         self.val_images = dev.groups.whole_images(config.val_captions)
         problem = f"--val_captions {config.val_captions}: expected at least {dev.groups.counts[0]}"
         require(self.val_images > 0, f"{problem}, those of the first image of {dev.path}")
-        self.train_step = TrainStep(config, model, device)
+        self.train_step = TrainStep(config, model, device, world)
         self.checkpoints = CheckpointManager(config, self.train_step, bert, batches, dev)
-        self.log = RunLog(config.folder, asdict(config), device)
+        new_log = NoLog if world.rank else RunLog
+        self.log = new_log(config.folder, asdict(config), device)
+        self.log.run["processes"] = world.size
         self.signals = Signals()
         self.meter = Meter()
         self.state = TrainState()
@@ -57,6 +67,16 @@ class Trainer:
         """Resume from a checkpoint. Raises InputError if it is of another run."""
         self.state, self.metrics = self.checkpoints.restore(checkpoint), checkpoint.metrics
         self.resumed = checkpoint.path
+
+    def facts(self) -> dict[str, Any]:
+        """Return what all processes of a run have in common, wherever they read it."""
+        options = {f"--{k}": v for k, v in asdict(self.config).items() if k not in OF_A_MACHINE}
+        return options | {
+            "training data": self.batches.split.fingerprint,
+            "dev data": self.dev.fingerprint,
+            "BERT": self.bert.fingerprint,
+            "step to resume from": self.state.step,
+        }
 
     @property
     def last_step(self) -> int:
@@ -102,11 +122,14 @@ class Trainer:
             except Stopped as stop:
                 log.info("stopped by %s at step %d; %s", stop, self.state.step, self._advice())
                 raise
+            except ProcessLost as error:
+                reason = f"step {self.state.step + 1}: {error}"
+                raise InputError(f"{reason}; {self._advice()}") from error
             except Exception as error:
                 if not is_oom(error):
                     raise
                 reason = f"step {self.state.step + 1}: {describe_oom(error)}; {LESS_MEMORY}"
-                raise InputError(f"{reason}; {self._advice()}") from error
+                raise self._own_error(reason) from error
             log.info("done: the best model is %s", config.folder / BEST)
 
     def _confirm_complete(self, resumed: Path) -> None:
@@ -115,13 +138,16 @@ class Trainer:
         is_newest = self.checkpoints.is_newest(resumed)
         require(is_newest, f"{complete}; expected a larger --max_steps or --num_epochs")
         log.info(complete)
-        mark_complete(self.config.folder, self.state.step)
+        if self.world.rank == 0:
+            mark_complete(self.config.folder, self.state.step)
 
     def _announce(self) -> None:
         config, data = self.config, self.batches.split
         weights = sum(p.numel() for p in self.train_step.parameters) / 1e6
         run = (config.direction, weights, self.device, config.precision, config.folder)
         log.info("%s, %.1f million weights beside BERT's, on %s in %s: %s", *run)
+        if self.world.size > 1:
+            log.info("%d processes share each batch", self.world.size)
         log.info("%s: %d images, %d captions", data.path, data.images, len(data.captions))
         if self.batches.skip_single and len(data.captions) % config.batch_size == 1:
             log.info("the last batch of an epoch is skipped: batch normalisation needs two items")
@@ -135,6 +161,7 @@ class Trainer:
         self.meter = Meter()
         for batch in self._batches(epoch, position):
             self.meter.note_loaded()
+            self._seed_dropout()
             figures = self.train_step.step(batch)
             self.state = replace(self.state, step=self.state.step + 1)
             self.log.step, self.metrics = self.state.step, None
@@ -146,6 +173,13 @@ class Trainer:
                 return
             self.meter.start()
 
+    def _seed_dropout(self) -> None:
+        """Seed a step's dropout by its number, so that any number of processes can resume."""
+        if self.world.size > 1:
+            key = (DROPOUT, self.config.seed, self.state.step, self.world.rank)
+            (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64).tolist()
+            torch.manual_seed(seed)
+
     def _batches(self, epoch: int, position: int) -> Iterator[Batch]:
         """Yield the remaining batches of the epoch. If reading fails, save a checkpoint first."""
         try:
@@ -154,7 +188,14 @@ class Trainer:
             if self.state.step:
                 self._save(NEWEST)
             self.signals.check()  # a signal to the process group ends the workers, too
-            raise InputError(f"{error}; {self._advice()}") from error
+            raise self._own_error(str(error)) from error
+
+    def _own_error(self, reason: str) -> InputError:
+        """Return an error of this process, which prints it: the others only see that it ends."""
+        reason = f"{reason}; {self._advice()}"
+        if self.world.rank:
+            log.error("process %d: %s", self.world.rank, reason)
+        return InputError(reason)
 
     def _fetch_figures(self) -> None:
         """Fetch the figures of the steps so far and count bad batches.
@@ -187,11 +228,12 @@ class Trainer:
 
     def _save_and_validate(self) -> None:
         """Save and validate if the step asks for it. Raises Stopped if a signal came."""
-        due, received = self.validation_due, self.signals.received is not None
+        # Asked on the hosts: to read a number that the GPUs add up, a host would wait for its GPU.
+        due, received = self.validation_due, largest(self.world, self.signals.received or 0)
         if due or received or self.state.step % self.config.save_step == 0:
             self._save(NEWEST)  # before the validation, which can take long
         if received:  # one that comes after this line waits for the next step or tile
-            self.signals.check()
+            raise Stopped(received)
         if due:
             self._validate()
 

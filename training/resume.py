@@ -129,7 +129,12 @@ class CheckpointManager:
     commit: str | None = field(default_factory=lambda: provenance.commit())
 
     def write(self, name: str, state: TrainState, metrics: dict[str, float] | None) -> None:
-        """Write a checkpoint; `metrics` are those of the same weights on dev, if validated."""
+        """Write a checkpoint; `metrics` are those of the same weights on dev, if validated.
+
+        Of several processes the first one writes; a checkpoint does not know their number.
+        """
+        if self.train_step.world.rank:
+            return
         device, model = self.train_step.device, self.train_step.model
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         epoch, position = divmod(state.step, len(self.batches))
@@ -231,5 +236,5 @@ class CheckpointManager:
         """Make the resumed checkpoint the newest one; delete a best model of a later step."""
         if not self.is_newest(resumed):
             self.write(NEWEST, state, metrics)
-        if state.best_rsum < 0:
+        if state.best_rsum < 0 and self.train_step.world.rank == 0:
             (self.config.folder / BEST).unlink(missing_ok=True)

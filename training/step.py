@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint.checkpoint import BERT_KEYS
-from common.distributed import SharedBatch, add_up
+from common.distributed import SharedBatch, add_up, send_from_first
 from common.precision import product_precision, warn_if_bf16_is_slow
 from common.recorded import CudaGraphs, Recorded
 from common.world import ALONE, World
@@ -41,6 +41,7 @@ class TrainStep:
     def prepare(self, steps: int) -> None:
         """Set up compilation, recording and memory for a run of `steps` steps."""
         config = self.config
+        send_from_first(self.world, [p.data for p in self.parameters] + self.statistics)
         warn_if_bf16_is_slow(config.precision, self.device)
         pairs = config.batch_size**2 * (1 + config.extra_stc + config.extra_img)
         pairs //= self.world.size  # that are routed here
