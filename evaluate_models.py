@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -131,11 +131,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if world.rank == 0:
             _run(config)
         return
-    from common.distributed import connected, device_name
+    from common.distributed import connected
 
-    device = device_name(config.device, world)
     with connected(world):
-        _run(replace(config, device=device), world)
+        _run(config, world)
 
 
 def _run(config: EvaluateConfig, world: World = ALONE) -> None:
@@ -265,10 +264,10 @@ def _scores_of_models(
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     """Return what is known of models and data, the mean of the models' scores, and `owner`."""
     from checkpoint.evaluated import identify
-    from common.distributed import agreed, check_equal
+    from common.distributed import agreed, check_equal, device_name
 
     with agreed(world):
-        device = pick_device(config.device, config.precision)
+        device = pick_device(device_name(config.device, world), config.precision)
         models, data_name, split = _open_models(config, device, world)
     check_equal(world, identify(models))
     since = time.monotonic()

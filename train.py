@@ -79,8 +79,6 @@ def new_trainer(config: TrainConfig, world: World) -> "Trainer":
     from training.resume import find_checkpoint
 
     device = pick_device(device_name(config.device, world), config.precision)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     checkpoint = find_checkpoint(config.folder, config.resume, config.overwrite)
     initial = read_initial(config) if checkpoint is None else None
     bert = bert_to_train_with(config.bert_path, checkpoint or initial)

@@ -129,14 +129,18 @@ def nonempty_text(text: str) -> str:
 
 
 def pick_device(name: str, precision: Precision | None = None) -> "torch.device":
-    """Return the device called `name`; `auto` is a CUDA GPU if there is one.
+    """Return the device called `name` and make it the current one; `auto` is a GPU if there is one.
 
     Raises InputError if it cannot be used, or does not have the precision that a user asks for.
     """
+    import torch
+
     keep_float32()
     device = _device(name)
     problem = f"--precision tf32: expected a CUDA GPU; the device is {device}"
     require(precision != "tf32" or has_tf32(device), problem)
+    if device.type == "cuda":  # pinned memory, too, belongs to the current GPU
+        torch.cuda.set_device(device)
     return device
 
 

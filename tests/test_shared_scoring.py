@@ -2,26 +2,35 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, Run, write_split
+from conftest import GOLDEN, ROOT, Run, events, state, tiny_train, write_split
 from ranks import on_ranks
 
 import evaluate_models
 import evaluation
+import train
 from checkpoint.checkpoint import read_checkpoint
 from checkpoint.evaluated import EvaluatedModel
+from common.cli import parse
 from common.errors import InputError
+from common.signals import Stopped
 from common.world import ALONE, World
 from evaluate_models import EvaluateConfig
 from evaluation import encode_split, score_all
+from training.config import TrainConfig
+from training.loop import Trainer
 
 CPU = torch.device("cpu")
 MODELS = {name: str(GOLDEN / name / "checkpoint.pth.tar") for name in ("i2t", "t2i")}
@@ -95,6 +104,40 @@ def count_stops(folder: Path, world: World) -> int:
     return len(calls)
 
 
+def validate(folder: Path, world: World) -> dict[str, object]:
+    """Validate a new model in a run; returns what each process knows of it."""
+    with validation(folder, world) as trainer:
+        trainer._validate()
+    return trainer.metrics | asdict(trainer.state)
+
+
+def stop_validation(folder: Path, world: World) -> tuple[int, int]:
+    """Send process 1 a signal in its third tile; returns tiles done and the signal."""
+    tiles: list[int] = []
+    with validation(folder, world) as trainer, pytest.raises(Stopped) as stopped:
+        score = evaluation._score_tile
+
+        def score_until_signal(*args: object) -> tuple:
+            tiles.append(1)
+            if world.rank == 1 and len(tiles) == 3:
+                trainer.signals.received = signal.SIGTERM
+            return score(*args)
+
+        evaluation._score_tile = score_until_signal
+        trainer._validate()
+    return len(tiles), int(stopped.value.number)
+
+
+@contextmanager
+def validation(folder: Path, world: World) -> Iterator[Trainer]:
+    small_tiles()
+    argv = [*tiny_train(folder, direction="t2i"), "--device", "cpu"]
+    trainer = train.new_trainer(parse(TrainConfig, argv, ""), world)
+    trainer.state = replace(trainer.state, step=1)
+    with trainer.log.open(1, False):
+        yield trainer
+
+
 CASES: dict[str, dict[str, object]] = {
     "i2t": {"model_path": [MODELS["i2t"]]},
     "t2i": {"model_path": [MODELS["t2i"]], "bootstrap": 100},
@@ -146,6 +189,21 @@ def test_every_process_is_asked_to_stop_equally_often(data: Path) -> None:
     assert first == second >= 20
 
 
+def test_every_process_knows_the_metrics_of_a_validation_and_one_writes(tiny: Path) -> None:
+    (alone,) = on_ranks(tiny, 1, partial(validate, tiny))
+    written = state(tiny / "runs/t2i/model_best.pth.tar")["metrics"]
+    shutil.rmtree(tiny / "runs")
+    assert on_ranks(tiny, 3, partial(validate, tiny)) == [alone] * 3
+    assert (
+        alone["validated"] == 1 and alone["best_rsum"] > 0 and len(events(tiny / "runs/t2i")) == 1
+    )
+    assert state(tiny / "runs/t2i/model_best.pth.tar")["metrics"] == written
+
+
+def test_signal_to_one_process_stops_the_validation_of_all_at_one_tile(tiny: Path) -> None:
+    assert on_ranks(tiny, 2, partial(stop_validation, tiny)) == [(3, signal.SIGTERM)] * 2
+
+
 def test_torchrun_prints_and_writes_once(tmp_path: Path, run_evaluate: Run, capsys) -> None:
     """The program: 130 images are two tiles."""
     write_split(tmp_path / "own", "test", 130, counts=[1] * 130, width=20, longest=1)
@@ -161,6 +219,7 @@ def test_torchrun_prints_and_writes_once(tmp_path: Path, run_evaluate: Run, caps
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == capsys.readouterr().out
+    assert done.stderr.count("130 images") == 2  # a line a model
     (alone, expected), (scores, result) = results(tmp_path, 1), results(tmp_path, 2)
     assert np.array_equal(scores, alone) and result == expected
 

@@ -12,9 +12,10 @@ import torch
 
 from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
-from common.distributed import ProcessLost, largest
+from common.distributed import ProcessLost, gather_objects, largest
 from common.errors import InputError, require
 from common.memory import describe_oom, is_oom
+from common.results import Retrieval
 from common.signals import Signals, Stopped
 from common.world import ALONE, World
 from data import Batch, Split, TrainingBatches
@@ -239,22 +240,13 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score dev, keep the best model, save a checkpoint."""
-        config, state = self.config, self.state
+        state = self.state
         log.info("step %d: validating on %d dev images", state.step, self.val_images)
         try:
-            scores = score_split(
-                self.model,
-                self.dev,
-                self.bert.vocabulary,
-                device=self.device,
-                images=self.val_images,
-                workers=config.workers,
-                stop=self.signals.check,
-            )
+            result = self._evaluate_dev()
         except InputError as error:
             self.signals.check()  # a signal to the process group ends the workers, too
             raise InputError(f"step {state.step}: {error}; {self._advice()}") from error
-        result = retrieval(scores, self.dev.groups.image_of_caption[: scores.shape[1]])
         self.state = replace(
             state,
             validated=state.step,
@@ -271,6 +263,28 @@ class Trainer:
         if result.selection > state.best_rsum:
             self._save(BEST)
         self._save(NEWEST)
+
+    def _evaluate_dev(self) -> Retrieval:
+        """Return the metrics on dev, in every process. Raises Stopped in all if a signal came."""
+        scores = score_split(
+            self.model,
+            self.dev,
+            self.bert.vocabulary,
+            device=self.device,
+            images=self.val_images,
+            workers=self.config.workers,
+            stop=self._stop_if_signalled,
+            world=self.world,
+        )
+        result = None
+        if self.world.rank == 0:  # it has the scores
+            result = retrieval(scores, self.dev.groups.image_of_caption[: scores.shape[1]])
+        return gather_objects(self.world, result)[0]
+
+    def _stop_if_signalled(self) -> None:
+        """Raise Stopped in all processes if one of them has received a signal."""
+        if received := largest(self.world, self.signals.received or 0):
+            raise Stopped(received)
 
     def _save(self, name: str) -> None:
         self._fetch_figures()  # so that a checkpoint has all of its bad batches counted
