@@ -51,8 +51,9 @@ class ImageEncoder(nn.Module):
     def embed(self, regions: Tensor) -> Modality:
         """Return tokens of unit length, their mean before the batch normalisation, a full mask."""
         tokens = self.fc(regions).float()
+        mean = tokens.mean(1)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Modality(F.normalize(tokens, dim=-1), tokens.mean(1), mask)
+        return Modality(F.normalize(tokens, dim=-1), mean, mask)
 
     def pool(self, images: Modality) -> Modality:
         """Return the images with pooled vectors; a batch normalisation has to see all of them."""
