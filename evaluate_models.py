@@ -159,7 +159,7 @@ def evaluate(
     Data, BERT and precision default to the checkpoints'; the split is test, or with `fold5` testall
     if it exists. Raises InputError if a file or a combination cannot be used.
     """
-    require("part" not in options, "part: is an option of the command line only")
+    require(options.get("part") is None, "part: is an option of the command line only")
     config = EvaluateConfig(
         model_path=_as_list(model_paths),
         scores=_as_list(options.pop("scores", None)),

@@ -12,6 +12,7 @@ import evaluation
 from common.errors import InputError
 from common.score_files import ROW_BLOCK, ScorePart, parse_part, write_part
 from common.world import World
+from evaluate_models import evaluate
 from evaluation import rows_of_part
 from scripts import merge_scores
 
@@ -165,6 +166,11 @@ def test_rows_are_read_in_blocks(tmp_path: Path) -> None:
     blocks = list(ScorePart.open(tmp_path / "p").blocks())
     assert [len(block) for block in blocks] == [ROW_BLOCK, 3]
     assert np.array_equal(np.concatenate(blocks), rows)
+
+
+def test_the_function_has_no_result_of_a_part() -> None:
+    with pytest.raises(InputError, match="part"):
+        evaluate(MODELS["i2t"], part="1/2", save_scores="p.safetensors")
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "-1/2", "1/2/3", "x/2", "1.0/2"])
