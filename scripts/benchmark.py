@@ -3,6 +3,7 @@
     python -m scripts.benchmark                              # a table
     python -m scripts.benchmark --only i2t fp32 score        # some rows
     python -m scripts.benchmark --json results/speed.json    # also write the rows
+    python -m scripts.benchmark --processes 2                # training by processes and by threads
 
 A row's share of the product is the time that the floating-point operations of its pairs would take
 at the rate of one large product in the same precision, divided by the row's time. Its share of the
@@ -35,13 +36,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 
 from common.cli import parse, pick_device, print_line, run
 from common.config import Direction, Precision
+from common.errors import check_range, require
 from common.files import check_writable, read_json, write_json
 from common.memory import peak_memory, tune_malloc
 from common.precision import has_fast_bf16, has_tf32, product_precision
 from scripts.parts.feeding import loops, write_data
+from scripts.parts.scaling import scaling_table
 from scripts.parts.tables import speed_rows, speed_tables
 from scripts.parts.workload import (
+    FLOPS,
     SIZES,
+    TRAINING,
     Case,
     Size,
     Sizes,
@@ -58,10 +63,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Operations of a pair, fixed so that rows can be compared. A training step counts three times as
-# many, whatever it recomputes.
-FLOPS = {"i2t": 111e6, "t2i": 102e6}
-TRAINING = 3
 COUNTS = (
     Path(__file__).resolve().parent.parent / "results/counts.json"
 )  # bytes, by tests/counting.py
@@ -76,6 +77,17 @@ class Options:
         Size | None, "BERT, and the work of a row (default: minilm on a CPU, else bert_base)"
     ] = None
     json: Annotated[str | None, "write the rows here"] = None
+    processes: Annotated[
+        int, "instead compare so many CPU processes of one thread with one of so many threads"
+    ] = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, ("processes",), 0)
+        if self.processes:
+            problem = f"--processes {self.processes}: cannot be given with --only or --json"
+            require(self.only is None and self.json is None, problem)
+            cpu = "expected --device cpu or auto; on GPUs, torchrun train.py logs pairs/s"
+            require(self.device in ("auto", "cpu"), f"--device {self.device}: {cpu}")
 
 
 def cases(only: Sequence[str] = ()) -> Iterator[Case]:
@@ -220,6 +232,9 @@ class Rows:
 
 def main() -> None:
     options = parse(Options, None, __doc__)
+    if options.processes:
+        print_line(scaling_table(SIZES[options.sizes or "minilm"], options.processes))
+        return
     device = pick_device(options.device, "tf32" if "tf32" in (options.only or ()) else None)
     path = Path(options.json) if options.json is not None else None
     if path is not None:

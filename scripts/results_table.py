@@ -29,6 +29,7 @@ from scripts.parts.tables import (
     short_commit,
     speed_tables,
 )
+from scripts.parts.traffic import traffic_table
 
 PAPER_TABLES = {
     "flickr30k_1k": "Flickr30K, 1K",
@@ -120,6 +121,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "speed": lambda: speed_tables(report("speed")),
         "gpu": lambda: gpu_tables(gpu()),
     },
+    "docs/training.md": {"traffic": traffic_table},
     "docs/reliability.md": {"chaos": chaos, "fuzz": fuzz},
 }
 

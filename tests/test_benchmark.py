@@ -1,6 +1,7 @@
 """scripts/benchmark.py: the operations of a pair, and the rows of a small run."""
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -214,3 +215,19 @@ def test_a_cuda_gpu_times_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "Event", Event)
     assert seconds_of(lambda: calls.append("worked"), torch.device("cuda")) == 2.5
     assert calls == ["recorded", "worked", "recorded", "waited"]
+
+
+@pytest.mark.slow
+def test_processes_are_compared_with_threads(capsys, monkeypatch) -> None:
+    assert run_tiny(monkeypatch, "--processes", "2") == 0
+    lines = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[:3] for line in lines] == [
+        *(["i2t", "1", "2"], ["i2t", "2", "1"], ["t2i", "1", "2"], ["t2i", "2", "1"])
+    ]
+    assert all(float(line[3]) > 0 for line in lines) and lines[0][4] == lines[2][4] == "1.00"
+
+
+@pytest.mark.parametrize("more", [["--json", "x.json"], ["--device", "cuda"], ["--only", "i2t"]])
+def test_processes_are_of_a_cpu_and_write_no_rows(capsys, monkeypatch, more: list[str]) -> None:
+    assert run_tiny(monkeypatch, "--processes", "2", *more) == 2
+    assert more[0] in capsys.readouterr().err

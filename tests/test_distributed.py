@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, IMG_DIM, write_split
+from conftest import GOLDEN, IMG_DIM, REGIONS, write_split
 from ranks import on_ranks
 from test_model import SMALL
+from transformers import BertConfig, BertModel
 
 from checkpoint.bert import load_bert
+from common.config import ModelConfig
 from common.errors import InputError
 from common.world import ALONE, World
 from data import Split, TrainingBatches
 from model import DIME
+from scripts.parts.traffic import PATHS, Step
 from training.config import TrainConfig
 from training.step import TrainStep
 from vocab import Vocabulary
@@ -68,8 +71,8 @@ class Equality:
     dtype: torch.dtype = torch.float64
     compiled: bool = False
 
-    def train(self, split: Split, world: World) -> list[dict[str, torch.Tensor]]:
-        """Train three steps; returns losses, gradients, weights and statistics of each."""
+    def train(self, split: Split, world: World, steps: int = 3) -> list[dict[str, torch.Tensor]]:
+        """Train some steps; returns losses, gradients, weights and statistics of each."""
         torch.manual_seed(0)
         name = "extra_stc" if self.direction == "i2t" else "extra_img"
         options = SMALL | {name: self.extras, "img_dim": IMG_DIM} | dict(self.options)
@@ -79,11 +82,11 @@ class Equality:
         batches = TrainingBatches(split, vocabulary, config, 10, skips, world=world)
         bert = load_bert(GOLDEN / "i2t/bert").model  # without dropout
         step = TrainStep(config, DIME(config, bert).to(self.dtype), CPU, world)
-        step.prepare(3)
+        step.prepare(steps)
         if self.compiled:
             step.model.space.compile_routes()
         states = []
-        for number in range(3):
+        for number in range(steps):
             batch = batches[divmod(number, len(batches))].to(CPU)
             figures = step.step(replace(batch, regions=batch.regions.to(self.dtype)))
             assert step.model.is_compiled == self.compiled
@@ -180,3 +183,44 @@ WIDE = [
 @pytest.mark.parametrize("case", WIDE)
 def test_every_case_of_several_processes(tmp_path, split, size, case) -> None:
     assert_equality(tmp_path, split, case, size, "eager")
+
+
+def bytes_of_messages(case: Equality, split: Split, world: World) -> list[int]:
+    """Return how many bytes a step gathers and sums."""
+    gathered, summed = [], []
+    all_gather, all_reduce = torch.distributed.all_gather, torch.distributed.all_reduce
+
+    def counted_gather(every: list[torch.Tensor], own: torch.Tensor) -> None:
+        gathered.append(sum(each.nbytes for each in every))
+        all_gather(every, own)
+
+    def counted_sum(tensor: torch.Tensor) -> None:
+        summed.append(tensor.nbytes)
+        all_reduce(tensor)
+
+    torch.distributed.all_gather, torch.distributed.all_reduce = counted_gather, counted_sum
+    states = case.train(split, world, steps=1)
+    weights = sum(v.numel() for n, v in states[0].items() if n.startswith("grad of "))
+    return [sum(gathered), sum(summed), weights]
+
+
+@pytest.mark.parametrize("direction", ["i2t", "t2i"])
+def test_the_estimated_traffic_is_that_of_a_step(tmp_path, split, direction) -> None:
+    case = Equality(direction, dtype=torch.float32)
+    (gathered, summed, weights), other, last = on_ranks(
+        tmp_path, 3, partial(bytes_of_messages, case, split)
+    )
+    assert [gathered, summed, weights] == other == last
+    hidden = load_bert(GOLDEN / "i2t/bert").model.config.hidden_size
+    sizes = {"dim": SMALL["embed_size"], "hidden": hidden, "regions": REGIONS, "words": 10}
+    step = Step(direction, batch=7, processes=3, weights=weights, **sizes)
+    # In i2t, captions are gathered with all their positions.
+    assert (step.gathered, step.summed) == (gathered, summed)
+
+
+def test_the_estimate_has_the_weights_of_the_published_sizes() -> None:
+    with torch.device("meta"):
+        model = DIME(ModelConfig(direction="t2i"), BertModel(BertConfig(), add_pooling_layer=False))
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert Step("t2i", 32, 8).weights == weights
+    assert model.space.path_mapping.out_features == PATHS

@@ -44,7 +44,9 @@ def test_resumed_run_ends_with_the_same_bits(
         assert same(cut[key], uncut[key]), key
     run = json.loads((folder / "run.json").read_text())
     assert run["resumed_at"] == [14] and (run["step"], run["complete"]) == (16, True)
-    assert run["earlier"] == [{name: run[name] for name in ("commit", "device", "processes", "versions")}]
+    assert run["earlier"] == [
+        {name: run[name] for name in ("commit", "device", "processes", "versions")}
+    ]
 
 
 def test_resuming_an_older_checkpoint_makes_it_the_newest_and_cuts_the_logs(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.config import Direction, Precision
 from common.precision import product_precision
+from common.world import ALONE, World
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 WORDS, REGIONS, WIDTH, ENTRIES = 32, 36, 2048, 30522  # ENTRIES of BERT's vocabulary
 LENGTHS = (9, 21)  # tokens of the shortest and the longest caption
+# Operations of a pair, fixed so that rows can be compared. A training step counts three times as
+# many, whatever it recomputes.
+FLOPS: dict[Direction, float] = {"i2t": 111e6, "t2i": 102e6}
+TRAINING = 3
 
 What = Literal["score", "train", "train_checkpointing"]
 Way = Literal["eager", "compiled"]
@@ -80,7 +85,9 @@ class Case:
         return f"{self.direction} {self.precision} {way} {self.what}"
 
 
-def new_train_step(case: Case, sizes: Sizes, device: "torch.device") -> "TrainStep":
+def new_train_step(
+    case: Case, sizes: Sizes, device: "torch.device", world: World = ALONE
+) -> "TrainStep":
     """Return a new model with random weights, BERT included, and its optimiser."""
     from transformers import BertModel
 
@@ -100,7 +107,7 @@ def new_train_step(case: Case, sizes: Sizes, device: "torch.device") -> "TrainSt
         activation_checkpointing=case.what == "train_checkpointing",
     )
     bert = BertModel(bert_config(sizes), add_pooling_layer=False)
-    train_step = TrainStep(config, DIME(config, bert).to(device), device)
+    train_step = TrainStep(config, DIME(config, bert).to(device), device, world)
     train_step.prepare(steps=1)
     return train_step
 
@@ -146,13 +153,17 @@ def scoring(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
 
 
 def training(train_step: "TrainStep", sizes: Sizes) -> tuple[int, Work]:
-    """Return the number of pairs of a training step, and the step, BERT included."""
+    """Return the number of pairs of a training step, and the step, BERT included.
+
+    Of several processes, each steps on its share, and all together on those pairs.
+    """
     import torch
 
     from data import Batch
 
     n, i2t = sizes.batch, train_step.model.direction == "i2t"
-    images, captions = (n, 2 * n) if i2t else (2 * n, n)
-    inputs = random_inputs(images, captions)
-    batch = Batch(*inputs, torch.arange(captions), n).to(train_step.device)
-    return images * captions, lambda: train_step.step(batch)
+    own = train_step.world.largest_share(n)
+    inputs = random_inputs(*((own, 2 * own) if i2t else (2 * own, own)))
+    every = torch.arange(2 * n if i2t else n)
+    batch = Batch(*inputs, every, pairs=n, extras=n).to(train_step.device)
+    return n * 2 * n, lambda: train_step.step(batch)
