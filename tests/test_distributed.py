@@ -1,6 +1,7 @@
 """Several processes: what torchrun's environment says, shares, collectives, equal training."""
 
 import copy
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from transformers import BertConfig, BertModel
 
 from checkpoint.bert import load_bert
 from common.config import ModelConfig
+from common.distributed import connected
 from common.errors import InputError
 from common.world import ALONE, World
 from data import Split, TrainingBatches
@@ -51,6 +53,15 @@ def test_shares_are_all_items_in_order_and_padded_to_one_length(items: int, size
             == list(ALONE.share(items))[share.start : share.stop]
         )
         assert len(padded) == most and set(padded) <= set(range(items))
+
+
+def test_taken_port_is_named(monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        port = f"port: {server.getsockname()[1]}"
+        with pytest.raises(InputError, match=port), connected(World(0, 2)):
+            pass
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, events, state, tiny_train
+from conftest import ROOT, events, same, state, tiny_train
 from ranks import Programs
 
 import train
@@ -53,6 +53,23 @@ def test_torchrun_trains_and_any_number_of_processes_resumes(tiny: Path) -> None
     assert [session["processes"] for session in run_json["earlier"]] == [2, 1]
     assert [e["step"] for e in events(folder) if "Le" in e] == [2, 4, 6, 8]
     assert (folder / BEST).exists() and len(list(folder.glob("events.out.*"))) == 3
+
+
+def test_resumed_run_of_two_processes_ends_with_the_same_bits(tiny: Path) -> None:
+    """With BERT's dropout, whose seed is the step's and the rank's."""
+    folder = tiny / "runs/i2t"
+    assert run(tiny, 2, "--max_steps", "4").end() == [0, 0]
+    uncut = state(folder.rename(tiny / "uncut") / NEWEST)
+    assert run(tiny, 2, "--max_steps", "2").end() == [0, 0]
+    assert run(tiny, 2, "--max_steps", "4", "--resume", "auto").end() == [0, 0]
+    cut = state(folder / NEWEST)
+    assert same(cut["weights"], uncut["weights"]) and same(cut["optimizer"], uncut["optimizer"])
+
+
+def test_features_in_memory_and_cached_text_serve_each_process(tiny: Path) -> None:
+    programs = run(tiny, 2, "--max_steps", "2", "--cache_text", "--features_on_device")
+    assert programs.end() == [0, 0] and programs.errors(1) == ""
+    assert len(list((tiny / "runs/i2t").glob("text_states_*.npy"))) == 1
 
 
 @pytest.mark.parametrize("signalled", [[0, 1], [1]])
