@@ -1,5 +1,6 @@
 """train.py in several processes: one run, one writer, one line for bad input, no hang."""
 
+import itertools
 import json
 import os
 import re
@@ -9,15 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, events, same, state, tiny_train
 from ranks import Programs
 
 import train
 from common.lock import LOCK, only_writer
-from training.resume import BEST, NEWEST
+from common.world import World
+from training.config import TrainConfig
+from training.loop import Trainer
+from training.resume import BEST, NEWEST, TrainState
 
 LONG = ("--max_steps", "100000", "--num_epochs", "100000", "--log_step", "1")
 LONG += ("--val_step", "50000", "--lr_update", "99999", "--save_step", "40000")
@@ -56,14 +62,26 @@ def test_torchrun_trains_and_any_number_of_processes_resumes(tiny: Path) -> None
 
 
 def test_resumed_run_of_two_processes_ends_with_the_same_bits(tiny: Path) -> None:
-    """With BERT's dropout, whose seed is the step's and the rank's."""
+    """With BERT's dropout, which no random state of a checkpoint changes."""
     folder = tiny / "runs/i2t"
     assert run(tiny, 2, "--max_steps", "4").end() == [0, 0]
     uncut = state(folder.rename(tiny / "uncut") / NEWEST)
     assert run(tiny, 2, "--max_steps", "2").end() == [0, 0]
+    newest = state(folder / NEWEST)
+    newest["random"]["cpu"] = torch.Generator().manual_seed(9).get_state()  # of one process, unused
+    torch.save(newest, folder / NEWEST)
     assert run(tiny, 2, "--max_steps", "4", "--resume", "auto").end() == [0, 0]
     cut = state(folder / NEWEST)
     assert same(cut["weights"], uncut["weights"]) and same(cut["optimizer"], uncut["optimizer"])
+
+
+def test_dropout_has_a_seed_of_its_own_for_each_step_and_process() -> None:
+    config, drawn = TrainConfig(), set()
+    for step, rank in itertools.product(range(3), range(2)):
+        trainer = SimpleNamespace(config=config, state=TrainState(step), world=World(rank, 2))
+        Trainer._seed_dropout(trainer)
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 6
 
 
 def test_features_in_memory_and_cached_text_serve_each_process(tiny: Path) -> None:
