@@ -171,8 +171,12 @@ class MergeLayer(Layer):
         shares = gates / total
         if self.hard:  # the share of the only gate is g / g: its gradient would be rounding noise
             shares = torch.where(inactive > 0, shares, chosen)
-        parts = [*self._refine(xs, projections), *xs]
-        (mixed,) = _mix(parts, torch.cat([shares, inactive / total], -1))
+        parts = self._refine(xs, projections)
+        # To ask is quicker on a CPU, where hardly any cell is inactive. It would make a GPU wait.
+        fixed = torch.compiler.is_compiling() or needs_fixed_shapes(gates.device)
+        if fixed or inactive.any():
+            parts, shares = [*parts, *xs], torch.cat([shares, inactive / total], -1)
+        (mixed,) = _mix(parts, shares)
         return mixed, gates
 
 
