@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 3  # runs before a recording: they compile, and create what is kept between runs
 SYNCHRONISES = "called a synchronizing CUDA operation"  # torch's warning
+PROTOTYPE = "Synchronization debug mode is a prototype"  # its warning of that warning
 
 Outputs = dict[str, Tensor]
 
@@ -122,6 +123,7 @@ class CudaGraphs:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("always", SYNCHRONISES)
+            warnings.filterwarnings("ignore", PROTOTYPE)
             warnings.showwarning = note  # type: ignore[assignment]  # takes all arguments
             torch.cuda.set_sync_debug_mode("warn")
             try:

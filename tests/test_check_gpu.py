@@ -16,7 +16,8 @@ from common import recorded
 from common.config import Precision
 from scripts import benchmark, check_gpu, results_table
 from scripts.parts import gpu_checks, gpu_tables, gpu_timings
-from scripts.parts.golden import CPU, Deviation
+from scripts.parts.golden import CPU, GOLDEN, Case, Deviation, NotCompiled, step_deviations
+from training.step import TrainStep
 
 # What a Python with torch, transformers, tokenizers, safetensors, numpy and tqdm may lack.
 MISSING = (
@@ -69,6 +70,7 @@ def test_a_part_that_fails_or_is_late_ends_no_other(
     assert parts["machine"]["result"]["machine"] == "a GPU" and "output_end" not in parts["machine"]
     assert parts["golden_fp32"]["failed"] == ["too far"]
     assert "output of resume" in parts["resume"]["output_end"] and parts["resume"]["result"] == {}
+    assert parts["resume"]["failed"] == ["output of resume"]  # its last line, the reason
     # What a late part has written counts, and its own processes end with it.
     assert parts["memory"]["result"]["torch"] == "2" and 5 <= parts["memory"]["seconds"] < 30
     child = int(parts["memory"]["output_end"].split()[-1])
@@ -101,6 +103,14 @@ def test_unknown_parts_are_refused(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "--only nothing" in capsys.readouterr().err
     assert run_here(monkeypatch, check_gpu.main, ["--device", "cpu", "--part", "nothing"]) == 2
     assert "--part nothing" in capsys.readouterr().err
+
+
+def test_wrong_options_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    for option, value in (("--minutes", -1), ("--limit", -1), ("--out", tmp_path / "file/out")):
+        assert run_here(monkeypatch, check_gpu.main, ["--device", "cpu", option, value]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(value) in line
 
 
 def bare(folder: Path) -> dict[str, str]:
@@ -255,6 +265,35 @@ def test_a_profile_counts_kernels_and_gaps() -> None:
 def test_a_profile_of_a_step(setting: gpu_checks.Setting) -> None:
     step, chunk = gpu_timings.profiles(setting)["rows"]
     assert step["case"] == "i2t bf16 eager train" and step["kernels"] > chunk["kernels"] > 100
+
+
+def test_a_profile_without_kernels_fails(setting: gpu_checks.Setting, monkeypatch) -> None:
+    empty = gpu_timings.summary([], DeviceType.CUDA)
+    monkeypatch.setattr(gpu_timings, "profile_of", lambda *_: dict(empty))
+    failed = gpu_timings.profiles(setting)["failed"]
+    assert [text.split(":")[0] for text in failed] == [
+        "i2t bf16 eager train",
+        "i2t bf16 eager score",
+    ]
+
+
+def test_golden_steps_that_no_graph_records_fail(monkeypatch) -> None:
+    class Fails:
+        def run(self, function):
+            return function()
+
+        def record(self, function):
+            raise RuntimeError("it waits")
+
+    def prepare(self: TrainStep, steps: int) -> None:
+        self.step = recorded.Recorded(self.step, Fails())
+
+    monkeypatch.setattr(TrainStep, "prepare", prepare)
+    case = Case(GOLDEN / "i2t")
+    step_deviations(case, CPU)  # too few steps to record any
+    monkeypatch.setattr(recorded, "WARM_UP", 2)
+    with pytest.raises(NotCompiled):
+        step_deviations(case, CPU)
 
 
 def test_kernels_have_short_names() -> None:

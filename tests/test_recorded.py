@@ -217,6 +217,7 @@ def test_what_waits_for_the_gpu_is_named_and_not_recorded(fake_cuda: FakeCuda) -
 
     def waits() -> Outputs:
         warnings.warn(f"{recorded.SYNCHRONISES} (Triggered internally)", stacklevel=1)
+        warnings.warn(f"{recorded.PROTOTYPE} feature", stacklevel=1)
         warnings.warn("another", stacklevel=1)
         return {}
 

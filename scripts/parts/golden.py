@@ -17,6 +17,7 @@ from checkpoint.checkpoint import Checkpoint, bert_of, build_model, read_checkpo
 from checkpoint.official import fuse_weights, native_names, official_of_native
 from common.config import Precision
 from common.layout import SplitName
+from common.recorded import Recorded
 from data import Batch, Split
 from evaluation import score_split
 from model import DIME
@@ -78,7 +79,7 @@ class Deviation:
 
 
 class NotCompiled(RuntimeError):
-    """The compiler failed, so that eager code was run instead."""
+    """Eager code was run, because the compiler or the recording of a CUDA graph failed."""
 
 
 def score_deviations(
@@ -123,6 +124,8 @@ def step_deviations(
             limit = CLIPPED_OF.get(case.folder.name, CLIPPED)
             deviations += _gradient_deviations(model, arrays, limit)
     _check_compiled(model, compiled)
+    if isinstance(train_step.step, Recorded) and train_step.step.failed:
+        raise NotCompiled("no CUDA graph, see above")
     largest = _largest([*deviations, *_weight_deviations(model, arrays)])
     return largest if precision == "fp32" else [replace(each, limit=None) for each in largest]
 

@@ -95,7 +95,8 @@ def golden(precision: Precision, setting: Setting) -> Report:
 
 def compiled(precision: Precision, direction: Direction, setting: Setting) -> Report:
     """Return the same of compiled code, and of steps recorded as a CUDA graph on a GPU."""
-    recorded.WARM_UP = 1  # the second and the third step are replayed
+    # The third step is replayed. In the first one the compiler waits for the GPU.
+    recorded.WARM_UP = 2
     return _golden(precision, "compiled", [direction], setting)
 
 
@@ -172,11 +173,15 @@ def _final_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value.double() for name, value in weights.items()}
 
 
-def benchmark(words: Sequence[str], setting: Setting) -> Report:
-    """Return the report of the benchmark's rows that match all `words`."""
+def benchmark(words: Sequence[str], setting: Setting, loop: bool = True) -> Report:
+    """Return the report of the benchmark's rows that match all `words`.
+
+    `loop` also times train.py's loop.
+    """
     sizes = {"sizes": "tiny"} if setting.tiny else {}
     where = {"device": setting.device, "json": setting.result}
-    run_program("scripts/benchmark.py", "--only", *words, **where, **sizes)
+    loops = "--loop" if loop else "--no-loop"
+    run_program("scripts/benchmark.py", loops, "--only", *words, **where, **sizes)
     report = read_json(setting.result, "a report of the benchmark")
     unrecorded = [row for row in report["rows"] if row.get("recorded") is False]
     launched = [f"{row['direction']} {row['precision']}: no CUDA graph" for row in unrecorded]
@@ -185,7 +190,7 @@ def benchmark(words: Sequence[str], setting: Setting) -> Report:
 
 def memory(setting: Setting) -> Report:
     """Return the peak memory of a step with and without --activation_checkpointing."""
-    report = benchmark(["eager", "fp32", "bf16", *MOST_GB], setting)
+    report = benchmark(["eager", "fp32", "bf16", *MOST_GB], setting, False)
     for row in report["rows"]:
         most = MOST_GB[row["what"]]
         if row["peak_gb"] > most:
