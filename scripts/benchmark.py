@@ -13,7 +13,7 @@ idle machine: any other program makes the figures worthless.
 256 channels, 36 regions, 32 words, captions of 9 to 21 tokens, batches of 32 with 32 extra
 negatives. `train_checkpointing` is a step with --activation_checkpointing. A row of `train` also
 has the rate of train.py's loop, whose batches are read by workers or gathered on a GPU, and its
-share of the rate of as many bare steps, one after the other.
+share of the rate of as many bare steps, one after the other; `--no-loop` leaves these out.
 """
 
 import gc
@@ -77,6 +77,7 @@ class Options:
         Size | None, "BERT, and the work of a row (default: minilm on a CPU, else bert_base)"
     ] = None
     json: Annotated[str | None, "write the rows here"] = None
+    loop: Annotated[bool, "also time train.py's loop"] = True
     processes: Annotated[
         int, "instead compare so many CPU processes of one thread with one of so many threads"
     ] = 0
@@ -98,8 +99,13 @@ def cases(only: Sequence[str] = ()) -> Iterator[Case]:
         yield Case(direction, precision, way == "compiled", what)
 
 
-def measure(case: Case, sizes: Sizes, device: "torch.device", data: Path) -> dict[str, Any] | None:
-    """Return the row of a case; None if it does not compile. `data` is a folder of a data set."""
+def measure(
+    case: Case, sizes: Sizes, device: "torch.device", data: Path | None
+) -> dict[str, Any] | None:
+    """Return the row of a case; None if it does not compile.
+
+    `data` is a folder of a data set for train.py's loop; without it, the loop is not timed.
+    """
     import torch
 
     from common.recorded import Recorded
@@ -121,7 +127,7 @@ def measure(case: Case, sizes: Sizes, device: "torch.device", data: Path) -> dic
     row |= rates(case, pairs, work, sizes, device)
     if case.what != "score" and isinstance(train_step.step, Recorded):
         row["recorded"] = train_step.step.replay is not None
-    if case.what == "train":
+    if case.what == "train" and data is not None:
         for name, steps in loops(train_step, work, sizes, data):
             row[f"{name}_pairs_per_s"] = round(sizes.steps * pairs / seconds_of(steps, device), 1)
     return row
@@ -206,7 +212,7 @@ class Rows:
     A GPU counts its own memory: there, one process measures rows until one of them fails.
     """
 
-    def __init__(self, sizes: Sizes, device: "torch.device", data: Path) -> None:
+    def __init__(self, sizes: Sizes, device: "torch.device", data: Path | None) -> None:
         self.sizes, self.device, self.data = sizes, device, data
         self.pool: ProcessPoolExecutor | None = None
 
@@ -242,7 +248,8 @@ def main() -> None:
     default: Size = "minilm" if device.type == "cpu" else "bert_base"
     sizes, report = SIZES[options.sizes or default], new_report(device)
     with TemporaryDirectory() as folder:
-        rows = Rows(sizes, device, write_data(Path(folder), sizes.images))
+        data = write_data(Path(folder), sizes.images) if options.loop else None
+        rows = Rows(sizes, device, data)
         fill(report, rows, cases(options.only or ()), path)
         rows.close()
     print_line(speed_tables(report))

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 
 from common.cli import parse, pick_device, print_line, run
 from common.config import Direction, Precision
-from common.errors import require
-from common.files import check_writable, read_json, write_json
+from common.errors import check_range, require
+from common.files import check_writable, explain_os_errors, read_json, write_json
 from common.signals import Stopped, handled
 from scripts.parts.gpu_tables import gpu_tables
 
@@ -51,8 +51,11 @@ class Options:
     compile: Annotated[bool, "--no-compile leaves out what is compiled"] = True
     only: Annotated[list[str] | None, "only these parts"] = None
     minutes: Annotated[float, "time for all parts together"] = 7.8
-    limit: Annotated[float, "seconds for each part (default: its own limit)"] = 0.0
+    limit: Annotated[float | None, "seconds for each part (default: its own limit)"] = None
     part: Annotated[str | None, "run this part here and write its result to OUT/PART.json"] = None
+
+    def __post_init__(self) -> None:
+        check_range(self, ("minutes", "limit"), 0)
 
 
 PRODUCTS = tuple(product(get_args(Precision), get_args(Direction)))
@@ -118,6 +121,8 @@ class Part:
             text = self.output.read_text(errors="replace")[-OUTPUT_END:]
             text = text.replace(str(PROGRAM.parent.parent), ".").replace(str(Path.home()), "~")
             report["output_end"] = text
+            if state == "failed" and not failed:  # as a traceback ends, or an error in one line
+                report["failed"] = text.splitlines()[-1:]
         return report
 
 
@@ -189,7 +194,8 @@ def main() -> None:
     for name in options.only or ():
         require(name in names, f"--only {name}: expected some of {' '.join(names)}")
     chosen = [name for name in names if name in (options.only or names)]
-    out.mkdir(parents=True, exist_ok=True)
+    with explain_os_errors(out, "a folder to write to"):
+        out.mkdir(parents=True, exist_ok=True)
     check_writable(out / "gpu.json")
     (out / "gpu.log").write_text("")
     check = Check(options, out)
@@ -228,7 +234,7 @@ def run_part(name: str, options: Options, out: Path) -> None:
     for p, d in PRODUCTS:
         functions[f"compiled_{p}_{d}"] = partial(checks.compiled, p, d)
         rows = [p, d, "compiled", "score", "train"]
-        functions[f"prepare_{p}_{d}"] = partial(checks.benchmark, rows)
+        functions[f"prepare_{p}_{d}"] = partial(checks.benchmark, rows, loop=False)
     require(name in functions, f"--part {name}: expected one of {' '.join(functions)}")
     torch.manual_seed(0)
     result = out / f"{name}.json"

@@ -96,6 +96,10 @@ def test_rows_of_a_small_run(
         assert loop & row.keys() == (loop if row["what"] == "train" else set())
         assert "on_device_pairs_per_s" not in row and all(row[key] > 0 for key in loop & row.keys())
     assert "| train_checkpointing |" in capsys.readouterr().out
+    words = ["i2t", "eager", "fp32", "train"]
+    assert run_tiny(monkeypatch, "--only", *words, "--no-loop", "--json", path) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert not loop & row.keys()
 
 
 def test_the_table_has_the_loop_of_train_py_if_it_was_measured() -> None:

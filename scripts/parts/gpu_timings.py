@@ -35,7 +35,8 @@ def profiles(setting: Setting) -> Report:
         for way in setting.ways:
             case = Case("i2t", "bf16", way == "compiled", what)  # type: ignore[arg-type]  # both are
             rows.append({"case": case.name} | profile_of(case, setting))
-    return {"rows": rows}
+    failed = [f"{row['case']}: {text}" for row in rows for text in row.pop("failed", [])]
+    return {"rows": rows, "failed": failed}
 
 
 def profile_of(case: Case, setting: Setting) -> Report:
