@@ -94,7 +94,7 @@ def golden(precision: Precision, setting: Setting) -> Report:
 
 
 def compiled(precision: Precision, direction: Direction, setting: Setting) -> Report:
-    """Return the same of compiled code, and of steps recorded as a CUDA graph on a GPU."""
+    """Return the same of compiled code, and on a GPU of a step replayed from a CUDA graph."""
     # The third step is replayed. In the first one the compiler waits for the GPU.
     recorded.WARM_UP = 2
     return _golden(precision, "compiled", [direction], setting)

@@ -128,6 +128,7 @@ def _train_on_random_data(folder: Path, steps: int, images: int, setting: Settin
     run_program(
         "train.py",
         "--compile" if setting.compiled else "--no-compile",
+        "--no-features_on_device",  # so that workers read the batches
         data_path=folder / "data",
         data_name="random",
         bert_path=folder / "bert",
