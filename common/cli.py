@@ -189,8 +189,16 @@ def run(program: Callable[[], None]) -> None:
         sys.stderr.flush()
     except OSError:  # nobody reads standard error: `2>&1 | tee` whose tee has gone
         _discard_output(2)
+    if status == BAD_INPUT and _is_connected():
+        os._exit(status)  # at a usual exit, NCCL waits for messages of a process that has ended
     if status:
         sys.exit(status)
+
+
+def _is_connected() -> bool:
+    """Return whether this process is connected to others."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _one_line(text: str) -> str:

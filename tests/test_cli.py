@@ -73,6 +73,17 @@ def test_an_input_error_is_one_line_and_status_2(capsys) -> None:
     assert line.endswith(r"error: file: holds\x1b[31m this, expected that")
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_connected_process_ends_at_once_after_bad_input(monkeypatch, capsys, connected) -> None:
+    leave = Mock(side_effect=SystemExit(9))
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: connected)
+    with pytest.raises(SystemExit):
+        run(Mock(side_effect=InputError("a process has ended")))
+    assert leave.call_count == connected
+    assert "a process has ended" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(KeyError):
         run(Mock(side_effect=KeyError("bug")))
