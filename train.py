@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import parse, run
-from common.errors import require
+from common.errors import InputError, require
 from common.lock import LOCK, only_writer
 from common.world import World
 from training.config import GROUPS, TrainConfig
@@ -29,9 +29,16 @@ events to LOGGER_NAME/DIRECTION. Evaluate the models with evaluate_models.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, world = parse(TrainConfig, argv, DESCRIPTION, groups=GROUPS), World.of()
-    problem = f"--batch_size {config.batch_size}: expected at least {world.size}"
-    require(config.batch_size >= world.size, f"{problem}, a pair for each process")
+    world = World.of()
+    try:
+        config = _options(argv, world)
+    except InputError:
+        if world.size == 1:
+            raise
+        from common.distributed import agreed, connected
+
+        with connected(world), agreed(world):  # otherwise processes with other options would wait
+            raise
     from common.distributed import agreed, connected  # here, so that --help answers at once
 
     with connected(world), ExitStack() as held:
@@ -39,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             if world.rank == 0:
                 held.enter_context(only_writer(config.folder / LOCK))
         train(config, world)
+
+
+def _options(argv: Sequence[str] | None, world: World) -> TrainConfig:
+    config = parse(TrainConfig, argv, DESCRIPTION, groups=GROUPS)
+    problem = f"--batch_size {config.batch_size}: expected at least {world.size}"
+    require(config.batch_size >= world.size, f"{problem}, a pair for each process")
+    return config
 
 
 def train(config: TrainConfig, world: World) -> None:

@@ -156,3 +156,10 @@ def test_options_that_do_not_fit_several_processes_are_refused(
     tiny: Path, size: int, option: str, value: str
 ) -> None:
     assert f"{option} {value}" in refused(tiny, run(tiny, size, option, value))
+
+
+def test_wrong_option_of_one_process_ends_all(tiny: Path) -> None:
+    """On another machine, say. The others must not wait for it."""
+    own = tiny_train(tiny, *EXTRA)
+    programs = Programs(tiny, 2, train.main, [own, [*own, "--unknown"]])
+    assert re.search("process 1: .*--unknown", refused(tiny, programs))
