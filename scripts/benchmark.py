@@ -116,6 +116,7 @@ def measure(
         torch.compiler.reset()
     gc.collect()  # the model of a former row
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     train_step = new_train_step(case, sizes, device)
     pairs, work = (scoring if case.what == "score" else training)(train_step, sizes)

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 40  # of the training that is resumed in its middle
 TINY_STEPS = 4
+# Kernels that add in any order give each run other roundings, which training magnifies.
+MOST_TIMES = 10
 MOST_GB = {"train": 8.0, "train_checkpointing": 3.0}  # of a step at the published sizes
 SLOW = ("not compiled, using eager code", "no CUDA graph")  # lines of a training's log
 Report = dict[str, Any]
@@ -129,8 +131,10 @@ def resume(setting: Setting) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: Path(folder) / name for name in ("whole", "again", "resumed")}
         runs_steps = {"whole": [steps], "again": [steps], "resumed": [steps // 2, steps]}
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(lambda n: _train(runs[n], runs_steps[n], setting), runs))
+        # The first run fills the compiler's cache: compiling side by side may give other code.
+        _train(runs["whole"], runs_steps["whole"], setting)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda n: _train(runs[n], runs_steps[n], setting), ["again", "resumed"]))
         weights = {name: _final_weights(path) for name, path in runs.items()}
         logs = "".join((path / "i2t/train.log").read_text() for path in runs.values())
     gaps = {
@@ -138,8 +142,8 @@ def resume(setting: Setting) -> Report:
         for name in ("again", "resumed")
     }
     failed = []
-    if gaps["again"] == 0 != gaps["resumed"]:
-        failed.append("the resumed run has other weights, though two whole runs have the same")
+    if gaps["resumed"] > MOST_TIMES * gaps["again"]:
+        failed.append(f"the resumed run differs over {MOST_TIMES} times as much as two whole runs")
     if not max(gaps.values()) < float("inf"):
         failed.append("weights that are not finite")
     failed += [line for line in logs.splitlines() if any(text in line for text in SLOW)][:1]
