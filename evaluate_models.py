@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from common.cli import parse, pick_device, print_line, run
+from common.cli import parse, parse_in_all, pick_device, print_line, run
 from common.config import Precision
 from common.errors import InputError, check_range, require
 from common.files import check_writable, write_array, write_json
@@ -121,7 +121,8 @@ class EvaluateConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, world = parse(EvaluateConfig, argv, DESCRIPTION, groups=GROUPS), World.of()
+    world = World.of()
+    config = parse_in_all(lambda: parse(EvaluateConfig, argv, DESCRIPTION, groups=GROUPS), world)
     if config.part is not None:
         problem = f"--part {config.part}: cannot be given under torchrun, which divides the work"
         require(world.size == 1, problem)

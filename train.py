@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import parse, run
-from common.errors import InputError, require
+from common.cli import parse, parse_in_all, run
+from common.errors import require
 from common.lock import LOCK, only_writer
 from common.world import World
 from training.config import GROUPS, TrainConfig
@@ -30,15 +30,7 @@ events to LOGGER_NAME/DIRECTION. Evaluate the models with evaluate_models.py."""
 
 def main(argv: Sequence[str] | None = None) -> None:
     world = World.of()
-    try:
-        config = _options(argv, world)
-    except InputError:
-        if world.size == 1:
-            raise
-        from common.distributed import agreed, connected
-
-        with connected(world), agreed(world):  # otherwise processes with other options would wait
-            raise
+    config = parse_in_all(lambda: _options(argv, world), world)
     from common.distributed import agreed, connected  # here, so that --help answers at once
 
     with connected(world), ExitStack() as held:

@@ -21,7 +21,7 @@ from common.errors import InputError, require
 from common.memory import describe_oom, is_oom, tune_malloc
 from common.precision import has_tf32, keep_float32
 from common.signals import Stopped
-from common.world import is_first
+from common.world import World, is_first
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,19 @@ def parse(
             else:
                 group.add_argument(f"--{name}", *spellings, **option)
     return cls(**vars(parser.parse_args(argv)))
+
+
+def parse_in_all(read: Callable[[], Options], world: World) -> Options:
+    """Return the options that `read` parses; if it raises InputError in one process, all do."""
+    try:
+        return read()
+    except InputError:
+        if world.size > 1:
+            from common.distributed import agreed, connected
+
+            with connected(world), agreed(world):  # the others would wait for this process
+                raise
+        raise
 
 
 def _argument(field: dataclasses.Field, kind: Any, text: str) -> dict[str, Any]:
