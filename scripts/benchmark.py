@@ -41,8 +41,8 @@ from common.files import check_writable, read_json, write_json
 from common.memory import peak_memory, tune_malloc
 from common.precision import has_fast_bf16, has_tf32, product_precision
 from scripts.parts.feeding import loops, write_data
-from scripts.parts.scaling import scaling_table
-from scripts.parts.tables import speed_rows, speed_tables
+from scripts.parts.scaling import scaling_rows
+from scripts.parts.tables import scaling_table, speed_rows, speed_tables
 from scripts.parts.workload import (
     FLOPS,
     SIZES,
@@ -85,8 +85,8 @@ class Options:
     def __post_init__(self) -> None:
         check_range(self, ("processes",), 0)
         if self.processes:
-            problem = f"--processes {self.processes}: cannot be given with --only or --json"
-            require(self.only is None and self.json is None, problem)
+            problem = f"--processes {self.processes}: cannot be given with --only"
+            require(self.only is None, problem)
             cpu = "expected --device cpu or auto; on GPUs, torchrun train.py logs pairs/s"
             require(self.device in ("auto", "cpu"), f"--device {self.device}: {cpu}")
 
@@ -239,13 +239,13 @@ class Rows:
 
 def main() -> None:
     options = parse(Options, None, __doc__)
-    if options.processes:
-        print_line(scaling_table(SIZES[options.sizes or "minilm"], options.processes))
-        return
-    device = pick_device(options.device, "tf32" if "tf32" in (options.only or ()) else None)
     path = Path(options.json) if options.json is not None else None
     if path is not None:
         check_writable(path)
+    if options.processes:
+        compare_processes(options, path)
+        return
+    device = pick_device(options.device, "tf32" if "tf32" in (options.only or ()) else None)
     default: Size = "minilm" if device.type == "cpu" else "bert_base"
     sizes, report = SIZES[options.sizes or default], new_report(device)
     with TemporaryDirectory() as folder:
@@ -254,6 +254,15 @@ def main() -> None:
         fill(report, rows, cases(options.only or ()), path)
         rows.close()
     print_line(speed_tables(report))
+
+
+def compare_processes(options: Options, path: Path | None) -> None:
+    """Measure training by processes and by threads of a CPU."""
+    report = new_report(pick_device("cpu"))
+    report["rows"] = scaling_rows(SIZES[options.sizes or "minilm"], options.processes)
+    if path is not None:
+        write_json(path, report)
+    print_line(scaling_table(report))
 
 
 def fill(report: dict[str, Any], rows: Rows, every_case: Iterable[Case], path: Path | None) -> None:

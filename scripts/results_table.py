@@ -26,6 +26,7 @@ from scripts.parts.tables import (
     demo_table,
     markdown,
     origin,
+    scaling_table,
     short_commit,
     speed_tables,
 )
@@ -121,7 +122,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "speed": lambda: speed_tables(report("speed")),
         "gpu": lambda: gpu_tables(gpu()),
     },
-    "docs/training.md": {"traffic": traffic_table},
+    "docs/training.md": {
+        "traffic": traffic_table,
+        "scaling": lambda: scaling_table(report("scaling")),
+    },
     "docs/reliability.md": {"chaos": chaos, "fuzz": fuzz},
 }
 

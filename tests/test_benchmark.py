@@ -18,7 +18,7 @@ from router import Modality
 from scripts import benchmark
 from scripts.benchmark import FLOPS, cases, measure, seconds_of
 from scripts.parts import feeding
-from scripts.parts.tables import speed_rows
+from scripts.parts.tables import scaling_table, speed_rows
 from scripts.parts.workload import SIZES, Case, new_train_step
 from training import device_features
 
@@ -221,16 +221,29 @@ def test_a_cuda_gpu_times_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-def test_processes_are_compared_with_threads(capsys, monkeypatch) -> None:
-    assert run_tiny(monkeypatch, "--processes", "2") == 0
-    lines = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[:3] for line in lines] == [
-        *(["i2t", "1", "2"], ["i2t", "2", "1"], ["t2i", "1", "2"], ["t2i", "2", "1"])
+def test_processes_are_compared_with_threads(capsys, monkeypatch, tmp_path: Path) -> None:
+    path = tmp_path / "scaling.json"
+    assert run_tiny(monkeypatch, "--processes", "2", "--json", path) == 0
+    report = json.loads(path.read_text())
+    shapes = [(r["direction"], r["processes"], r["threads"]) for r in report["rows"]]
+    assert shapes == [("i2t", 1, 2), ("i2t", 2, 1), ("t2i", 1, 2), ("t2i", 2, 1)]
+    assert all(row["pairs_per_s"] > 0 for row in report["rows"])
+    assert capsys.readouterr().out == scaling_table(report)
+
+
+def test_processes_are_compared_within_a_direction() -> None:
+    about = {"command": "c", "machine": "m", "torch": "t", "commit": "d"}
+    rates = {("i2t", 1): 100.0, ("i2t", 2): 150.0, ("t2i", 1): 200.0, ("t2i", 2): 100.0}
+    rows = [
+        {"direction": way, "processes": count, "threads": 2 // count, "pairs_per_s": rate}
+        for (way, count), rate in rates.items()
     ]
-    assert all(float(line[3]) > 0 for line in lines) and lines[0][4] == lines[2][4] == "1.00"
+    lines = scaling_table(about | {"rows": rows}).splitlines()[4:]
+    times = [re.split(r" *\| *", line)[5] for line in lines]
+    assert times == ["1.00", "1.50", "1.00", "0.50"]
 
 
-@pytest.mark.parametrize("more", [["--json", "x.json"], ["--device", "cuda"], ["--only", "i2t"]])
-def test_processes_are_of_a_cpu_and_write_no_rows(capsys, monkeypatch, more: list[str]) -> None:
+@pytest.mark.parametrize("more", [["--device", "cuda"], ["--only", "i2t"]])
+def test_processes_are_of_a_cpu_and_have_no_rows(capsys, monkeypatch, more: list[str]) -> None:
     assert run_tiny(monkeypatch, "--processes", "2", *more) == 2
     assert more[0] in capsys.readouterr().err

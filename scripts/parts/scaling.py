@@ -10,22 +10,21 @@ from typing import Any, get_args
 from common.config import Direction
 from common.memory import tune_malloc
 from common.world import World
-from scripts.parts.tables import markdown
 from scripts.parts.workload import Case, Sizes, new_train_step, training
 
 
-def scaling_table(sizes: Sizes, processes: int) -> str:
-    """Time both ways of using so many cores; returns a table of pairs a second."""
-    head = ["", "processes", "threads of each", "pairs/s", "times as fast"]
-    rows = []
-    for direction in get_args(Direction):
-        rates = [
-            pairs_per_second(direction, sizes, size, processes // size) for size in (1, processes)
-        ]
-        for size, rate in zip((1, processes), rates, strict=True):
-            shape = [direction, str(size), str(processes // size)]
-            rows.append([*shape, f"{rate:.0f}", f"{rate / rates[0]:.2f}"])
-    return markdown(head, rows)
+def scaling_rows(sizes: Sizes, processes: int) -> list[dict[str, Any]]:
+    """Time both ways of using so many cores, in both directions."""
+    return [
+        {
+            "direction": direction,
+            "processes": size,
+            "threads": processes // size,
+            "pairs_per_s": round(pairs_per_second(direction, sizes, size, processes // size), 1),
+        }
+        for direction in get_args(Direction)
+        for size in (1, processes)
+    ]
 
 
 def pairs_per_second(direction: Direction, sizes: Sizes, size: int, threads: int) -> float:

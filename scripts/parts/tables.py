@@ -84,3 +84,16 @@ def speed_rows(rows: list[dict[str, Any]]) -> str:
             [row["direction"], row["precision"], way, row["what"], *rates, *product, *copy, *loops]
         )
     return markdown(head, lines)
+
+
+def scaling_table(report: dict[str, Any]) -> str:
+    """Return the table of training by processes and by threads, and its origin."""
+    head = ["", "processes", "threads of each", "pairs/s", "times as fast as one process"]
+    rows: list[list[str]] = []
+    one: dict[str, float] = {}
+    for row in report["rows"]:
+        one.setdefault(row["direction"], row["pairs_per_s"])  # the first row of a direction
+        shape = [row["direction"], str(row["processes"]), str(row["threads"])]
+        rate = row["pairs_per_s"]
+        rows.append([*shape, f"{rate:.0f}", f"{rate / one[row['direction']]:.2f}"])
+    return f"{origin(report)}:\n\n{markdown(head, rows)}"
