@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from common import provenance
 from common.errors import InputError
@@ -71,7 +72,13 @@ def test_meter_names_bad_batches_and_leaves_them_out() -> None:
     assert meter.steps == 2 and meter.means()["Le"] == 2 and "finite" not in meter.means()
 
 
-def test_resumed_log_continues_behind_its_step_without_torn_lines(tmp_path: Path) -> None:
+def test_resumed_log_continues_behind_its_step_without_torn_lines(
+    tmp_path: Path, monkeypatch
+) -> None:
+    # Files of one second are read by their number as text, in which 10 comes before 9. Sessions of
+    # a run have a process each, so theirs is always 0.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(10))
+
     def write_log(start: int, losses: dict[int, float]) -> None:
         run_log = RunLog(tmp_path, {}, CPU)
         with run_log.open(start):
