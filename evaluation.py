@@ -5,7 +5,6 @@ It is given a model that encodes and scores, and knows nothing of checkpoints or
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
@@ -20,7 +19,6 @@ from common.compile import needs_fixed_shapes
 from common.distributed import agreed, gather_at_first
 from common.errors import require
 from common.memory import chunk_size, describe_oom, is_oom, storage_device
-from common.precision import product_precision
 from common.results import ProtocolResult, Ranks, Retrieval
 from common.score_files import NOT_FINITE, ROW_BLOCK
 from common.workers import load
@@ -61,18 +59,6 @@ class Encoded:
         return self.expand((self.images.pooled.cpu() @ self.captions.pooled.cpu().T).numpy())
 
 
-@contextmanager
-def evaluation_mode(model: DIME) -> Iterator[None]:
-    """Evaluate within: no dropout, no gradients, the model's precision. Afterwards restore all."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), product_precision(model.precision):
-            yield
-    finally:
-        model.train(training)
-
-
 def encode_split(
     model: DIME,
     split: Split,
@@ -92,16 +78,30 @@ def encode_split(
     indices: dict[str, int] = {}
     captions = split.captions[: split.groups.counts[:images].sum()]
     text = np.array([indices.setdefault(caption, len(indices)) for caption in captions])
-    blocks = [(i, min(i + IMAGE_BLOCK, rows.stop)) for i in rows[::IMAGE_BLOCK]]
-    ids, mask = vocabulary.encode(list(indices), model.config.max_words)
-    texts = zip(ids.split(CAPTION_BLOCK), mask.split(CAPTION_BLOCK), strict=True)
-    with evaluation_mode(model):
-        regions = load(ImageBlocks(split), blocks, workers, pin=device.type == "cuda")
-        sent = (to_device(block, device).float() for block in regions)
-        encoded_images = _gather(map(model.encode_images, sent), "images", len(rows))
-        pairs = ((to_device(i, device), to_device(m, device)) for i, m in texts)
-        encoded_captions = _gather(starmap(model.encode_captions, pairs), "captions", len(indices))
-    return Encoded(encoded_images, encoded_captions, text)
+    keys = [(i, min(i + IMAGE_BLOCK, rows.stop)) for i in rows[::IMAGE_BLOCK]]
+    blocks = load(ImageBlocks(split), keys, workers, pin=device.type == "cuda")
+    encoded_images = encode_images(model, blocks, len(rows), device)
+    return Encoded(encoded_images, encode_captions(model, list(indices), vocabulary, device), text)
+
+
+def encode_images(
+    model: DIME, blocks: Iterable[Tensor], total: int, device: torch.device
+) -> Modality:
+    """Encode blocks of region features `[images, L, img_dim]`, `total` images together."""
+    with model.evaluating():
+        sent = (to_device(block, device).float() for block in blocks)
+        return _gather(map(model.encode_images, sent), "images", total)
+
+
+def encode_captions(
+    model: DIME, captions: Sequence[str], vocabulary: Vocabulary, device: torch.device
+) -> Modality:
+    """Encode captions, each as many words of it as the model reads."""
+    ids, mask = vocabulary.encode(captions, model.config.max_words)
+    blocks = zip(ids.split(CAPTION_BLOCK), mask.split(CAPTION_BLOCK), strict=True)
+    with model.evaluating():
+        sent = ((to_device(i, device), to_device(m, device)) for i, m in blocks)
+        return _gather(starmap(model.encode_captions, sent), "captions", len(captions))
 
 
 def rows_of_part(images: int, part: World) -> range:
@@ -211,7 +211,7 @@ def _score_tiles(
     scores = np.zeros((rows, len(encoded.captions)), dtype=np.float32)
     pairs = chunk_size(device.type, encoded.images.tokens.shape[-1])
     total = sum(map(_size, tiles))
-    with evaluation_mode(model), progress("scoring", total, "pairs") as bar:
+    with model.evaluating(), progress("scoring", total, "pairs") as bar:
         for band in _bands(tiles, BAND * world.size):
             scored = []
             for first in range(0, len(band), world.size):

@@ -7,6 +7,8 @@ axes are those of `router.py`.
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +20,7 @@ from cells import CellSizes
 from common.compile import compiling_pays, needs_fixed_shapes
 from common.config import Direction, ModelConfig, Precision
 from common.distributed import Rows, SharedBatch
+from common.precision import product_precision
 from router import PATH_SIZE, Modality, RoutingSpace
 
 log = logging.getLogger(__name__)
@@ -161,6 +164,17 @@ class DIME(nn.Module):
         """Whether the routing is compiled (or will be at its first use)."""
         return self.space is not None and self.space.is_compiled
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluate within: no dropout, no gradients, the precision. Afterwards restore all."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), product_precision(self.precision):
+                yield
+        finally:
+            self.train(training)
+
     def encode_images(self, regions: Tensor) -> Modality:
         """Encode region features `[I, L, img_dim]`."""
         with self.autocast(regions):
@@ -188,6 +202,17 @@ class DIME(nn.Module):
         # REFERENCE: in t2i every word position counts, padding too, so nothing is trimmed.
         scores, paths = self._pair(captions, images, pairs, rows)
         return scores.T, paths
+
+    def gates(self, images: Modality, captions: Modality, pairs: int | None = None) -> Tensor:
+        """Return the gates `[I, T, P, N]` of all pairs; `pairs` is that of `score`.
+
+        Layer by layer there are P paths, one to each cell of the next layer or, at last, to the
+        score; each comes from the N cells of its layer.
+        """
+        assert self.space is not None
+        _, paths = self.score(images, captions, pairs)  # [Q, C, K]
+        paths = paths if self.direction == "i2t" else paths.transpose(0, 1)  # [I, T, K]
+        return paths.unflatten(-1, (-1, len(self.config.cell_names)))
 
     def forward(
         self,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+    from data import Split
     from scripts.parts.routes import Pairs
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,11 @@ class Options:
         require(self.pair is None or len(self.pair) == 2, "--pair: expected an image and a caption")
 
 
-def open_pairs(options: Options) -> Pairs:
-    """Return the model with the encoded images and captions. Raises InputError."""
+def open_pairs(options: Options) -> tuple[Pairs, Split]:
+    """Return the model with the encoded images and captions, and their split.
+
+    Raises InputError.
+    """
     from checkpoint.checkpoint import bert_of, build_model, common_option, read_checkpoint
     from data import Split
     from evaluation import encode_split
@@ -87,25 +91,40 @@ def open_pairs(options: Options) -> Pairs:
         count = max(count, image + 1, int(split.groups.image_of_caption[caption]) + 1)
     model = build_model(checkpoint, bert, device)
     encoded = encode_split(model, split, bert.vocabulary, device=device, images=count)
-    return Pairs(model, split, bert.vocabulary, encoded)
+    owner = split.groups.image_of_caption
+    return Pairs(model, split.captions, owner, bert.vocabulary, encoded), split
+
+
+def map_boxes(split: Split, name: SplitName) -> np.ndarray | None:
+    """Return the boxes `[I, regions, 4]` of a split's regions, or None if there are none.
+
+    Raises InputError if they do not fit the split.
+    """
+    path = boxes_file(split.path.parent, name)
+    if not path.exists():
+        return None
+    boxes = map_array(path, "boxes of the regions, a .npy file")
+    wanted = (split.images, split.regions_per_image, 4)
+    require(boxes.shape == wanted, f"{path}: shape {boxes.shape}; expected {wanted}")
+    return boxes
 
 
 def draw_pair(
-    pairs: Pairs, gates: np.ndarray, pair: Sequence[int], file: Path | None, split: SplitName
+    pairs: Pairs,
+    gates: np.ndarray,
+    pair: Sequence[int],
+    file: Path | None,
+    boxes: np.ndarray | None,
 ) -> dict[str, Figure]:
     """Return the figures of a pair by name: its route, and its words if there are boxes.
 
-    Raises InputError if the boxes do not fit the split.
+    `boxes` are those of all images, `[I, regions, 4]`.
     """
     from scripts.parts.route_figures import draw_route, draw_words
 
     image, caption = pair
     figures = {f"pair_{image}_{caption}": draw_route(pairs, gates, pair, file)}
-    path = boxes_file(pairs.split.path.parent, split)
-    if file and path.exists() and "CMRC" in pairs.cells and pairs.words(caption):
-        boxes = map_array(path, "boxes of the regions, a .npy file")
-        wanted = (pairs.split.images, pairs.split.regions_per_image, 4)
-        require(boxes.shape == wanted, f"{path}: shape {boxes.shape}; expected {wanted}")
+    if file and boxes is not None and "CMRC" in pairs.cells and pairs.words(caption):
         figures[f"words_{image}_{caption}"] = draw_words(pairs, pair, file, boxes[image])
     else:
         log.info("no drawing of words, which needs --images, boxes, CMRC and a caption")
@@ -119,12 +138,12 @@ def main() -> None:
     from scripts.parts.route_figures import draw_clusters, draw_space
     from scripts.parts.routes import cluster, write_tables
 
-    pairs = open_pairs(options)
-    split = pairs.split
-    file = None
+    pairs, split = open_pairs(options)
+    file, boxes = None, None
     if options.images and options.pair:
         folder, data = Path(options.images), split.path.parent
         file = image_files(data, options.split, split.images, folder)[options.pair[0]]
+        boxes = map_boxes(split, options.split)
     gates = pairs.routes(min(options.count, split.images))
     clusters = cluster(gates, options.clusters)
     which = f"{len(gates)} pairs of {options.split}"
@@ -133,7 +152,7 @@ def main() -> None:
     if clusters:
         figures["clusters"] = draw_clusters(pairs, gates, *clusters, title)
     if options.pair:
-        figures |= draw_pair(pairs, gates, options.pair, file, options.split)
+        figures |= draw_pair(pairs, gates, options.pair, file, boxes)
     with explain_os_errors(out, "a folder to write to"):
         out.mkdir(parents=True, exist_ok=True)
     write_tables(pairs, gates, clusters, out)

@@ -42,7 +42,6 @@ from common.compile import needs_fixed_shapes
 from common.config import Direction
 from common.files import write_json
 from data import Batch
-from evaluation import evaluation_mode
 from model import DIME
 from scripts.parts.tables import counts_table, markdown
 from training.config import TrainConfig
@@ -300,7 +299,7 @@ def count(case: Case) -> Count:
             batch = Batch(regions, ids, mask, torch.arange(len(ids)), PAIRS)
             return _count_step(train_step, batch)
         model = train_step.model
-        with evaluation_mode(model):
+        with model.evaluating():
             sides = model.encode_images(regions), model.encode_captions(ids, mask)
             with Count() as counter:
                 model.score(*sides)

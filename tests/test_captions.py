@@ -375,7 +375,7 @@ def test_check_data_and_inspect_routes_follow(trained: Path, tmp_path: Path) -> 
     model = str(trained / "runs/i2t/checkpoint.pth.tar")
     data = {"data_path": str(trained / "data"), "bert_path": str(trained / "bert")}
     options = inspect_routes.Options(model, "out", **data, device="cpu", count=2, pair=[0, 5])
-    pairs = inspect_routes.open_pairs(options)
+    pairs, _ = inspect_routes.open_pairs(options)
     assert len(pairs.encoded.images) == 3  # caption 5 is image 2's
     assert len(pairs.encoded.text) == 11
     gates = pairs.routes(2)

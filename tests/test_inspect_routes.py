@@ -18,12 +18,14 @@ from torch import Tensor
 
 from cells import CrossModalRefinement
 from data import Split
-from evaluation import encode_split
+from evaluation import Encoded, encode_split
+from model import DIME
 from scripts import inspect_routes
 from scripts.parts import route_figures
 from scripts.parts.regions import grid_boxes
 from scripts.parts.route_figures import heat_map
 from scripts.parts.routes import Pairs, cluster, write_tables
+from vocab import Vocabulary
 
 CELLS = ["RIC", "GLGC", "IMRC", "CMRC"]
 IMAGES = 12  # of the golden test splits
@@ -41,7 +43,12 @@ def golden(name: str) -> Pairs:
     case = Case(GOLDEN / name)
     model, bert, _ = case.load()
     encoded = encode_split(model, case.split(), bert.vocabulary, device=CPU)
-    return Pairs(model, case.split(), bert.vocabulary, encoded)
+    return pairs_of(model, case.split(), bert.vocabulary, encoded)
+
+
+def pairs_of(model: DIME, split: Split, vocabulary: Vocabulary, encoded: Encoded) -> Pairs:
+    """All pairs of a split."""
+    return Pairs(model, split.captions, split.groups.image_of_caption, vocabulary, encoded)
 
 
 def command(direction: str, out: Path, *more: object, data: Path | None = None) -> list[object]:
@@ -131,7 +138,7 @@ def test_tables_equal_plain_loops(pairs: Pairs, tmp_path: Path) -> None:
     head, *rows = table(tmp_path / "routes.csv")
     assert head[3:7] == ["1 RIC>RIC", "1 GLGC>RIC", "1 IMRC>RIC", "1 CMRC>RIC"]
     assert head[-4:] == ["3 CMRC>score", "cluster", "x", "y"]
-    assert rows[5][:3] == ["1", "5", pairs.split.captions[5]]
+    assert rows[5][:3] == ["1", "5", pairs.captions[5]]
     numbers = np.array([row[3:] for row in rows], dtype=float)
     expected = np.hstack([gates.reshape(len(gates), -1), labels[:, None], points])
     np.testing.assert_allclose(numbers, expected, atol=1e-6)
@@ -153,7 +160,7 @@ def test_attention_is_that_of_the_first_layer(
     weights, i2t = kept[0][0, 0], pairs.model.direction == "i2t"
     torch.testing.assert_close(weights.sum(-1), torch.ones(len(weights)))
     words = pairs.words(11)
-    assert "".join(words).replace("##", "") == pairs.split.captions[11].lower().replace(" ", "")
+    assert "".join(words).replace("##", "") == pairs.captions[11].lower().replace(" ", "")
     shown = pairs.attention(2, 11)
     assert shown.shape == (len(words), 36) and len(kept) == 4  # one a layer, and this one
     expected = (weights.T if i2t else weights)[1 : len(words) + 1]
@@ -165,7 +172,7 @@ def test_bypasses_of_closed_gates() -> None:
     first = [[[0.5, 0.5], [0, 0]], [[1, 0], [0.2, 0.8]], [[0, 0], [0, 0]]]
     last = [[0.3, 0], [0, 0], [0.00004, 0.6]]
     gates = np.concatenate([first, np.array(last)[:, None]], 1)
-    soft, hard = (Pairs(small_model("i2t", routing=way), *[None] * 3) for way in ("soft", "hard"))
+    soft, hard = (Pairs(small_model("i2t", routing=way), *[None] * 4) for way in ("soft", "hard"))
     weights = soft.bypasses(gates)
     assert weights[:, :2].tolist() == [[[0, 0], [1, 0]], [[0, 0], [0, 0]], [[1, 0], [1, 0]]]
     assert weights[:, 2].tolist() == [[0, 1], [1, 1], [1, 0]]
@@ -235,7 +242,7 @@ def test_clusters_show_their_points_and_the_pair_in_their_middle() -> None:
     for label, (count, middle) in enumerate([(5, 1), (4, 6)]):
         shown = axes.collections[label]
         np.testing.assert_allclose(shown.get_offsets(), points[labels == label])
-        assert shown.get_label() == f"{count} pairs: {pairs.split.captions[middle]}"
+        assert shown.get_label() == f"{count} pairs: {pairs.captions[middle]}"
 
 
 def test_clusters_are_groups_of_routes(caplog: pytest.LogCaptureFixture) -> None:
@@ -265,14 +272,14 @@ def test_heat_is_the_largest_weight_of_the_boxes_over_a_pixel() -> None:
 )
 def test_ablated_models_are_drawn(ablation: dict[str, object], tmp_path: Path, data: Path) -> None:
     case = golden("t2i")
-    model = small_model("i2t", img_dim=case.split.img_dim, max_words=10, **ablation)
-    model.text.bert.resize_token_embeddings(len(case.vocabulary.entries), mean_resizing=False)
     split = Split.open(data, "test", None)
+    model = small_model("i2t", img_dim=split.img_dim, max_words=10, **ablation)
+    model.text.bert.resize_token_embeddings(len(case.vocabulary.entries), mean_resizing=False)
     encoded = encode_split(model, split, case.vocabulary, device=CPU)
-    pairs = Pairs(model, split, case.vocabulary, encoded)
+    pairs = pairs_of(model, split, case.vocabulary, encoded)
     gates = pairs.routes(2)
-    file = tmp_path / "images/0.png"
-    figures = inspect_routes.draw_pair(pairs, gates, (0, 3), file, "test")
+    file, boxes = tmp_path / "images/0.png", inspect_routes.map_boxes(split, "test")
+    figures = inspect_routes.draw_pair(pairs, gates, (0, 3), file, boxes)
     assert ("words_0_3" in figures) == ("CMRC" in pairs.cells)
     layers, cells = model.config.num_layer_routing, len(model.config.cell_names)
     space = route_figures.draw_space(pairs, gates, "title")

@@ -22,7 +22,6 @@ from common.precision import (
 from common.torch_files import read_torch, write_torch
 from data import Batch
 from evaluate_models import evaluate
-from evaluation import evaluation_mode
 from training.config import TrainConfig
 from training.step import TrainStep
 
@@ -66,7 +65,7 @@ def test_forward_and_backward_passes_are_in_the_models_precision(
     model.image.fc.weight.register_hook(lambda _: seen.append(allowed()))
     regions, ids, mask = small_batch(captions=3)
     train_step.step(Batch(regions, ids, mask, torch.arange(3), 3))
-    with evaluation_mode(model):
+    with model.evaluating():
         seen.append(allowed())
     assert seen == [[expected] * 2] * 3
 

@@ -140,7 +140,7 @@ def draw_clusters(
         members = np.flatnonzero(labels == number)
         vectors = gates[members].reshape(len(members), -1)
         central = members[np.linalg.norm(vectors - vectors.mean(0), axis=1).argmin()]
-        example = textwrap.shorten(pairs.split.captions[central], 85)
+        example = textwrap.shorten(pairs.captions[central], 85)
         label = f"{len(members)} pairs: {example}"
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number]
         style: dict[str, Any] = {"s": 22, "alpha": 0.8, "linewidths": 0}
@@ -184,7 +184,7 @@ def heat_map(weights: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]) -> 
 
 
 def _name(pairs: Pairs, pair: Sequence[int]) -> str:
-    return f"image {pair[0]}, caption {pair[1]}: {pairs.split.captions[pair[1]]}"
+    return f"image {pair[0]}, caption {pair[1]}: {pairs.captions[pair[1]]}"
 
 
 def _line(gate: float, colour: str, dashes: Sequence[int] = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""routes.py — the routes of matching pairs: gates, attention, clusters, tables.
+"""routes.py — the routes of pairs: gates, attention, clusters, tables.
 
 A layer has N cells, and a path leads to each cell of the next layer; one leads from the last layer
 to the score. A path vector is the gates `[P, N]` of all P paths, layer by layer: those of the cells
@@ -19,8 +19,7 @@ import torch
 from cells import CrossModalRefinement
 from common.cli import progress
 from common.files import write_text
-from data import Split
-from evaluation import Encoded, evaluation_mode
+from evaluation import Encoded
 from model import DIME
 from router import EPSILON, INACTIVE, Modality
 from vocab import Vocabulary
@@ -33,10 +32,11 @@ DIGITS = 6  # of a gate: smaller differences are rounding
 
 @dataclass(frozen=True)
 class Pairs:
-    """The encoded images and captions of a split, and the model that routes them."""
+    """Encoded images and captions, of a split or of one's own, and the model that routes them."""
 
     model: DIME
-    split: Split
+    captions: Sequence[str]  # [T]
+    image_of_caption: np.ndarray  # [T] ascending: the image that each caption describes
     vocabulary: Vocabulary
     encoded: Encoded
 
@@ -54,16 +54,16 @@ class Pairs:
 
     def route(self, image: int, captions: Sequence[int]) -> np.ndarray:
         """Return gates `[captions, P, N]` of an image with some captions."""
-        with evaluation_mode(self.model):
-            _, paths = self.model.score(*self._modalities(image, captions), len(captions))
-        return paths.reshape(len(captions), -1, len(self.cells)).cpu().numpy()
+        with self.model.evaluating():
+            gates = self.model.gates(*self._modalities(image, captions), len(captions))
+        return gates[0].cpu().numpy()
 
     def routes(self, images: int) -> np.ndarray:
         """Return gates `[pairs, P, N]` of the first images, each with all its captions."""
         gates = []
         with progress("routing", images, "images") as bar:
             for image in range(images):
-                captions = self.split.groups.captions_of(np.array([image]))
+                captions = np.flatnonzero(self.image_of_caption == image)
                 gates.append(self.route(image, captions.tolist()))
                 bar.update()
         return np.concatenate(gates)
@@ -95,7 +95,7 @@ class Pairs:
         assert self.model.space is not None
         cell = self.model.space.all_layers[0].cells["cmrc"]
         assert isinstance(cell, CrossModalRefinement)
-        with evaluation_mode(self.model):
+        with self.model.evaluating():
             tokens, mask, _ = cell.project_context(context)
             weights = cell.attention(query.tokens[:, None], tokens, mask)[0, 0]
         words = int(captions.mask.sum())
@@ -103,8 +103,8 @@ class Pairs:
 
     def words(self, caption: int) -> list[str]:
         """Return the WordPieces of a caption that the model reads, without `[CLS]` and `[SEP]`."""
-        text = self.split.captions[caption]
-        ids, mask = self.vocabulary.encode([text], self.model.config.max_words)
+        texts = [self.captions[caption]]
+        ids, mask = self.vocabulary.encode(texts, self.model.config.max_words)
         return [self.vocabulary.entries[i] for i in ids[mask].tolist()][1:-1]
 
     def _modalities(self, image: int, captions: Sequence[int]) -> tuple[Modality, Modality]:
@@ -155,9 +155,9 @@ def write_tables(
     rows = zip(paths, _rounded(np.stack(shares, 1)), strict=True)
     _write_csv(out / "gates.csv", head, ([*path, *row] for path, row in rows))
     head = ["image", "caption", "text", *(f"{layer} {cell}>{end}" for layer, end, cell in paths)]
-    captions, owner = pairs.split.captions, pairs.split.groups.image_of_caption.tolist()
     numbers = _rounded(gates.reshape(len(gates), -1))
-    routes = [[owner[k], k, captions[k], *row] for k, row in enumerate(numbers)]
+    captions = zip(pairs.image_of_caption.tolist(), pairs.captions, numbers, strict=False)
+    routes = [[image, k, text, *row] for k, (image, text, row) in enumerate(captions)]
     if clusters:
         head += ["cluster", "x", "y"]
         points, labels = clusters
