@@ -16,7 +16,7 @@ from common.cli import LARGEST_FLOAT
 from common.config import ModelConfig, Precision
 from common.errors import PLAIN, InputError, brief_repr, require
 from common.files import read_json, sha256_of
-from common.layout import SplitName
+from common.layout import SplitName, check_backbone
 from common.precision import has_tf32, keep_float32
 from common.torch_files import read_safetensors, read_torch, write_torch
 from model import DIME
@@ -83,6 +83,12 @@ class Checkpoint:
         """The metrics of exactly these weights on dev, if the file has them."""
         metrics = self.state.get("metrics")
         return metrics if isinstance(metrics, dict) else None
+
+    @property
+    def backbone(self) -> dict[str, Any] | None:
+        """What made the features of the training data, if that is known. Raises InputError."""
+        about = self.state.get("backbone")
+        return None if about is None else check_backbone(about, self.path)
 
 
 def load_model(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.errors import InputError, brief_repr, require, summarise
+from common.errors import PLAIN, InputError, brief_repr, require, summarise
 from common.files import map_array, read_json, read_text
 
 SplitName = Literal["train", "dev", "test", "testall"]
@@ -248,6 +248,33 @@ def is_one_line(text: str) -> bool:
 
 
 # Features
+
+
+def read_backbone(folder: Path, name: SplitName) -> dict[str, Any] | None:
+    """Return what extract_regions.py made a split's features with, if its record says so.
+
+    A record that is not complete is not of the features that are there. Raises InputError if it is
+    damaged.
+    """
+    path = extraction_file(folder, name)
+    if not path.exists():
+        return None
+    record = read_json(path, "a record of extract_regions.py")
+    return check_backbone(record.get("about"), path) if record.get("complete") else None
+
+
+def check_backbone(about: Any, source: Path) -> dict[str, Any]:
+    """Return what made features, from a file. Raises InputError unless it is JSON with a model."""
+    is_named = isinstance(about, dict) and isinstance(about.get("model"), str)
+    problem = f"{source}: the backbone of the features is {brief_repr(about)}"
+    require(is_named and _is_json(about), f"{problem}; expected its model and its weights")
+    return about
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(value[key]) for key in value)
+    return all(map(_is_json, value)) if isinstance(value, list) else isinstance(value, PLAIN)
 
 
 def map_features(path: Path) -> np.memmap:

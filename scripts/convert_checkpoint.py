@@ -85,8 +85,9 @@ def write_arrays(out: Path, checkpoint: "Checkpoint", bert: "Bert") -> None:
 
     # The JSON holds the SHA-256 of the weights: the two cannot be mixed up.
     about = {"format": FORMAT, "options": checkpoint.options} | describe_text(bert)
+    about |= _run_of(checkpoint)
     digest = write_safetensors(out, checkpoint.weights)
-    write_json(json_beside(out), about | _run_of(checkpoint) | {"sha256": digest})
+    write_json(json_beside(out), about | {"sha256": digest})
 
 
 def halve(checkpoint: "Checkpoint") -> "Checkpoint":
@@ -99,12 +100,13 @@ def halve(checkpoint: "Checkpoint") -> "Checkpoint":
 
 
 def _run_of(checkpoint: "Checkpoint") -> dict[str, Any]:
-    """Return ORIGIN and the metrics, as far as the checkpoint has them."""
+    """Return ORIGIN, the metrics and the backbone, as far as the checkpoint has them."""
     state = checkpoint.state
     run = {name: state[name] for name in ORIGIN if type(state.get(name)) in (int, float, str)}
     if state.get("position") == 0 and type(run.get("epoch")) is int:
         run["epoch"] = max(0, run["epoch"] - 1)  # a training names the epoch of the next batch
-    return run | ({"metrics": checkpoint.metrics} if checkpoint.metrics else {})
+    more = {"metrics": checkpoint.metrics, "backbone": checkpoint.backbone}
+    return run | {name: value for name, value in more.items() if value}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from checkpoint.bert import Bert
 from checkpoint.checkpoint import Checkpoint
 from common.distributed import ProcessLost, gather_objects, largest
 from common.errors import InputError, require
+from common.layout import read_backbone
 from common.memory import describe_oom, is_oom
 from common.results import Retrieval
 from common.signals import Signals, Stopped
@@ -54,7 +55,8 @@ class Trainer:
         problem = f"--val_captions {config.val_captions}: expected at least {dev.groups.counts[0]}"
         require(self.val_images > 0, f"{problem}, those of the first image of {dev.path}")
         self.train_step = TrainStep(config, model, device, world)
-        self.checkpoints = CheckpointManager(config, self.train_step, bert, batches, dev)
+        backbone = read_backbone(batches.split.path.parent, "train")
+        self.checkpoints = CheckpointManager(config, self.train_step, bert, batches, dev, backbone)
         new_log = NoLog if world.rank else RunLog
         self.log = new_log(config.folder, asdict(config), device)
         self.log.run["processes"] = world.size

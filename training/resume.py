@@ -126,6 +126,7 @@ class CheckpointManager:
     batches: TrainingBatches
     dev: Split
     # Read at the start, since the files may change while the run lasts.
+    backbone: dict[str, Any] | None  # of the training data, if extract_regions made it
     commit: str | None = field(default_factory=lambda: provenance.commit())
 
     def write(self, name: str, state: TrainState, metrics: dict[str, float] | None) -> None:
@@ -146,6 +147,7 @@ class CheckpointManager:
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "train_data": self.batches.split.fingerprint,
             "dev_data": self.dev.fingerprint,
+            "backbone": self.backbone,
             "commit": self.commit,
             "metrics": metrics,
         }
