@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
 # Options that a resumed training may change, and that change its result.
-DECISIVE = {"num_epochs", "max_steps", "val_step", "skip_bad_batches", "init"}
+DECISIVE = {"num_epochs", "max_steps", "patience", "val_step", "skip_bad_batches", "init"}
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,27 @@ def test_best_model_has_the_largest_sum_of_four_recalls(
         assert content["metrics"].items() <= logged.items()
 
 
+def test_patience_ends_a_run_whose_dev_results_stay_behind(
+    tiny: Path, run_train: Run, monkeypatch
+) -> None:
+    """Epochs have 10 steps; the second is the best, the fourth is the second without a gain."""
+    figures = [Recall(r1, 50.0, 60.0, 1.0, 1.0) for r1 in (10.0, 20.0, 19.0, 20.0, 15.0)]
+    left = iter([Retrieval(recall, recall) for recall in figures])
+    monkeypatch.setattr(loop, "retrieval", lambda *_: next(left))
+    argv, folder = tiny_train(tiny, "--num_epochs", "9", "--patience", "2"), tiny / "runs/i2t"
+    assert run_train(*argv) == 0
+    assert [e["step"] for e in events(folder) if "rsum" in e] == [10, 20, 30, 40]
+    assert (
+        state(folder / BEST)["step"] == 20
+        and json.loads((folder / "run.json").read_text())["complete"]
+    )
+    assert run_train(*argv, "--resume", "auto") == 0  # is complete: nothing is trained
+    assert state(folder / NEWEST)["step"] == 40
+    argv[argv.index("--patience") + 1] = "3"
+    assert run_train(*argv, "--resume", "auto") == 0
+    assert state(folder / NEWEST)["step"] == 50  # one more, without a gain either
+
+
 @pytest.mark.parametrize(
     ("direction", "extra", "regions", "steps"),
     [("t2i", 0, 7, 9), ("t2i", 1, 7, 10), ("i2t", 0, 7, 10), ("i2t", 0, 1, 9), ("i2t", 1, 1, 10)],

@@ -16,8 +16,8 @@ GROUPS = {
     ),
     "data": ("data_path", "data_name", "bert_path", "extra_stc", "extra_img", "seed"),
     "optimisation": (
-        *("num_epochs", "max_steps", "batch_size", "learning_rate", "lr_update", "grad_clip"),
-        *("margin", "max_violation", "trade_off", "skip_bad_batches"),
+        *("num_epochs", "max_steps", "patience", "batch_size", "learning_rate", "lr_update"),
+        *("grad_clip", "margin", "max_violation", "trade_off", "skip_bad_batches"),
     ),
     "validation and checkpoints": (
         *("logger_name", "log_step", "val_step", "val_captions", "save_step"),
@@ -33,8 +33,8 @@ GROUPS = {
 
 # What a resumed run may change: its length, its paths, its hardware, how often it logs and saves.
 FREE = {
-    *("num_epochs", "max_steps", "logger_name", "data_path", "bert_path", "workers", "device"),
-    *("log_step", "val_step", "save_step", "skip_bad_batches", "compile"),
+    *("num_epochs", "max_steps", "patience", "logger_name", "data_path", "bert_path", "workers"),
+    *("device", "log_step", "val_step", "save_step", "skip_bad_batches", "compile"),
     *("init", "resume", "overwrite", "activation_checkpointing", "features_on_device"),
     *GROUPS["accepted and ignored"],
 }
@@ -52,6 +52,9 @@ class TrainConfig(DataConfig, ModelConfig):
     logger_name: Annotated[str, "checkpoints and logs go to its subfolder i2t or t2i"] = "runs/runX"
     num_epochs: Annotated[int, "passes over the training captions"] = 30
     max_steps: Annotated[int, "end at this step, counted over resumes; 0: after num_epochs"] = 0
+    patience: Annotated[
+        int, "end after so many epochs without a better result on dev; 0: do not"
+    ] = 0
     learning_rate: Annotated[float, "Adam's learning rate"] = 0.0002
     lr_update: Annotated[int, "epochs until the learning rate falls to a tenth"] = 15
     grad_clip: Annotated[float, "maximum gradient norm; 0: no clipping"] = 2.0
@@ -102,7 +105,9 @@ class TrainConfig(DataConfig, ModelConfig):
         DataConfig.__post_init__(self)
         require(bool(self.logger_name), "--logger_name is empty; expected a folder")
         check_range(self, ("num_epochs", "lr_update", "log_step", "val_step", "save_step"), 1)
-        check_range(self, ("max_steps", "skip_bad_batches", "grad_clip", "learning_rate"), 0)
+        check_range(
+            self, ("max_steps", "patience", "skip_bad_batches", "grad_clip", "learning_rate"), 0
+        )
         check_range(self, ("margin", "trade_off"), 0)
         check_range(self, ("val_captions",), 1)
         if self.extra_img and self.direction == "i2t":

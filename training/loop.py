@@ -89,8 +89,9 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.state.step >= self.last_step
+        """Whether all steps are done, or dev has not improved for --patience epochs."""
+        epochs = (self.state.step - self.state.best_step) // len(self.batches)
+        return self.state.step >= self.last_step or 0 < self.config.patience <= epochs
 
     @property
     def validation_due(self) -> bool:
@@ -139,7 +140,7 @@ class Trainer:
         """Log that the run is complete. Raises InputError if `resumed` is an older checkpoint."""
         complete = f"{resumed}: its run is complete at step {self.state.step}"
         is_newest = self.checkpoints.is_newest(resumed)
-        require(is_newest, f"{complete}; expected a larger --max_steps or --num_epochs")
+        require(is_newest, f"{complete}; expected a larger --max_steps, --num_epochs or --patience")
         log.info(complete)
         if self.world.rank == 0:
             mark_complete(self.config.folder, self.state.step)
@@ -254,6 +255,7 @@ class Trainer:
             validated=state.step,
             best_rsum=max(state.best_rsum, result.selection),
             best_r1=max(state.best_r1, result.i2t.r1),
+            best_step=state.step if result.selection > state.best_rsum else state.best_step,
         )
         self.metrics = tags(result)
         self.log.record(epoch=(state.step - 1) // len(self.batches), **self.metrics)

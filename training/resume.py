@@ -49,10 +49,13 @@ class TrainState:
     skipped: int = 0  # batches whose loss or gradient was not finite
     best_rsum: float = -1.0  # REFERENCE: R@1 + R@5 of both directions, under its published name
     best_r1: float = -1.0  # image-to-text
+    best_step: int = 0  # of the validation with the largest best_rsum
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "TrainState":
         """Return the state in a checkpoint. Raises ValueError."""
+        # Older checkpoints lack the step of the best validation: --patience counts from now on.
+        content = {"best_step": content.get("step"), **content}
         values: dict[str, Any] = {each.name: content.get(each.name) for each in fields(cls)}
         for each in fields(cls):
             value = values[each.name]
@@ -226,7 +229,9 @@ class CheckpointManager:
         except Damaged as error:
             reason = str(error)
         log.warning("%s; the next validation writes a new best model", reason)
-        return replace(state, best_rsum=-1.0, best_r1=-1.0, validated=validated)
+        return replace(
+            state, best_rsum=-1.0, best_r1=-1.0, best_step=state.step, validated=validated
+        )
 
     def is_newest(self, path: Path) -> bool:
         """Return whether `path` is the newest checkpoint of the run's folder."""
