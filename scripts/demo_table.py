@@ -2,11 +2,10 @@
 
     python -m scripts.demo_table runs/demo --least 320
 
-Reads the files of `bash scripts/demo.sh` and writes demo.json beside them; results/demo.json is a
-copy. Exits with 2 if the ensemble's rsum is below --least.
+Reads the files of `bash scripts/demo.sh` and writes demo.json beside them. Exits with 2 if the
+ensemble's rsum is below --least.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ from common import provenance
 from common.cli import parse, print_line, run
 from common.errors import require
 from common.files import read_json, read_text, write_json
-from common.layout import CAPTIONS_PER_IMAGE
 from common.results import EvaluationResult
-from scripts.parts.tables import demo_table, recalls_and_rsum
+from scripts.parts.tables import chance, demo_table, recalls_and_rsum
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,6 @@ def read_report(folder: Path) -> dict[str, Any]:
         "seconds": {"i2t": i2t["seconds"], "t2i": t2i["seconds"]},
         "rows": {"chance": chance(result.images)} | recalls,
     }
-
-
-def chance(images: int) -> list[float]:
-    """Return R@1 R@5 R@10 of both directions of a random order, in percent."""
-    captions, others = images * CAPTIONS_PER_IMAGE, (images - 1) * CAPTIONS_PER_IMAGE
-    # An image misses if all of its first k captions are others': one minus that share.
-    i2t = [100 * (1 - math.comb(others, k) / math.comb(captions, k)) for k in (1, 5, 10)]
-    return i2t + [100 * min(1, k / images) for k in (1, 5, 10)]
 
 
 if __name__ == "__main__":

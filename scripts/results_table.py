@@ -20,15 +20,17 @@ from common.errors import require
 from common.files import read_json, read_text, write_text
 from scripts.parts.experiments import REGISTRY, RESULTS, read_registry, require_project_folder
 from scripts.parts.gpu_tables import gpu_status, gpu_tables
-from scripts.parts.run_results import legend, recall_table, table_rows
+from scripts.parts.run_results import legend, read_result, recall_table, table_rows
 from scripts.parts.tables import (
+    COLUMNS,
+    chance,
     counts_table,
-    demo_table,
     markdown,
     origin,
     scaling_table,
     short_commit,
     speed_tables,
+    surroundings,
 )
 from scripts.parts.traffic import traffic_table
 
@@ -63,6 +65,20 @@ def paper() -> str:
             lines.append([name, row.run.title, *theirs, *map(row.ours, SHORT)])
     columns = [f"{whose} {column}" for whose in ("paper", "ours") for column in SHORT.values()]
     return markdown(["data", "model", *columns], lines)
+
+
+def demonstration() -> str:
+    """Return the README's table of the demonstration: chance, and the figures over seeds."""
+    _, every = read_registry(REGISTRY)
+    table = every["demo"]
+    results = [read_result(path) for run in table.runs for path in run.results().values()]
+    where = "; ".join(sorted(set(map(surroundings, results))))
+    recalls = chance(table.runs[0].images)
+    cells = [["chance", *(f"{figure:.1f}" for figure in (*recalls, sum(recalls)))]]
+    cells += [[row.run.title, *map(row.ours, range(len(COLUMNS)))] for row in table_rows(table)]
+    head = f"{table.runs[0].images} unseen scenes"
+    seeds = max((len(row.seeds) for row in table_rows(table)), default=0)
+    return f"Over {seeds} seeds, on {where}:\n\n{markdown([head, *COLUMNS], cells)}"
 
 
 def tables(*names: str) -> str:
@@ -108,7 +124,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "gpu_status": lambda: gpu_status(gpu()),
         "paper": paper,
-        "demo": lambda: demo_table(report("demo")),
+        "demo": demonstration,
     },
     "docs/results.md": {
         "paper_full": lambda: f"{tables(*PAPER_TABLES)}\n{legend()}",

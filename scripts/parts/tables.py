@@ -1,7 +1,10 @@
 """tables.py — Markdown tables, and the tables that several programs print."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from common.layout import CAPTIONS_PER_IMAGE
 
 COLUMNS = ("i2t R@1", "R@5", "R@10", "t2i R@1", "R@5", "R@10", "rsum")  # of a table of recalls
 
@@ -20,14 +23,26 @@ def recalls_and_rsum(content: dict[str, Any]) -> list[Any]:
 
 def origin(report: dict[str, Any]) -> str:
     """Return the command of a report, and the machine, torch and commit that ran it."""
-    where = f"{report['machine']}, torch {report['torch']}, commit {short_commit(report)}"
-    return f"`{report['command']}` ({where})"
+    return f"`{report['command']}` ({surroundings(report)})"
+
+
+def surroundings(report: dict[str, Any]) -> str:
+    """Return the machine, torch and commit of a report."""
+    return f"{report['machine']}, torch {report['torch']}, commit {short_commit(report)}"
 
 
 def short_commit(report: dict[str, Any]) -> str:
     """Return twelve digits of the commit, and a + if tracked files differed from it."""
     commit = report.get("commit") or "unknown"
     return commit[:12] + "+" * commit.endswith("+")
+
+
+def chance(images: int) -> list[float]:
+    """Return R@1 R@5 R@10 of both directions of a random order, in percent."""
+    captions, others = images * CAPTIONS_PER_IMAGE, (images - 1) * CAPTIONS_PER_IMAGE
+    # An image misses if all of its first k captions are others': one minus that share.
+    i2t = [100 * (1 - math.comb(others, k) / math.comb(captions, k)) for k in (1, 5, 10)]
+    return i2t + [100 * min(1, k / images) for k in (1, 5, 10)]
 
 
 def demo_table(report: dict[str, Any]) -> str:
