@@ -74,7 +74,10 @@ def parse(
             kind, text, *spellings = get_args(hints[name])
             option = _argument(fields[name], kind, text)
             if spellings and not spellings[0].startswith("-"):
-                positional = {key: option[key] for key in option.keys() & {"help", "type", "nargs"}}
+                known = {"help", "type", "nargs", "default"}
+                positional = {key: option[key] for key in option.keys() & known}
+                if "default" in positional:
+                    positional["nargs"] = "?"
                 group.add_argument(name, metavar=spellings[0], **positional)
             else:
                 group.add_argument(f"--{name}", *spellings, **option)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 
 from common.cli import parse, pick_device, print_line, progress, run
 from common.config import LARGEST
-from common.errors import InputError, check_range, require, summarise
+from common.errors import check_range, require, summarise
 from common.layout import SplitName, ids_file, read_names
 from common.lock import LOCK, only_writer
 from scripts.parts.extraction import DTYPE, Extraction
@@ -110,31 +110,22 @@ def open_source(options: Options, names: Mapping[str, str]) -> "Source":
 
 def extract(extraction: Extraction, source: "Source", options: Options) -> None:
     """Extract a split's missing rows batch by batch. Raises InputError."""
-    from common.workers import load
-    from scripts.parts.regions import Batches
+    from scripts.parts.regions import read_batches
 
     # The last bits of features depend on how many images are encoded at a time.
     about = source.about | {"dtype": str(DTYPE), "batch_size": options.batch_size}
     extraction.begin(about, source.shapes, options.overwrite)
-    split, ids, size = extraction.split, extraction.ids, options.batch_size
+    split, ids = extraction.split, extraction.ids
     if extraction.complete:
         print_line(f"{split}: complete\n")
         return
-    batches = [ids[row : row + size] for row in range(extraction.done, len(ids), size)]
-    loaded = load(Batches(source.read), batches, options.workers)
+    size, workers, skip_broken = options.batch_size, options.workers, options.skip_broken
+    batches = read_batches(source, ids, extraction.done, size, workers, skip_broken)
     with progress(f"{split} regions", len(ids), "image") as bar:
         bar.update(extraction.done)
-        for keys, items in zip(batches, loaded, strict=True):
-            left_out = []
-            for row, item in enumerate(items, extraction.done):
-                if isinstance(item, InputError):
-                    advice = "--skip_broken leaves it and its captions out"
-                    require(options.skip_broken, f"{item} ({advice})")
-                    log.warning("left out: id %s: %s", ids[row], item)
-                    left_out.append(row)
-            whole = [item for item in items if not isinstance(item, InputError)]
-            extraction.put(len(keys), source.encode(whole) if whole else (), left_out)
-            bar.update(len(keys))
+        for count, items, left_out in batches:
+            extraction.put(count, source.encode(items) if items else (), left_out)
+            bar.update(count)
     missing = extraction.finish()
     regions, width = source.shapes[0]
     note = f"; left out: ids {summarise(missing)}" if missing else ""

@@ -18,9 +18,16 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.transforms.functional import to_tensor
 
 from common.errors import InputError
+from common.layout import read_backbone
 from scripts import check_data
 from scripts.parts import detector, lite2
-from scripts.parts.regions import ImageFiles, grid_boxes, open_backbone, reopen_backbone
+from scripts.parts.regions import (
+    ImageFiles,
+    grid_boxes,
+    open_backbone,
+    reopen_backbone,
+    require_backbone,
+)
 
 CPU = torch.device("cpu")
 
@@ -185,21 +192,20 @@ def test_the_record_names_the_backbone(
     save_model(folder, "vit")
     extract("--model", "hf", "--images", tmp_path / "images", "--weights", folder)
     record = drawn / "test_regions.json"
-    backbone = reopen_backbone(record, folder, CPU)
+    backbone = reopen_backbone(read_backbone(drawn, "test"), folder, CPU, record)
     source = ImageFiles({"4": tmp_path / "images/4.png"}, backbone)
     again = source.encode([source.read("4")])[0]
     assert np.abs(again[0] - np.load(drawn / "test_ims.npy")[0]).max() < 1e-5
     path = folder / "preprocessor_config.json"
     path.write_text(path.read_text().replace("0.1", "0.11"))
     with pytest.raises(InputError, match="processor"):
-        reopen_backbone(record, folder, CPU)
+        reopen_backbone(read_backbone(drawn, "test"), folder, CPU, record)
     torch.manual_seed(1)
     save_model(folder, "vit")
     with pytest.raises(InputError, match="weights"):
-        reopen_backbone(record, folder, CPU)
-    record.write_text(json.dumps({"about": {"model": "tsv"}}))
+        reopen_backbone(read_backbone(drawn, "test"), folder, CPU, record)
     with pytest.raises(InputError, match=r"test_regions\.json"):
-        reopen_backbone(record, folder, CPU)
+        require_backbone({"model": "tsv"}, record)
 
 
 def test_models_that_are_refused(tmp_path: Path) -> None:

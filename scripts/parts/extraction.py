@@ -1,24 +1,13 @@
 """extraction.py — the growing files of a split's features, which an interrupted run can resume."""
 
-import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
 
 from common.errors import require
-from common.files import (
-    explain_os_errors,
-    map_array,
-    read_json,
-    require_regular_file,
-    write_bytes,
-    write_json,
-    write_lines,
-)
+from common.files import map_array, read_json, write_json, write_lines
 from common.layout import (
     SplitName,
     boxes_file,
@@ -31,6 +20,7 @@ from common.layout import (
     read_ids,
     split_files,
 )
+from scripts.parts.growing import GrowingArray
 
 DTYPE = np.dtype("float32")  # of features and boxes
 
@@ -49,7 +39,7 @@ class Extraction:
         features, captions = split_files(folder, split)
         ids = ids_file(folder, split)
         self.arrays, self.texts = (features, boxes_file(folder, split)), (captions, ids)
-        self.files: dict[Path, tuple[int, int]] = {}  # shape of a row
+        self.files: list[GrowingArray] = []
         self.state: dict[str, Any] = {}
         if self.record.exists():
             self.state = read_json(self.record, "a record of what was extracted")
@@ -77,7 +67,8 @@ class Extraction:
         `about` is all that the rows depend on. `shapes` are those of an image's features and, if
         there are any, boxes. Raises InputError if the files are of another run, or damaged.
         """
-        self.files = dict(zip(map(_new, self.arrays), shapes, strict=False))
+        pairs = zip(map(_new, self.arrays), shapes, strict=False)
+        self.files = [GrowingArray(path, shape, DTYPE) for path, shape in pairs]
         about = about | {"ids": images_digest(self.ids, self.names), "files": len(self.files)}
         if overwrite or not self.state:
             there = [str(path) for path in self.arrays if path.exists()]
@@ -85,21 +76,16 @@ class Extraction:
             require(overwrite or not there, problem)
             for path in self.texts:
                 _new(path).unlink(missing_ok=True)
-            for path, shape in self.files.items():
-                write_bytes(path, _header(0, shape))
+            for file in self.files:
+                file.begin()
             self.state = {"about": about, "rows": 0, "left_out": [], "complete": False}
             write_json(self.record, self.state)
         self._check_record(about)
         if self.complete:
             return
         rows = self.done - len(self.state["left_out"])
-        for path, shape in self.files.items():
-            size = len(_header(0, shape)) + rows * np.empty(shape, DTYPE).nbytes
-            expected = f"{rows} rows, as {self.record.name} says; --overwrite begins again"
-            is_whole = require_regular_file(path, expected) >= size
-            require(is_whole, f"{path}: is cut off; expected {expected}")
-            with explain_os_errors(path, "a file to write"):
-                os.truncate(path, size)  # drops a batch that was interrupted
+        for file in self.files:
+            file.resume(rows, self.record)
 
     def _check_record(self, about: dict[str, Any]) -> None:
         """Raise InputError if the record or complete features are of another run, or damaged."""
@@ -126,10 +112,8 @@ class Extraction:
         of those that are not `left_out`, or nothing if all are. Raises InputError if they hold NaN,
         or the disk is full.
         """
-        for path, values in zip(self.files, arrays, strict=bool(arrays)):
-            problem = f"{path}: behind image {self.done}: NaN or infinite numbers"
-            require(bool(np.isfinite(values).all()), problem)
-            _write(path, os.SEEK_END, np.ascontiguousarray(values, DTYPE).data)
+        for file, values in zip(self.files, arrays, strict=bool(arrays)):
+            file.append(values)
         self.state["rows"] += count
         self.state["left_out"] += left_out
         write_json(self.record, self.state)
@@ -142,8 +126,8 @@ class Extraction:
         left_out = set(self.state["left_out"])
         kept = [row for row in range(len(self.ids)) if row not in left_out]
         require(bool(kept), f"{self.texts[1]}: none of its {len(self.ids)} images can be read")
-        for path, shape in self.files.items():
-            _write(path, os.SEEK_SET, _header(len(kept), shape))
+        for file in self.files:
+            file.finish(len(kept))
         if left_out:
             of_kept = self.groups.captions_of(np.array(kept))
             rows = kept if self.groups.is_five else self.groups.image_of_caption[of_kept]
@@ -169,20 +153,3 @@ class Extraction:
 
 def _new(path: Path) -> Path:
     return path.with_name(path.name + ".new")
-
-
-def _header(rows: int, shape: tuple[int, int]) -> bytes:
-    """Header of a .npy file. numpy leaves space, so that it is as long for any number of rows."""
-    file = io.BytesIO()
-    header = {"descr": DTYPE.str, "fortran_order": False, "shape": (rows, *shape)}
-    npy.write_array_header_1_0(file, header)
-    return file.getvalue()
-
-
-def _write(path: Path, whence: int, data: bytes | memoryview) -> None:
-    """Write `data` to the disk, at the start or the end of a file."""
-    with explain_os_errors(path, "a file to write"), path.open("r+b") as file:
-        file.seek(0, whence)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -9,8 +9,10 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,6 +22,10 @@ from common.files import explain_os_errors, require_regular_file
 from common.memory import is_oom
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # EPS would start Ghostscript
+ENDINGS = (  # of files with these formats
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 MOST_PIXELS = 2**26  # 200 MB in memory; a camera's image has half of it
 MOST_BYTES = 2**30  # of a file; four channels of 16 bits have half of it
 SHORTEST_SIDE = 8  # pixels; smaller images show nothing
@@ -64,6 +70,32 @@ def _as_on_disk(path: Path, top: Path, folders: dict[Path, dict[str, list[str]]]
     return folder / same[0]
 
 
+def list_images(folder: Path) -> list[str]:
+    """Return the images in a folder and its subfolders, relative to it, sorted.
+
+    They are known by their ending. Hidden files and folders are left out, and links to folders are
+    not followed. Raises InputError if there is none, or a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    require(folder.is_dir(), f"{folder}: not found; expected a folder of images")
+    names = []
+    with explain_os_errors(folder, "a folder of images"):
+        for parent, folders, files in os.walk(folder, onerror=refuse):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            names += [
+                Path(parent, name).relative_to(folder).as_posix()
+                for name in files
+                if name.lower().endswith(ENDINGS) and not name.startswith(".")
+            ]
+    require(
+        bool(names), f"{folder}: holds no image; expected files like a.jpg ({', '.join(ENDINGS)})"
+    )
+    return sorted(names)
+
+
 def read_image(path: Path) -> Image.Image:
     """Return the image as it is meant to be seen: RGB, upright by its EXIF, on white, frame 1.
 
@@ -74,12 +106,23 @@ def read_image(path: Path) -> Image.Image:
     # A decoder that reads from the file would allocate whatever size a part of the file claims.
     with explain_os_errors(path, "an image"):
         data = path.read_bytes()
+    with _explained(path), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return _upright(image, path)
+
+
+def make_upright(image: Image.Image, name: str) -> Image.Image:
+    """Return an open image as `read_image` does; `name` is its name in messages."""
+    with _explained(name):
+        return _upright(image, name)
+
+
+@contextmanager
+def _explained(name: str | Path) -> Iterator[None]:
+    """Turn a decoder's errors into an InputError that names the image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about defects that a decoder repairs
         try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(path, *image.size)
-                return _rgb(ImageOps.exif_transpose(image))
+            yield
         except InputError:
             raise
         except Exception as error:  # decoders of damaged files raise errors of many types
@@ -87,14 +130,19 @@ def read_image(path: Path) -> Image.Image:
                 raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             expected = f"expected a complete image ({', '.join(FORMATS)})"
-            raise InputError(f"{path}: {reason}; {expected}") from error
+            raise InputError(f"{name}: {reason}; {expected}") from error
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _upright(image: Image.Image, name: str | Path) -> Image.Image:
+    _check_size(name, *image.size)
+    return _rgb(ImageOps.exif_transpose(image))
+
+
+def _check_size(name: str | Path, width: int, height: int) -> None:
     short, long = sorted((width, height))
     if width * height > MOST_PIXELS or short < SHORTEST_SIDE or long > MOST_NARROW * short:
         raise InputError(
-            f"{path}: {width} x {height} pixels; expected at most {MOST_PIXELS}, and sides of at "
+            f"{name}: {width} x {height} pixels; expected at most {MOST_PIXELS}, and sides of at "
             f"least {SHORTEST_SIDE} that differ at most {MOST_NARROW} times"
         )
 

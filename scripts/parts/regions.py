@@ -5,7 +5,8 @@ are image files with a backbone (lite2.py, detector.py, vision_model.py), TSV fi
 files of arrays (array_files.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from common.errors import InputError, require
-from common.files import read_json
+from common.workers import load
 from scripts.parts.images import read_image
+
+log = logging.getLogger(__name__)
 
 GRID = 6  # cells of a side
 REGIONS = GRID**2  # of a backbone; files may have another number
@@ -68,7 +71,11 @@ class ImageFiles:
 
 def decode(files: Mapping[str, Path], resize: tuple[int, int] | None, key: str) -> DecodedImage:
     """Return the pixels of the image with id `key`, resized both ways, and its own size."""
-    image = read_image(files[key])
+    return to_pixels(read_image(files[key]), resize)
+
+
+def to_pixels(image: Image.Image, resize: tuple[int, int] | None) -> DecodedImage:
+    """Return the pixels of an upright image, resized both ways, and its own size."""
     size = image.size
     if resize:
         image = image.resize((resize[0], resize[0]), Image.Resampling(resize[1]))
@@ -138,17 +145,49 @@ def open_backbone(model: str, weights: Path, device: torch.device) -> Backbone:
     return Lite2(device)
 
 
-def reopen_backbone(record: Path, weights: Path, device: torch.device) -> Backbone:
-    """Open the backbone that made a split's features, to encode new images in the same way.
-
-    `record` is the split's {split}_regions.json. Raises InputError if its features are from files,
-    or if the backbone is another one today.
-    """
-    about: Any = read_json(record, "the record of extract_regions").get("about")
-    has_backbone = isinstance(about, dict) and about.get("model") in BACKBONES
-    problem = f"{record}: names no backbone, so that no other image can be encoded"
+def require_backbone(about: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return what made features, as `source` says. Raises InputError unless it is a backbone."""
+    has_backbone = about["model"] in BACKBONES
+    problem = f"{source}: names no backbone, so that no other image can be encoded"
     require(has_backbone, f"{problem}; expected features of {', '.join(BACKBONES)}")
+    return about
+
+
+def reopen_backbone(
+    about: Mapping[str, Any], weights: Path, device: torch.device, source: Path
+) -> Backbone:
+    """Open the backbone that `about` describes, to encode new images in the same way.
+
+    `source` is the file that describes it. Raises InputError if it is another backbone today.
+    """
     backbone = open_backbone(about["model"], weights, device)
-    changed = [name for name, value in backbone.about.items() if about.get(name) != value]
-    require(not changed, f"--weights {weights}: another {', '.join(changed)} than in {record}")
+    check_same_backbone(backbone, about, source)
     return backbone
+
+
+def check_same_backbone(backbone: Backbone, about: Mapping[str, Any], source: Path) -> None:
+    """Raise InputError if `backbone` is not the one that `source` describes, `about`."""
+    changed = [name for name, value in backbone.about.items() if about.get(name) != value]
+    problem = f"backbone {backbone.about['model']}: another {', '.join(changed)}"
+    require(not changed, f"{problem} than in {source}, which names {about['model']}")
+
+
+def read_batches(
+    source: Source, keys: Sequence[str], done: int, size: int, workers: int, skip_broken: bool
+) -> Iterator[tuple[int, list[Any], list[int]]]:
+    """Read the images from number `done` on, `size` at a time.
+
+    Yields of each batch the number of images, those that `encode` takes, and the numbers of those
+    that cannot be read. Raises InputError at the first of them unless `skip_broken`.
+    """
+    batches = [keys[row : row + size] for row in range(done, len(keys), size)]
+    loaded = load(Batches(source.read), batches, workers)
+    for first, items in zip(range(done, len(keys), size), loaded, strict=True):
+        left_out = []
+        for row, item in enumerate(items, first):
+            if isinstance(item, InputError):
+                require(skip_broken, f"{item} (--skip_broken leaves it out)")
+                log.warning("left out: %s: %s", keys[row], item)
+                left_out.append(row)
+        whole = [item for item in items if not isinstance(item, InputError)]
+        yield len(items), whole, left_out
