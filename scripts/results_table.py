@@ -131,7 +131,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "flickr8k": lambda: tables("flickr8k"),
         "demo_seeds": lambda: tables("demo"),
         "ablations": lambda: tables("ablations"),
-        "full": lambda: tables("flickr8k_64", "flickr8k_256"),
+        "full": lambda: tables("flickr8k_64", "flickr8k_256_cached", "flickr8k_256"),
     },
     "docs/speed.md": {
         "counts": lambda: counts_table(report("counts")["rows"]),
