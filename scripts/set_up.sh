@@ -14,10 +14,10 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # missing, or its m
     fi
     "$base" -m venv --clear .venv
 fi
-wanted=$(cat requirements.txt requirements-demo.txt pyproject.toml | cksum)
+wanted=$(cat requirements.txt requirements-search.txt requirements-demo.txt pyproject.toml | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check -U "pip>=25.1"
-    .venv/bin/python -m pip install -q -r requirements.txt --group dev
+    .venv/bin/python -m pip install -q -r requirements.txt -r requirements-search.txt --group dev
     # On its own, since pip wants a hash for every package if one has a hash.
     .venv/bin/python -m pip install -q --no-deps --require-hashes -r requirements-demo.txt
     # transformers imports torchvision, so a torchvision that was built for another torch stops it, too.

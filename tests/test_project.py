@@ -14,7 +14,8 @@ from scripts import results_table
 PROGRAMS = {"train.py", "evaluate_models.py"}
 TOP_MODULES = {"model.py", "router.py", "cells.py", "data.py", "vocab.py", "evaluation.py"}
 OTHERS = """common checkpoint training scripts tests docs results .ci .github README.md LICENSE
-    CONTRIBUTING.md CITATION.cff pyproject.toml .gitignore requirements.txt requirements-demo.txt"""
+    CONTRIBUTING.md CITATION.cff pyproject.toml .gitignore requirements.txt requirements-demo.txt
+    requirements-search.txt"""
 TRACKED = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
 TRACKED = [name for name in TRACKED if (ROOT / name).exists()]
 PAGES = [name for name in TRACKED if name.endswith(".md")]
@@ -62,7 +63,7 @@ def test_a_script_is_one_program_and_imports_no_other() -> None:
 
 
 SCRIPTS = sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))
-HEAVY = r"\| +(torch|torchvision|transformers|tensorboard|matplotlib|sklearn)$"
+HEAVY = r"\| +(torch|torchvision|transformers|tensorboard|matplotlib|sklearn|gradio|faiss)$"
 
 
 @pytest.mark.parametrize("program", [*sorted(PROGRAMS), *SCRIPTS])
