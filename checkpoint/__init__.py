@@ -1,22 +1,10 @@
-"""Weights on disk: native and official checkpoints, BERT folders; models that score what they get.
+"""Weights on disk: native and official checkpoints, BERT folders; models without a data set.
 
 `checkpoint.load_model(path, bert_path=None, device="cpu")` returns a module of torch, and
-`checkpoint.Matcher.open(paths, bert_path=None)` encodes, scores and routes images and captions.
+`checkpoint.Matcher.open(paths, bert_path=None)` what encodes, scores and routes with such modules.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from checkpoint.checkpoint import Checkpoint, build_model, load_model, read_checkpoint
+from checkpoint.matcher import Items, Matcher
 
-if TYPE_CHECKING:
-    from checkpoint.matcher import Matcher
-
-__all__ = ["Checkpoint", "Matcher", "build_model", "load_model", "read_checkpoint"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "Matcher":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from checkpoint.matcher import Matcher  # at its first use: it needs evaluation, and workers
-
-    return Matcher
+__all__ = ["Checkpoint", "Items", "Matcher", "build_model", "load_model", "read_checkpoint"]

@@ -17,7 +17,7 @@ from common.config import ModelConfig, Precision
 from common.errors import PLAIN, InputError, brief_repr, require
 from common.files import read_json, sha256_of
 from common.layout import SplitName, check_backbone
-from common.precision import has_tf32, keep_float32
+from common.precision import has_tf32, keep_float32, warn_if_bf16_is_slow
 from common.torch_files import read_safetensors, read_torch, write_torch
 from model import DIME
 from vocab import Tokenization
@@ -262,6 +262,19 @@ def build_model(checkpoint: Checkpoint, bert: Bert, device: str | torch.device =
     model = DIME(checkpoint.config, bert.model)
     load_state_dict_strict(model, checkpoint.weights, checkpoint.path, keep=BERT_KEYS)
     return model.eval().to(device)
+
+
+def build_with_precision(
+    checkpoint: Checkpoint, bert: Bert, device: torch.device, precision: Precision | None
+) -> DIME:
+    """Return the checkpoint's model in `precision`, by default that of its training.
+
+    Warns if the device emulates it. Raises InputError if the checkpoint names no precision.
+    """
+    model = build_model(checkpoint, bert, device)
+    model.precision = precision or checkpoint.precision_on(device)
+    warn_if_bf16_is_slow(model.precision, device)
+    return model
 
 
 def check_positions(bert: Bert, config: ModelConfig, where: str = "") -> None:

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 
 from checkpoint.bert import Bert
-from checkpoint.checkpoint import Checkpoint, bert_of, build_model, warn_of_selection
+from checkpoint.checkpoint import Checkpoint, bert_of, build_with_precision, warn_of_selection
 from common.config import Precision
 from common.files import sha256_of
 from common.layout import SplitName
-from common.precision import warn_if_bf16_is_slow
 from data import Split
 from model import DIME
 
@@ -43,9 +42,7 @@ class EvaluatedModel:
         dev_data = checkpoint.state.get("dev_data")
         warn_of_selection(checkpoint.path, name, dev_data, split.fingerprint)
         bert = bert_of(checkpoint, bert_path, split.captions)
-        model = build_model(checkpoint, bert, device)
-        model.precision = precision or checkpoint.precision_on(device)
-        warn_if_bf16_is_slow(model.precision, device)
+        model = build_with_precision(checkpoint, bert, device, precision)
         return cls(checkpoint, split, bert, model)
 
     @property

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from checkpoint.bert import Bert
-from checkpoint.checkpoint import Checkpoint, bert_of, build_model, read_checkpoint
+from checkpoint.checkpoint import Checkpoint, bert_of, build_with_precision, read_checkpoint
 from common.cli import pick_device
 from common.config import Precision
 from common.errors import InputError, brief_repr, require
 from common.layout import LONGEST_CAPTION
-from common.precision import warn_if_bf16_is_slow
 from evaluation import (
     IMAGE_BLOCK,
     Encoded,
@@ -100,10 +99,7 @@ class Matcher:
             expected = f"expected {first.config.img_dim}, as {first.path}"
             require(other.config.img_dim == first.config.img_dim, f"{problem}; {expected}")
         bert = _common_bert(checkpoints, bert_path)
-        models = [build_model(checkpoint, bert, used) for checkpoint in checkpoints]
-        for checkpoint, model in zip(checkpoints, models, strict=True):
-            model.precision = precision or checkpoint.precision_on(used)
-            warn_if_bf16_is_slow(model.precision, used)
+        models = [build_with_precision(each, bert, used, precision) for each in checkpoints]
         return cls(checkpoints, models, bert, used)
 
     def encode_images(self, features: np.ndarray | Tensor) -> Items:

@@ -246,7 +246,8 @@ def progress(what: str, total: int, unit: str) -> tqdm:
     if not is_first():
         return tqdm(total=total, disable=True)
     if sys.stderr.isatty():
-        return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False)
+        # A bar of less than a second, of one query say, would only flicker.
+        return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, delay=1)
     line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
     return _LoggedProgress(
         desc=what, total=total, unit=unit, mininterval=LOG_SECONDS, miniters=1, bar_format=line

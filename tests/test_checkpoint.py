@@ -28,6 +28,7 @@ from common.errors import InputError
 from common.torch_files import read_torch
 from evaluation import score_split
 from model import DIME
+from scripts.parts.lite2 import SHA256
 
 BERT = GOLDEN / "i2t/bert"
 OFFICIAL = GOLDEN / "i2t/checkpoint.pth.tar"
@@ -323,4 +324,7 @@ def test_the_models_in_results_load() -> None:
     folder = GOLDEN.parent.parent / "results/models"
     for path in sorted(folder.glob("*.safetensors")):
         checkpoint = read_checkpoint(path)
+        backbone = checkpoint.backbone or {}
+        assert backbone["model"] == "efficientnet_lite2"
+        assert backbone["weights"].startswith(SHA256)
         assert checkpoint.config.embed_size == 256 and checkpoint.metrics is None  # float16
