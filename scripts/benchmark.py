@@ -4,6 +4,8 @@
     python -m scripts.benchmark --only i2t fp32 score        # some rows
     python -m scripts.benchmark --json results/speed.json    # also write the rows
     python -m scripts.benchmark --processes 2                # training by processes and by threads
+    python -m scripts.benchmark --search --json results/search.json \
+        --model_path I2T T2I --first_stage ENCODERS          # indexing and queries of search
 
 A row's share of the product is the time that the floating-point operations of its pairs would take
 at the rate of one large product in the same precision, divided by the row's time. Its share of the
@@ -14,6 +16,9 @@ idle machine: any other program makes the figures worthless.
 negatives. `train_checkpointing` is a step with --activation_checkpointing. A row of `train` also
 has the rate of train.py's loop, whose batches are read by workers or gathered on a GPU, and its
 share of the rate of as many bare steps, one after the other; `--no-loop` leaves these out.
+`--search` times models of random weights, in the published size. If models are given, it also
+measures what their first stage finds on a split, by scoring all pairs of images and one caption of
+each.
 """
 
 import gc
@@ -27,6 +32,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,10 +44,12 @@ from common.cli import parse, pick_device, print_line, run
 from common.config import Direction, Precision
 from common.errors import check_range, require
 from common.files import check_writable, read_json, write_json
+from common.layout import SplitName
 from common.memory import peak_memory, tune_malloc
 from common.precision import has_fast_bf16, has_tf32, product_precision
 from scripts.parts.feeding import loops, write_data
 from scripts.parts.scaling import scaling_rows
+from scripts.parts.search_tables import search_tables
 from scripts.parts.tables import scaling_table, speed_rows, speed_tables
 from scripts.parts.workload import (
     FLOPS,
@@ -60,6 +68,8 @@ from scripts.parts.workload import (
 
 if TYPE_CHECKING:
     import torch
+
+    from scripts.parts.search_models import SearchModels
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +91,19 @@ class Options:
     processes: Annotated[
         int, "instead compare so many CPU processes of one thread with one of so many threads"
     ] = 0
+    search: Annotated[bool, "instead measure search"] = False
+    model_path: Annotated[list[str] | None, "checkpoints that score the first stage's best"] = None
+    first_stage: Annotated[str | None, "checkpoint of the encoders alone"] = None
+    bert_path: Annotated[str | None, "folder of BERT (default: the checkpoints')"] = None
+    data_path: Annotated[str | None, "folder of data sets (default: the checkpoints')"] = None
+    data_name: Annotated[str | None, "data set (default: the checkpoints')"] = None
+    split: Annotated[SplitName, "of the data set"] = "dev"
 
     def __post_init__(self) -> None:
         check_range(self, ("processes",), 0)
+        both = "--model_path and --first_stage: expected both or none of them"
+        require((self.model_path is None) == (self.first_stage is None), both)
+        require(self.search or self.model_path is None, "--model_path: expected --search, too")
         if self.processes:
             problem = f"--processes {self.processes}: cannot be given with --only"
             require(self.only is None, problem)
@@ -245,6 +265,9 @@ def main() -> None:
     if options.processes:
         compare_processes(options, path)
         return
+    if options.search:
+        measure_search(options, path)
+        return
     device = pick_device(options.device, "tf32" if "tf32" in (options.only or ()) else None)
     default: Size = "minilm" if device.type == "cpu" else "bert_base"
     sizes, report = SIZES[options.sizes or default], new_report(device)
@@ -265,6 +288,45 @@ def compare_processes(options: Options, path: Path | None) -> None:
     print_line(scaling_table(report))
 
 
+def measure_search(options: Options, path: Path | None) -> None:
+    """Measure what the first stage of given models finds, then indexing and queries.
+
+    The report is written after each of both.
+    """
+    from scripts.parts.search_recall import recall_rows
+    from scripts.parts.search_timings import search_timings
+
+    report, since = new_report(pick_device(options.device)), time.monotonic()
+    report["first_stage"] = None
+    if options.model_path is not None:
+        report["first_stage"] = recall_rows(*open_search_models(options), options.split)
+        write_report(report, since, path)
+    report |= search_timings(options.sizes or "minilm", options.device)
+    write_report(report, since, path)
+    print_line(search_tables(report))
+
+
+def open_search_models(options: Options) -> tuple["SearchModels", Path]:
+    """Return the models that the options name, and the folder of the data set."""
+    from checkpoint.checkpoint import common_option
+    from scripts.parts.search_models import SearchModels
+
+    assert options.model_path is not None
+    models = SearchModels.open(
+        options.model_path, options.first_stage, options.bert_path, options.device
+    )
+    of_models = partial(common_option, models.matcher.checkpoints)
+    data_path = options.data_path or of_models("data_path")
+    return models, Path(data_path, options.data_name or of_models("data_name"))
+
+
+def write_report(report: dict[str, Any], since: float, path: Path | None) -> None:
+    """Write a report if there is a path, with the minutes since `since`."""
+    report["minutes"] = round((time.monotonic() - since) / 60, 1)
+    if path is not None:
+        write_json(path, report)
+
+
 def fill(report: dict[str, Any], rows: Rows, every_case: Iterable[Case], path: Path | None) -> None:
     """Measure rows and add them to a report, which is written after each of them.
 
@@ -283,9 +345,7 @@ def fill(report: dict[str, Any], rows: Rows, every_case: Iterable[Case], path: P
         else:
             report["not_run"].append(f"{case.name}: {row}")
             log.info("%s", report["not_run"][-1])
-        report["minutes"] = round((time.monotonic() - since) / 60, 1)
-        if path is not None:
-            write_json(path, report)
+        write_report(report, since, path)
 
 
 def new_report(device: "torch.device") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from common.files import read_json, read_text, write_text
 from scripts.parts.experiments import REGISTRY, RESULTS, read_registry, require_project_folder
 from scripts.parts.gpu_tables import gpu_status, gpu_tables
 from scripts.parts.run_results import legend, read_result, recall_table, table_rows
+from scripts.parts.search_tables import search_tables
 from scripts.parts.tables import (
     COLUMNS,
     chance,
@@ -115,14 +116,14 @@ def fuzz() -> str:
     return f"`{command}` ({results['machine']}):\n\n{markdown([*head, 'commit', 'torch'], lines)}"
 
 
-def gpu() -> dict[str, Any] | None:
-    """Return the report of the check on a GPU, None if there was none."""
-    return report("gpu") if (RESULTS / "gpu.json").exists() else None
+def report_if_run(name: str) -> dict[str, Any] | None:
+    """Return the content of a file under results/, None if it was not measured."""
+    return report(name) if (RESULTS / f"{name}.json").exists() else None
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "gpu_status": lambda: gpu_status(gpu()),
+        "gpu_status": lambda: gpu_status(report_if_run("gpu")),
         "paper": paper,
         "demo": demonstration,
     },
@@ -136,7 +137,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/speed.md": {
         "counts": lambda: counts_table(report("counts")["rows"]),
         "speed": lambda: speed_tables(report("speed")),
-        "gpu": lambda: gpu_tables(gpu()),
+        "search": lambda: search_tables(report_if_run("search")),
+        "gpu": lambda: gpu_tables(report_if_run("gpu")),
     },
     "docs/training.md": {
         "traffic": traffic_table,
