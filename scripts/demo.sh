@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline in one command, set-up included: draws images with captions, extracts region
-# features, trains a model for each direction, and evaluates both and their ensemble on unseen images.
+# features, trains a model for each direction, evaluates both and their ensemble on unseen images, and
+# searches these.
 #   bash scripts/demo.sh                 # run it again to resume
 #   OUT=runs/small TRAIN=200 STEPS=20 LEAST=0 bash scripts/demo.sh
 # All files go to OUT. The ensemble has to reach an rsum of LEAST. DIME_PYTHON names a Python that has
@@ -66,3 +67,17 @@ echo "== draw curves and example retrievals"
     --images "$images" --out "$out/retrievals.png"
 echo "== results; checkpoints, curves.png and retrievals.png are in $out"
 "$python" -m scripts.demo_table "$out" --least "$least"
+echo "== index the $test unseen images and their captions, to search them (10 s)"
+mkdir -p "$out/unseen"
+for name in $(ls "$images" | tail -n "$test"); do
+    cp "$images/$name" "$out/unseen"
+done
+"$python" -m scripts.search index --model_path "$out/i2t/model_best.pth.tar" "$out/t2i/model_best.pth.tar" \
+    --images "$out/unseen" --captions "$data/test_caps.txt" --out "$out/index" --workers 0
+echo "== search them for the first caption: $(head -n 1 "$data/test_caps.txt")"
+"$python" -m scripts.search query --index "$out/index" "$(head -n 1 "$data/test_caps.txt")" --top 5
+echo "== search them in a browser:"
+if ! "$python" -c 'import gradio' 2>/dev/null; then
+    echo "   $python -m pip install -r requirements-search.txt"
+fi
+echo "   $python -m scripts.search serve --index $out/index"

@@ -167,6 +167,7 @@ def test_a_short_demonstration(tmp_path: Path) -> None:
     first = demo(out)
     assert first.returncode == 0, first.stderr
     assert "| ensemble |" in first.stdout
+    assert first.stdout.count("scene_000") == 5 and "serve --index" in first.stdout
     for name in ("curves.png", "retrievals.png", "i2t/model_best.pth.tar"):
         assert (out / name).stat().st_size > 0
     results = json.loads((out / "demo.json").read_text())
