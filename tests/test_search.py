@@ -15,7 +15,10 @@ from PIL import Image
 from searching import SENTENCES, Searching, model_of, options_of, searching, write_world
 
 import evaluate_models
+from checkpoint import Checkpoint
 from common.errors import InputError
+from scripts import search
+from scripts.parts import search_models
 from scripts.parts.search_first_stage import Matrix, best_rows
 from scripts.search import Index, Matcher
 
@@ -29,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, more in {"all": captions, "staged": [*captions, *first], "half": []}.items():
             argv = [*options_of(folder), *more, "--out", folder / name]
-            assert run_here(patch, __import__("scripts.search").search.main, argv) == 0
+            assert run_here(patch, search.main, argv) == 0
     return folder
 
 
@@ -118,6 +121,27 @@ def test_the_best_of_the_first_stage_are_reranked(world: Path) -> None:
         alone = index.images(text, top=3, rerank=0)
         assert alone.candidates == 0 and [hit.row for hit in alone] == list(order[:3])
         assert len(index.images(text, top=2, rerank=4)) == 2
+
+
+def test_the_encoders_alone_score_by_products(world: Path, run: Searching) -> None:
+    how = options_of(world)
+    run(*how[:2], model_of(world, "encoders"), *how[4:], "--out", world / "encoded")
+    answer = Index.open(world / "encoded").images(SENTENCES[0])
+    staged = Index.open(world / "staged").images(SENTENCES[0], rerank=0)
+    assert [hit.name for hit in answer] == [hit.name for hit in staged]
+    assert np.allclose([hit.score for hit in answer], [hit.score for hit in staged], atol=1e-6)
+    assert answer.candidates == 10
+
+
+def test_models_compute_in_float32_where_bfloat16_is_slow(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "precision_on", lambda checkpoint, device: "bf16")
+    for is_fast, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(search_models, "has_fast_bf16", lambda device, fast=is_fast: fast)
+        models = Index.open(world / "staged").models
+        opened = [*models.matcher.models, *models.first.models]
+        assert [model.precision for model in opened] == [precision] * 3
 
 
 def test_float16_changes_scores_little(world: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN, ROOT, save_noise
+from PIL import Image
 from searching import (
     SENTENCES,
     Searching,
@@ -91,8 +92,10 @@ def test_interrupted_and_resumed(
 ) -> None:
     """Interrupted at every write, an index has the same files in the end."""
     open_once(monkeypatch)
-    monkeypatch.setattr(search_build, "SENTENCES", 4)
-    how, out = [*options_of(world), *full(world), "--out", world / "index"], world / "index"
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    monkeypatch.setattr(search_build, "SENTENCES", 5)
+    out = world / "index"
+    how = [*options_of(world), *full(world), "--batch_size", 6, "--out", out]
     run(*how)
     whole = contents(out)
 
@@ -121,12 +124,12 @@ def test_interrupted_and_resumed(
             break
         run(*how)
         assert contents(out) == whole, call
-    assert 60 < call < 199 and contents(out) == whole
+    assert 40 < call < 199 and contents(out) == whole
 
 
 def test_killed_and_resumed(world: Path, run: Searching, tmp_path: Path) -> None:
     """SIGKILL in the middle; what a query says then finishes the index."""
-    for i in range(100, 180):
+    for i in range(100, 150):
         save_noise(world / f"images/{i}.png", 300, 200)
     out = world / "index"
     argv = list(map(str, [*options_of(world), "--out", out]))
@@ -140,7 +143,7 @@ def test_killed_and_resumed(world: Path, run: Searching, tmp_path: Path) -> None
         time.sleep(0.001)
     assert program.wait() == -signal.SIGKILL
     done = Record.read(out).rows("images")
-    assert 0 < done < 90
+    assert 0 < done < 60
     error = run("query", "--index", out, QUERY, status=2)
     assert f"{done} images" in error
     run(*error.split("scripts.search ")[1].split())
@@ -274,7 +277,9 @@ def test_an_index_with_faiss(built: Path, run: Searching, world: Path) -> None:
     for factory in ("Flat", "IVF2,Flat", "PCA4,Flat"):
         run(*how, "--faiss", factory)
         answer = Index.open(built).images(QUERY, rerank=3)
-        assert answer.candidates == 3 and (factory != "Flat" or answer.hits == plain.hits)
+        assert answer.candidates == 3 and len(answer) == 10
+        if factory == "Flat":
+            assert [hit.row for hit in answer] == [hit.row for hit in plain]
     assert (built / "images/tokens_0.npy").stat().st_mtime_ns == before
     for factory in ("Flt", "IVF4096,PQ2", "PQ3"):
         error = run(*how, "--faiss", factory, status=2)
@@ -299,8 +304,11 @@ def test_faiss_is_asked_for_by_name(
 # Bad input
 
 
-def test_a_damaged_index_is_refused(built: Path, run: Searching) -> None:
+def test_a_damaged_index_is_refused(
+    built: Path, run: Searching, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every file of it, cut off, changed or missing."""
+    open_once(monkeypatch)
     for path in sorted(built.rglob("*.*")):
         data = path.read_bytes()
         cut, other = data[:-2], data.replace(b"1", b"2", 1)
@@ -358,7 +366,8 @@ def test_queries_that_are_refused(built: Path, run: Searching, tmp_path: Path) -
         assert option.strip("-") in run(*where, QUERY, option, value, status=2)
     save_noise(tmp_path / "dot.png", 1, 1)
     (tmp_path / "text.png").write_text("text")
-    for name in ("dot.png", "text.png", "none.png"):
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "wide.png")
+    for name in ("dot.png", "wide.png", "text.png", "none.png"):
         assert name in run(*where, "--image", tmp_path / name, status=2)
 
 

@@ -99,7 +99,7 @@ class Index:
         folder: str | Path,
         device: str = "auto",
         bert_path: str | Path | None = None,
-        model_path: Sequence[str | Path] = (),
+        model_path: str | Path | Sequence[str | Path] = (),
     ) -> "Index":
         """Open a complete index.
 

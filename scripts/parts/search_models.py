@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from checkpoint.matcher import Items, Matcher
+from common.cli import pick_device
+from common.config import Precision
 from common.errors import require
 from common.files import sha256_of
 from common.layout import read_rows
+from common.precision import has_fast_bf16
 from router import Modality
 from scripts.parts.regions import REGIONS
 from scripts.parts.search_files import RECORD, Kind, Record, Specs
@@ -38,10 +41,13 @@ class SearchModels:
         device: str,
     ) -> "SearchModels":
         """Open the models. Raises InputError if they do not fit each other."""
-        matcher = Matcher.open(model_path, bert_path, device)
+        # Where bfloat16 is emulated it is slower than float32, which changes scores little.
+        precision: Precision | None = None if has_fast_bf16(pick_device(device)) else "fp32"
+        matcher = Matcher.open(model_path, bert_path, device, precision)
         if first_stage is None:
             return cls(matcher, None)
-        first = Matcher.open(first_stage, matcher.bert.vocabulary.path.parent, device)
+        bert = matcher.bert.vocabulary.path.parent
+        first = Matcher.open(first_stage, bert, device, precision)
         problem = f"{first_stage}: features are {first.img_dim} wide"
         require(first.img_dim == matcher.img_dim, f"{problem}; expected {matcher.img_dim}")
         layers = first.models[0].config.num_layer_routing
@@ -56,14 +62,15 @@ class SearchModels:
         record: Record,
         device: str,
         bert_path: str | Path | None,
-        model_path: Sequence[str | Path],
+        model_path: str | Path | Sequence[str | Path],
     ) -> "SearchModels":
         """Open the models of the index in `folder`.
 
         `model_path` are files that were moved. Raises InputError if one is not of this index, or if
         a model or BERT is another one today.
         """
-        moved = {sha256_of(Path(path)): Path(path) for path in model_path}
+        given = [model_path] if isinstance(model_path, str | Path) else model_path
+        moved = {sha256_of(Path(path)): Path(path) for path in given}
         known = [*record.about["model_path"], record.about["first_stage"]]
         for digest, path in moved.items():
             problem = f"--model_path {path}: SHA-256 {digest[:12]}"
