@@ -123,9 +123,11 @@ def draw_pair(
     from scripts.parts.route_figures import draw_route, draw_words
 
     image, caption = pair
-    figures = {f"pair_{image}_{caption}": draw_route(pairs, gates, pair, file)}
+    title = f"image {image}, caption {caption}: {pairs.captions[caption]}"
+    figures = {f"pair_{image}_{caption}": draw_route(pairs, gates, pair, file, title)}
     if file and boxes is not None and "CMRC" in pairs.cells and pairs.words(caption):
-        figures[f"words_{image}_{caption}"] = draw_words(pairs, pair, file, boxes[image])
+        words = draw_words(pairs, pair, file, boxes[image], title)
+        figures[f"words_{image}_{caption}"] = words
     else:
         log.info("no drawing of words, which needs --images, boxes, CMRC and a caption")
     return figures

@@ -60,9 +60,10 @@ def query(options: QueryOptions) -> None:
     if options.json is not None:
         write_json(Path(options.json), answer.to_json())
     if options.html is not None:
-        from scripts.parts.search_html import write_page  # type: ignore[import-not-found]  # soon
+        from scripts.parts.search_html import write_page
 
-        write_page(Path(options.html), index, answer)
+        image = None if options.image is None else Path(options.image)
+        write_page(Path(options.html), index, answer, image)
 
 
 def describe(answer: "Answer") -> str:
@@ -78,9 +79,8 @@ def describe(answer: "Answer") -> str:
 
 def serve(options: ServeOptions) -> None:
     """Serve the page of an index until a signal ends the program."""
-    from scripts.parts.search_page import serve  # type: ignore[import-not-found]  # soon
-
     from scripts.parts.search_index import Index
+    from scripts.parts.search_page import serve
 
     serve(Index.open(options.index, options.device), options.host, options.port)
 

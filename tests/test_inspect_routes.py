@@ -219,13 +219,13 @@ def test_drawings_of_a_pair_show_its_route_and_attention(pairs: Pairs, tmp_path:
     file = tmp_path / "2.png"  # larger than its thumbnail
     Image.new("RGB", (960, 800), "blue").save(file)
     gates, route = pairs.routes(IMAGES), pairs.route(2, [11])[0]
-    figure = route_figures.draw_route(pairs, gates, (2, 11), file)
+    figure = route_figures.draw_route(pairs, gates, (2, 11), file, "title")
     _, _, *panels, _ = figure.axes  # the image, the space, and a panel a layer
     changes = np.concatenate([axes.images[0].get_array() for axes in panels])
     np.testing.assert_allclose(changes, route - gates.mean(0), atol=1e-6)
     assert texts_of(panels) == [f"{change:+.2f}" for change in changes.ravel()]
     boxes = grid_boxes(960, 800)
-    _, *panels, _ = route_figures.draw_words(pairs, (2, 11), file, boxes).axes
+    _, *panels, _ = route_figures.draw_words(pairs, (2, 11), file, boxes, "title").axes
     weights = 100 * pairs.attention(2, 11)
     for axes, word, row in zip(panels, pairs.words(11), weights, strict=False):
         assert axes.get_title() == word

@@ -59,9 +59,14 @@ def check_figure(path: Path, inputs: Iterable[str | Path] = ()) -> None:
 
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
+    write_bytes(path, png_of(figure))
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
     set_fonts(figure)
     data = io.BytesIO()
     with warnings.catch_warnings():  # one for each missing letter; set_fonts has logged them
         warnings.filterwarnings("ignore", "Glyph |Matplotlib currently does not support")
         figure.savefig(data, format="png", dpi=120)
-    write_bytes(path, data.getbuffer())
+    return data.getvalue()

@@ -50,12 +50,14 @@ def draw_space(pairs: Pairs, gates: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def draw_route(pairs: Pairs, gates: np.ndarray, pair: Sequence[int], file: Path | None) -> Figure:
+def draw_route(
+    pairs: Pairs, gates: np.ndarray, pair: Sequence[int], file: Path | None, title: str
+) -> Figure:
     """Return the route of a pair, below it by how much it differs from the mean of the gates."""
     image, caption = pair
     route = pairs.route(image, [caption])
     changes = route[0] - gates.mean(0)
-    figure = _routing(pairs, _name(pairs, pair), route, file)
+    figure = _routing(pairs, title, route, file)
     limit = max(0.01, np.abs(changes).max())  # smaller differences are not worth a colour
     texts, label = np.char.mod("%+.2f", changes), "gate minus the mean gate"
     _draw_gates(pairs, figure, changes, texts, label, cmap="PuOr", vmin=-limit, vmax=limit)
@@ -151,7 +153,9 @@ def draw_clusters(
     return figure
 
 
-def draw_words(pairs: Pairs, pair: Sequence[int], file: Path, boxes: np.ndarray) -> Figure:
+def draw_words(
+    pairs: Pairs, pair: Sequence[int], file: Path, boxes: np.ndarray, title: str
+) -> Figure:
     """Return where each word attends; boxes `[regions, 4]` are in the image's pixels."""
     words, percent = pairs.words(pair[1]), 100 * pairs.attention(*pair)
     picture = thumbnail(file)
@@ -159,7 +163,7 @@ def draw_words(pairs: Pairs, pair: Sequence[int], file: Path, boxes: np.ndarray)
     columns = min(COLUMNS, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
     figure = new_figure(2 * columns + 1.2, 2.1 * rows + 1)
-    figure.suptitle(textwrap.fill(_name(pairs, pair), 24 * columns), fontsize=9)
+    figure.suptitle(textwrap.fill(title, 24 * columns), fontsize=9)
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
@@ -181,10 +185,6 @@ def heat_map(weights: np.ndarray, boxes: np.ndarray, shape: tuple[int, ...]) -> 
         part = heat[int(y1) : int(y2), int(x1) : int(x2)]
         np.fmax(part, weight, out=part)
     return heat
-
-
-def _name(pairs: Pairs, pair: Sequence[int]) -> str:
-    return f"image {pair[0]}, caption {pair[1]}: {pairs.captions[pair[1]]}"
 
 
 def _line(gate: float, colour: str, dashes: Sequence[int] = ()) -> dict[str, Any]:
