@@ -221,7 +221,8 @@ def tokenize_as_trained(
 ) -> Bert:
     """Return a BERT with the tokenisation that a checkpoint was trained with.
 
-    Warns if the folder's is another one; a mere line of the log if both read `captions` alike.
+    Warns if the folder's is another one; a mere line of the log if both read `captions` alike, and
+    not even that if there are no captions yet, `()`.
     """
     trained, words = checkpoint.tokenization, bert.vocabulary
     if trained == words.tokenization:
@@ -239,7 +240,8 @@ def tokenize_as_trained(
         ]
         differ = int((readings[0] != readings[1]).any(1).sum())
         message += f"; {differ} of {len(captions)} captions differ"
-        level = logging.WARNING if differ else logging.INFO
+        alike = logging.INFO if captions else logging.DEBUG
+        level = logging.WARNING if differ else alike
     log.log(level, message)
     return as_trained
 

@@ -184,7 +184,7 @@ class Matcher:
 def _common_bert(checkpoints: Sequence[Checkpoint], bert_path: str | Path | None) -> Bert:
     """Return the BERT of all checkpoints. Raises InputError if they read captions differently."""
     first, *others = checkpoints
-    bert = bert_of(first, bert_path)
+    bert = bert_of(first, bert_path, captions=())  # a warning here would come with every query
     for other in others:
         fingerprint = other.bert_fingerprint
         if fingerprint is None:  # an official checkpoint brings BERT's weights
