@@ -288,6 +288,8 @@ def test_an_index_with_faiss(built: Path, run: Searching, world: Path) -> None:
     run(*how, "--faiss", "Flat")
     path.write_bytes(path.read_bytes()[:-1])
     assert "vectors.faiss" in run("query", "--index", built, QUERY, status=2)
+    run(*how, "--faiss", "Flat")
+    assert run("query", "--index", built, QUERY)
     run(*how)
     assert run("query", "--index", built, QUERY)
 
@@ -321,6 +323,16 @@ def test_a_damaged_index_is_refused(
             assert path.name in error
             path.write_bytes(data)
     assert run("query", "--index", built, QUERY)
+
+
+def test_numbers_that_are_none_are_named(built: Path) -> None:
+    for name in ("vectors", "tokens_1", "pooled_0"):
+        path = built / f"images/{name}.npy"
+        data = path.read_bytes()
+        path.write_bytes(data[:-4] + np.float32([np.nan]).tobytes())
+        with pytest.raises(InputError, match=path.name):
+            Index.open(built).images(QUERY)
+        path.write_bytes(data)
 
 
 def test_an_index_of_another_kind_is_refused(tmp_path: Path, run: Searching) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from checkpoint.checkpoint import Checkpoint
 from common.cli import print_line, progress
 from common.errors import require, summarise
-from common.files import explain_os_errors, partial_path
+from common.files import explain_os_errors, partial_path, sha256_of
 from common.layout import extraction_file, read_backbone, read_captions
 from common.lock import LOCK, only_writer
 from scripts.parts.images import list_images
@@ -57,9 +57,9 @@ def build(options: IndexOptions, command: str) -> None:
     )
     if options.faiss is not None and models.first is not None:
         new_faiss(options.faiss, models.first.models[0].config.embed_size)  # refused at once
+    backbone = choose_backbone(options, models)
     if models.first is None:
         log.info("no --first_stage: each query scores all %d images", len(inputs.names))
-    backbone = choose_backbone(options, models)
     with only_writer(Path(options.out) / LOCK):
         Building(options, models, backbone, inputs).run(command)
 
@@ -171,7 +171,9 @@ class Building:
     def _write_faiss(self, vectors: np.ndarray | None) -> None:
         """Write the FAISS index of the images, unless it is there with this factory string."""
         factory, path = self.options.faiss, self.images.folder / FAISS
-        known = self.record.faiss if path.exists() else None
+        known = self.record.faiss
+        if known and not (path.exists() and sha256_of(path) == known["sha256"]):
+            known = None
         if factory == (known["factory"] if known else None):
             return
         self._write(faiss=None)

@@ -29,15 +29,22 @@ class FirstStage(Protocol):
 
 
 class Matrix:
-    """Vectors `[n, D]`, all of which are compared with a query; also a memory map."""
+    """Vectors `[n, D]`, all of which are compared with a query; also a memory map.
 
-    def __init__(self, vectors: np.ndarray) -> None:
-        self.vectors = vectors
+    `name` is their file, for messages.
+    """
+
+    def __init__(self, vectors: np.ndarray, name: str | Path = "the vectors") -> None:
+        self.vectors, self.name = vectors, name
 
     def search(self, query: np.ndarray, count: int) -> Found:
-        """Return the `count` best rows for a query `[D]` and their scores; of equals the first."""
+        """Return the `count` best rows for a query `[D]` and their scores; of equals the first.
+
+        Raises InputError if a vector holds NaN or infinity.
+        """
         starts = range(0, len(self.vectors), BLOCK)
         scores = np.concatenate([self.vectors[first : first + BLOCK] @ query for first in starts])
+        require(bool(np.isfinite(scores).all()), f"{self.name}: holds NaN or infinite numbers")
         rows = best_rows(scores, count)
         return rows, scores[rows]
 
@@ -58,7 +65,7 @@ class Faiss:
     def __init__(self, path: Path, digest: str, rows: int, width: int) -> None:
         # A damaged file could end the process: FAISS reads it without checks.
         problem = f"{path}: is damaged: its SHA-256 is another one"
-        require(sha256_of(path) == digest, f"{problem}; `index` with --overwrite makes it anew")
+        require(sha256_of(path) == digest, f"{problem}; `index` makes it anew")
         self.index = import_faiss().read_index(str(path))
         shape, wanted = (self.index.ntotal, self.index.d), (rows, width)
         require(shape == wanted, f"{path}: {shape} rows and width; expected {wanted}")

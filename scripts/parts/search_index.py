@@ -65,13 +65,14 @@ class Answer:
 class Side:
     """The images, or the sentences, of an open index."""
 
+    folder: Path
     names: list[str]
     arrays: Mapping[str, np.memmap]
     first_stage: FirstStage | None
 
     def items(self, models: int, rows: np.ndarray) -> Items:
         """Return the encoded items of some rows."""
-        return items_of(self.arrays, models, rows)
+        return items_of(self.arrays, self.folder, models, rows)
 
 
 class Index:
@@ -120,11 +121,13 @@ class Index:
         arrays = part.open(rows)
         digest = record.about["images" if kind == "images" else "captions"]
         names = part.names(digest, getattr(record, kind)["left_out"])
-        first: FirstStage | None = Matrix(arrays["vectors"]) if "vectors" in arrays else None
+        first: FirstStage | None = None
+        if "vectors" in arrays:
+            first = Matrix(arrays["vectors"], part.folder / "vectors.npy")
         if record.faiss and kind == "images":
             width = arrays["vectors"].shape[1]
             first = Faiss(part.folder / FAISS, record.faiss["sha256"], rows, width)
-        return Side(names, arrays, first)
+        return Side(part.folder, names, arrays, first)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -188,6 +191,7 @@ class Index:
         self, name: str, side: Side, query: EncodedItems, top: int, rerank: int, clock: "Clock"
     ) -> Answer:
         """Return the best items of a side for an encoded query."""
+        require(top >= 1 and rerank >= 0, f"top {top}, rerank {rerank}: expected 1 or more, and 0")
         rows, coarse = np.arange(len(side.names)), np.zeros(0, np.float32)
         candidates = rows
         if side.first_stage is not None and query.vectors is not None:

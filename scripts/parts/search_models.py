@@ -14,7 +14,7 @@ from common.cli import pick_device
 from common.config import Precision
 from common.errors import require
 from common.files import sha256_of
-from common.layout import read_rows
+from common.layout import check_finite_rows, read_rows
 from common.precision import has_fast_bf16
 from router import Modality
 from scripts.parts.regions import REGIONS
@@ -86,7 +86,7 @@ class SearchModels:
         count = len(record.places["model_path"])
         first = paths[count] if len(paths) > count else None
         models = cls.open(paths[:count], first, bert_path or record.places["bert_path"], device)
-        bert, expected = models.about["bert_path"], record.about["bert_path"]
+        bert, expected = models.matcher.bert.fingerprint, record.about["bert_path"]
         problem = f"{models.places['bert_path']}: BERT {bert[:12]}"
         require(bert == expected, f"{problem}; expected {expected[:12]}, as in {folder / RECORD}")
         return models
@@ -157,16 +157,19 @@ class EncodedItems:
         return arrays if self.vectors is None else arrays | {"vectors": self.vectors}
 
 
-def items_of(arrays: Mapping[str, np.memmap], models: int, rows: np.ndarray) -> Items:
-    """Return some rows of an index's arrays as encoded items, in main memory."""
+def items_of(arrays: Mapping[str, np.memmap], folder: Path, models: int, rows: np.ndarray) -> Items:
+    """Return some rows of the arrays in `folder` as encoded items, in main memory.
+
+    Raises InputError if they hold NaN or infinity.
+    """
     sides = []
     for i in range(models):
-        tokens, pooled = (
-            torch.from_numpy(read_rows(arrays[f"{name}_{i}"], rows))
-            for name in ("tokens", "pooled")
-        )
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        tokens = read_rows(arrays[f"tokens_{i}"], rows)
+        pooled = read_rows(arrays[f"pooled_{i}"], rows)
+        check_finite_rows(folder / f"tokens_{i}.npy", tokens, rows)
+        check_finite_rows(folder / f"pooled_{i}.npy", pooled[:, None], rows)
+        mask = np.ones(tokens.shape[:2], bool)
         if f"mask_{i}" in arrays:
-            mask = torch.from_numpy(read_rows(arrays[f"mask_{i}"], rows))
-        sides.append(Modality(tokens, pooled, mask))
+            mask = read_rows(arrays[f"mask_{i}"], rows)
+        sides.append(Modality(*map(torch.from_numpy, (tokens, pooled, mask))))
     return Items(tuple(sides))
