@@ -206,6 +206,21 @@ def test_a_query_is_printed_and_written(world: Path, run: Searching) -> None:
         assert "--image" in run("query", *where, *argv, status=2)
 
 
+def test_the_code_of_the_page_runs_in_any_folder(world: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs/search.md").read_text()
+    (code,) = re.findall(r"## Python\n[^#]*?```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "DIME").symlink_to(ROOT)
+    (tmp_path / "INDEX").symlink_to(world / "all")
+    shutil.copy(world / "images/3.png", tmp_path / "photo.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(str(world / "images") in line for line in lines[:3]) and "10 of 10" in lines[3]
+    assert {line.split(maxsplit=1)[1] for line in lines[4:]} < set(SENTENCES)
+
+
 def test_an_unknown_name_is_no_part_of_the_module() -> None:
     with pytest.raises(ImportError):
         from scripts.search import Indexes  # noqa: F401

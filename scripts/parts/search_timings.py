@@ -6,6 +6,7 @@ files: they take no space, and are read as zeros without a disk.
 """
 
 import io
+import logging
 import shutil
 import statistics
 import time
@@ -37,6 +38,8 @@ from scripts.parts.search_models import SearchModels
 from scripts.parts.search_options import IndexOptions
 from scripts.parts.workload import SIZES, Size, bert_config
 from vocab import Vocabulary
+
+log = logging.getLogger(__name__)
 
 BACKBONE, WIDTH = "efficientnet_lite2", 1280  # width of its features
 SIDES = (500, 375)  # of the images that are indexed, in pixels
@@ -185,4 +188,5 @@ def time_queries(
         }
         about = {"items": answers[0].total, "first_stage": first_stage}
         rows.append(about | {"candidates": answers[0].candidates} | median)
+        log.info("%s", rows[-1])
     return rows
