@@ -3,6 +3,7 @@
 A score is the product of two vectors of unit length.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +80,7 @@ class Faiss:
 
 def import_faiss() -> Any:
     """Return the module. Raises InputError that names the package if it is missing."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it logs each try
     try:
         import faiss
     except ImportError as error:

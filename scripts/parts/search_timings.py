@@ -135,7 +135,7 @@ def time_indexing(
     arrays = sorted((out / "images").glob("*.npy"))
     return {
         "indexing": {"images": images, "batch": options.batch_size, "images_per_s": round(rate, 2)},
-        "bytes": {path.name: round(path.stat().st_size / images) for path in arrays},
+        "bytes": {path.name: np.load(path, mmap_mode="r")[0].nbytes for path in arrays},
     }
 
 
