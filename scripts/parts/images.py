@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import InputError, require
 from common.files import explain_os_errors, require_regular_file
@@ -128,7 +128,9 @@ def _explained(name: str | Path) -> Iterator[None]:
         except Exception as error:  # decoders of damaged files raise errors of many types
             if is_oom(error):
                 raise
+            is_known = not isinstance(error, UnidentifiedImageError)  # which names no file
             reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = reason if is_known else "cannot be identified"
             expected = f"expected a complete image ({', '.join(FORMATS)})"
             raise InputError(f"{name}: {reason}; {expected}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 import threading
 from dataclasses import dataclass, replace
@@ -34,6 +35,14 @@ try:
     import safehttpx
 except ImportError as error:
     raise InputError(f"serve: {error}; pip install -r requirements-search.txt") from error
+
+
+async def _refuse(*arguments: Any, **more: Any) -> Any:
+    raise PermissionError("this page asks no other host for anything")
+
+
+# A client may name a URL instead of a file; Gradio would fetch it with these functions.
+safehttpx.get = safehttpx.async_validate_url = _refuse
 
 if TYPE_CHECKING:
     from scripts.parts.search_index import Index
@@ -155,7 +164,7 @@ class Page:
 
     def find_images(self, text: str) -> list[Any]:
         """Return status, state and gallery, and hide why an earlier image was found."""
-        hidden = [gr.Radio(visible=False), None]
+        hidden = [gr.update(visible=False), None]
         try:
             answer = self.index.images(text, TOP)
         except InputError as error:
@@ -163,7 +172,7 @@ class Page:
         images = [(self._copy(hit.name), f"{hit.score:.3f}  {hit.name}") for hit in answer]
         shown = Shown(text, tuple(hit.row for hit in answer), 0)
         line = _sentence(f"{summary(answer)} Choose an image to see why it was found.")
-        return [line, shown, gr.Gallery(images, selected_index=None), *hidden]
+        return [line, shown, gr.update(value=images, selected_index=None), *hidden]
 
     def choose(self, shown: Shown, event: gr.SelectData) -> Shown:
         """Return the state after an image was chosen."""
@@ -172,14 +181,14 @@ class Page:
     def explain(self, shown: Shown | None, model: int | None) -> list[Any]:
         """Return the choice of the model, and why it found the chosen image."""
         if shown is None:
-            return [gr.Radio(visible=False), None]
+            return [gr.update(visible=False), None]
         if model is None:
-            return [gr.Radio(visible=False), _sentence(NO_ROUTE)]
+            return [gr.update(visible=False), _sentence(NO_ROUTE)]
         try:
             drawings = self._draw(shown, model)
         except InputError as error:
-            return [gr.Radio(visible=False), _problem(error)]
-        return [gr.Radio(visible=len(self.routed) > 1), drawings]
+            return [gr.update(visible=False), _problem(error)]
+        return [gr.update(visible=len(self.routed) > 1), drawings]
 
     def find_sentences(self, path: str | None) -> list[Any]:
         """Return the status, and an uploaded image with its sentences."""
@@ -231,17 +240,12 @@ def _problem(error: InputError, upload: Path | None = None) -> str:
     return f'<p role="alert" class="problem">{escape(text)}</p>'
 
 
-async def _refuse(*arguments: Any, **more: Any) -> Any:
-    raise PermissionError("this page asks no other host for anything")
-
-
 def serve(index: Index, host: str, port: int) -> None:
     """Serve the page of an index until a signal ends the program.
 
     Raises InputError if the address cannot be used, and Stopped after the signal.
     """
-    # A client may name a URL instead of a file; Gradio would fetch it with these functions.
-    safehttpx.get = safehttpx.async_validate_url = _refuse
+    check_address(host, port)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request of a client
     stopped, received = threading.Event(), []
 
@@ -261,27 +265,35 @@ def serve(index: Index, host: str, port: int) -> None:
     raise Stopped(received[0])
 
 
+def check_address(host: str, port: int) -> None:
+    """Raise InputError if a server cannot listen at this address."""
+    for name in dict.fromkeys((host.strip("[]"), "127.0.0.1")):  # Gradio tries the latter, too
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in name else socket.AF_INET) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind((name, port))
+        except OSError as error:
+            problem = f"--host {host} --port {port}: {error.strerror or error}"
+            raise InputError(f"{problem}; expected an own address and a free port") from error
+
+
 def launch(page: gr.Blocks, host: str, port: int) -> None:
-    """Start the server of a page. Raises InputError if the address cannot be used."""
+    """Start the server of a page in a thread."""
     # Hosts of fonts, statistics and tunnels are never asked, whatever the environment says.
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=MOST_BYTES,
-            theme=gr.themes.Default(**fonts),
-            css=CSS,
-            footer_links=[],
-            share=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            inbrowser=False,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except OSError as error:
-        expected = "expected an address of this machine and a free port"
-        raise InputError(f"--host {host} --port {port}: cannot be used; {expected}") from error
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MOST_BYTES,
+        theme=gr.themes.Default(**fonts),
+        css=CSS,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
