@@ -57,14 +57,15 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 EXAMPLE = "two dogs on a beach"
 CSS = """
 .grid-wrap { min-height: 0 !important; max-height: none !important; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)) !important; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(min(11rem, 45%), 1fr))
+                  !important; }
 .thumbnail-lg { aspect-ratio: auto !important; height: auto !important; }
 .thumbnail-lg > img { aspect-ratio: 1; height: auto !important; }
 .caption-label { position: static !important; max-width: none !important; border: 0 !important;
                  white-space: normal !important; overflow-wrap: anywhere; }
 .submit-button { background: var(--button-primary-background-fill) !important;
                  color: var(--button-primary-text-color) !important; }
-.problem { color: var(--error-text-color, #b91c1c); font-weight: 600; }
+.problem { color: var(--error-text-color) !important; font-weight: 600; }
 .sentences { list-style: none; padding: 0; margin: 0; display: flow-root; }
 .sentences li { padding: .5rem 0; border-top: 1px solid var(--border-color-primary); }
 img.upload { float: left; max-width: 20rem; margin: 0 1.5rem 1rem 0; border-radius: .5rem; }
@@ -77,7 +78,7 @@ ROUTE = (
 )
 WORDS = "Where each word is seen in this image: the attention of the first layer."
 NO_ROUTE = "The models of this index have no routing space, so no route can be drawn."
-NO_SENTENCES = "This index has no sentences: `index` with --captions FILE makes one that has."
+NO_SENTENCES = "This index has no sentences; `index` with --captions FILE makes one with sentences."
 
 
 @dataclass(frozen=True)
