@@ -20,8 +20,9 @@ def _indexing(report: dict[str, Any]) -> str:
     if indexing is None:
         return "Images indexed a second: not run\n"
     rate = f"{indexing['images_per_s']:.1f} images indexed a second"
-    sizes = [[f"`{name}`", f"{size:,}"] for name, size in report["bytes"].items()]
-    total = ["together", f"{sum(report['bytes'].values()):,}"]
+    sizes = [[name, f"{size:,}"] for name, size in report["bytes"].items()]
+    arrays = sum(size for name, size in report["bytes"].items() if name.endswith(".npy"))
+    total = ["together, without FAISS", f"{arrays:,}"]
     return (
         f"{rate}, {indexing['images']} of them in batches of {indexing['batch']}.\n\n"
         f"{markdown(['file', 'bytes an image'], [*sizes, total])}"
