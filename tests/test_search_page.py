@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from scripts.parts.search_html import write_page
 from scripts.parts.search_index import Answer, Hit, Index
 
 HOSTILE = "<script>window.hacked = 1</script> a man ${6 * 7} {{value}} & co"
+HOSTILE_NAME = "<b>${6*7}{{value}}.png"
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome")
 QUERY = "a man in red"
 
@@ -36,6 +38,7 @@ QUERY = "a man in red"
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, models, and an index of the images and of sentences, one of them hostile."""
     folder = write_world(tmp_path_factory.mktemp("world"))
+    (folder / "images/0.png").rename(folder / "images" / HOSTILE_NAME)
     (folder / "sentences.txt").write_text("\n".join([*SENTENCES, HOSTILE]) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         how = ["--captions", folder / "sentences.txt", "--out", folder / "index"]
@@ -164,7 +167,7 @@ def test_a_photograph_that_is_gone_is_named(page: Any, index: Index, tmp_path: P
         (tmp_path / "images" / name).unlink()
         assert len(page.find_images(QUERY)[2]["value"]) == len(index.names)
         reason = page.explain(first[1], 0)[1]
-        assert f"{name}: not found" in reason and "alert" in reason
+        assert f"{escape(name)}: not found" in reason and "alert" in reason
     finally:
         index.images_folder = known
 
@@ -289,7 +292,7 @@ def status_of(url: str) -> int:
 
 def test_no_other_file_is_served(server: Server, world: Path) -> None:
     assert status_of(server.url) == 200
-    files = ["/etc/passwd", world / "images/0.png", world / "index/index.json"]
+    files = ["/etc/passwd", world / "images/1.png", world / "index/index.json"]
     for file in (*files, ROOT / "pyproject.toml", "pyproject.toml", "https://example.com/x.png"):
         assert status_of(f"{server.url}gradio_api/file={file}") == 403, file
 
