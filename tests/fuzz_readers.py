@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -28,6 +29,7 @@ from scripts.parts import caption_files
 from scripts.parts.array_files import ArrayFiles
 from scripts.parts.extraction import Extraction
 from scripts.parts.images import read_image
+from scripts.parts.search_files import RECORD, Part, Record, digest_of
 from scripts.parts.tsv import Tsv
 from tests import conftest
 from tests.changes import change_bytes, change_value
@@ -266,6 +268,28 @@ def image(folder: Path) -> Reader:
     return by_bytes("image", [(folder / kind).read_bytes() for kind in kinds], read_image)
 
 
+def search_index(folder: Path) -> Reader:
+    """Read a record and names whose checksums fit: else no more would be read."""
+    about = {"model_path": ["a", "b"], "first_stage": None, "bert_path": "c"}
+    places = about | {"images": "d", "weights": ""}
+    about |= {"backbone": {"model": "hf"}, "dtype": "float16", "batch_size": 2}
+    about |= {"images": digest_of(list(NAMES)), "captions": digest_of([])}
+    done, faiss = {"done": 2, "left_out": [1]}, {"factory": "Flat", "sha256": "e"}
+    Record(about, places, "index", done, None, faiss, True).write(folder)
+    (folder / "names.json").write_text(json.dumps(list(NAMES)))
+
+    def read(path: Path) -> None:
+        with suppress(ValueError, TypeError, AttributeError):
+            content = json.loads(path.read_text())
+            rest = {k: v for k, v in content.items() if k not in ("format", "sha256")}
+            path.write_text(json.dumps(content | {"sha256": digest_of(rest)}))
+        record = Record.read(path.parent)
+        if record.images:
+            Part(folder, {}).names(record.about["images"], record.images)
+
+    return by_bytes(RECORD, [(folder / RECORD).read_bytes()], read)
+
+
 def simple(name: str, seed: bytes, read: Callable[[Path], Any]) -> Callable[[Path], Reader]:
     return lambda folder: by_bytes(name, [seed], read)
 
@@ -305,5 +329,6 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "array_files": array_files,
     "extraction": extraction,
     "image": image,
+    "search_index": search_index,
     "run_json": simple("run.json", json.dumps(SESSION).encode(), _earlier_sessions),
 }

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.errors import InputError
 from scripts.parts import images
-from scripts.parts.images import find_images, read_image
+from scripts.parts.images import find_images, list_images, read_image
 
 
 def test_images_are_found_with_and_without_subfolders(tmp_path: Path) -> None:
@@ -88,3 +88,14 @@ def test_images_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert_refused("decompression bomb")
     os.truncate(path, 2**30 + 1)  # sparse
     assert_refused("1073741825 bytes")
+
+
+def test_images_of_a_folder(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a.png", "sub/c.webp", "sub/.d.png", ".e/f.png", "g.txt", "h"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_images(tmp_path) == ["a.png", "b.JPG", "sub/c.webp"]
+    for folder in (tmp_path / ".e/none", tmp_path / "g.txt", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=str(folder)):
+            list_images(folder)

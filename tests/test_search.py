@@ -19,7 +19,7 @@ from checkpoint import Checkpoint
 from common.errors import InputError
 from scripts import search
 from scripts.parts import search_models
-from scripts.parts.search_first_stage import Matrix, best_rows
+from scripts.parts.search_first_stage import Faiss, Matrix, best_rows, write_faiss
 from scripts.search import Index, Matcher
 
 
@@ -158,6 +158,22 @@ def test_the_best_rows_of_equal_scores_are_the_first() -> None:
     vectors = np.eye(5, dtype=np.float32)
     rows, values = Matrix(vectors).search(np.float32([0, 2, 5, 2, 1]), 3)
     assert (rows.tolist(), values.tolist()) == ([2, 1, 3], [5, 2, 2])
+
+
+def test_faiss_flat_equals_numpy(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(300, 8)).astype(np.float32)
+    digest = write_faiss(tmp_path / "flat", "Flat", vectors)
+    flat, matrix = Faiss(tmp_path / "flat", digest, 300, 8), Matrix(vectors)
+    inverted = Faiss(tmp_path / "ivf", write_faiss(tmp_path / "ivf", "IVF4,PQ4x4", vectors), 300, 8)
+    for query in rng.normal(size=(5, 8)).astype(np.float32):
+        rows, scores = matrix.search(query, 9)
+        found, approximate = flat.search(query, 9)
+        assert found.tolist() == rows.tolist() and np.allclose(scores, approximate, atol=1e-5)
+        found, _ = inverted.search(query, 100)
+        assert len(set(found) & set(rows[:5])) >= 3
+    assert len(inverted.search(vectors[0], 1000)[0]) == 300  # and no row of -1
 
 
 def test_two_threads_get_the_answers_of_one(world: Path) -> None:

@@ -29,9 +29,7 @@ from searching import (
 from common.errors import InputError
 from scripts.parts import search_build
 from scripts.parts.growing import GrowingArray
-from scripts.parts.images import list_images
-from scripts.parts.search_files import Record
-from scripts.parts.search_first_stage import Faiss, Matrix, write_faiss
+from scripts.parts.search_files import Record, digest_of
 from scripts.parts.search_models import SearchModels
 from scripts.search import Index
 
@@ -192,17 +190,6 @@ def test_a_folder_of_others_is_not_written_to(world: Path, run: Searching) -> No
 # Images
 
 
-def test_images_of_a_folder(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", "sub/c.webp", "sub/.d.png", ".e/f.png", "g.txt", "h"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert list_images(tmp_path) == ["a.png", "b.JPG", "sub/c.webp"]
-    for folder in (tmp_path / ".e/none", tmp_path / "g.txt", tmp_path / "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(InputError, match=str(folder)):
-            list_images(folder)
-
-
 def test_a_broken_image_is_named_and_left_out(world: Path, run: Searching) -> None:
     (world / "images/2.png").write_bytes(b"no image")
     save_noise(world / "images/1.png", 1, 1)
@@ -250,22 +237,6 @@ def test_a_query_by_image_needs_the_backbone(built: Path, run: Searching, world:
 
 
 # FAISS
-
-
-def test_faiss_flat_equals_numpy(tmp_path: Path) -> None:
-    pytest.importorskip("faiss")
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(300, 8)).astype(np.float32)
-    digest = write_faiss(tmp_path / "flat", "Flat", vectors)
-    flat, matrix = Faiss(tmp_path / "flat", digest, 300, 8), Matrix(vectors)
-    inverted = Faiss(tmp_path / "ivf", write_faiss(tmp_path / "ivf", "IVF4,PQ4x4", vectors), 300, 8)
-    for query in rng.normal(size=(5, 8)).astype(np.float32):
-        rows, scores = matrix.search(query, 9)
-        found, approximate = flat.search(query, 9)
-        assert found.tolist() == rows.tolist() and np.allclose(scores, approximate, atol=1e-5)
-        found, _ = inverted.search(query, 100)
-        assert len(set(found) & set(rows[:5])) >= 3
-    assert len(inverted.search(vectors[0], 1000)[0]) == 300  # and no row of -1
 
 
 def test_an_index_with_faiss(built: Path, run: Searching, world: Path) -> None:
@@ -333,6 +304,21 @@ def test_numbers_that_are_none_are_named(built: Path) -> None:
         with pytest.raises(InputError, match=path.name):
             Index.open(built).images(QUERY)
         path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    {"images": {"done": 3}, "about": {}, "faiss": "Flat", "complete": 1, "more": 1}.items(),
+)
+def test_a_record_of_another_shape_is_refused(built: Path, name: str, value: object) -> None:
+    """Whose SHA-256 fits."""
+    path = built / "index.json"
+    content = json.loads(path.read_text())
+    rest = {key: content[key] for key in content if key not in ("format", "sha256")}
+    rest[name] = value
+    path.write_text(json.dumps(rest | {"format": content["format"], "sha256": digest_of(rest)}))
+    with pytest.raises(InputError, match=r"index\.json"):
+        Record.read(built)
 
 
 def test_an_index_of_another_kind_is_refused(tmp_path: Path, run: Searching) -> None:

@@ -17,12 +17,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import numpy as np
 
 from common.errors import InputError, require, summarise
 from common.files import explain_os_errors, map_array, read_json, read_text, write_json
+from common.layout import check_backbone
 from scripts.parts.growing import GrowingArray, Shape
 
 FORMAT = "dime-search-1"
@@ -37,6 +39,52 @@ Specs = Mapping[str, tuple[Shape, np.dtype]]  # shape of a row, and type, of eac
 def digest_of(content: Any) -> str:
     """SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+DONE = {"done": int, "left_out": [int]}
+MODELS = {"model_path": [str], "first_stage": (str, NoneType), "bert_path": str}
+SHAPE = {  # of a record, by the names of its fields
+    "about": {
+        **MODELS,
+        **{"backbone": dict, "images": str, "captions": str},
+        **{"dtype": str, "batch_size": int},
+    },
+    "places": {**MODELS, "images": str, "weights": str},
+    "command": str,
+    "images": (DONE, NoneType),
+    "sentences": (DONE, NoneType),
+    "faiss": ({"factory": str, "sha256": str}, NoneType),
+    "complete": bool,
+}
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    """Whether JSON is of a type, of one of a tuple, a list of it, or has these names."""
+    if isinstance(shape, tuple):
+        return any(_has_shape(value, each) for each in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has_shape(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        has_names = isinstance(value, dict) and value.keys() == shape.keys()
+        return has_names and all(_has_shape(value[name], shape[name]) for name in shape)
+    return type(value) is shape
+
+
+def _is_record(content: dict[str, Any]) -> bool:
+    """Whether the content of a file is that of a record."""
+    if not _has_shape(content, SHAPE):
+        return False
+    about, places = content["about"], content["places"]
+    both = [(each["model_path"], each["first_stage"]) for each in (about, places)]
+    counts = [(len(paths), first is None) for paths, first in both]
+    done = [each for each in (content["images"], content["sentences"]) if each]
+    return (
+        counts[0] == counts[1]
+        and counts[0][0] > 0
+        and about["dtype"] in ("float16", "float32")
+        and all(0 <= len(each["left_out"]) <= each["done"] for each in done)
+        and (content["images"] is not None or not content["complete"])
+    )
 
 
 @dataclass(frozen=True)
@@ -59,10 +107,9 @@ class Record:
         require(content.pop("format", None) == FORMAT, f"{path}: expected {WANTED} ({FORMAT})")
         is_whole = content.pop("sha256", None) == digest_of(content)
         require(is_whole, f"{path}: is damaged: its SHA-256 is another one; {REPAIR}")
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise InputError(f"{path}: {error}; expected {WANTED}") from error
+        require(_is_record(content), f"{path}: expected {WANTED}")
+        check_backbone(content["about"]["backbone"], path)
+        return cls(**content)
 
     def write(self, folder: Path) -> None:
         """Write the record, with the SHA-256 of its content."""
@@ -130,14 +177,15 @@ class Part:
             require(is_same, f"{problem}; expected {dtype}, {(rows, *shape)}; {REPAIR}")
         return opened
 
-    def names(self, digest: str, left_out: Sequence[int]) -> list[str]:
+    def names(self, digest: str, done: Mapping[str, Any]) -> list[str]:
         """Return the names of the rows. Raises InputError unless the file has this digest."""
         path = self.folder / NAMES
         try:
             names = json.loads(read_text(path, f"a part of a search index; {REPAIR}"))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: is damaged: {error}; {REPAIR}") from error
-        is_whole = digest_of(names) == digest
+        is_whole = digest_of(names) == digest and _has_shape(names, [str])
         require(is_whole, f"{path}: is damaged: its SHA-256 is another one; {REPAIR}")
-        without = set(left_out)
+        count, without = len(names), set(done["left_out"])
+        require(count == done["done"], f"{path}: {count} names; expected {done['done']}; {REPAIR}")
         return [name for row, name in enumerate(names) if row not in without]

@@ -120,7 +120,7 @@ class Index:
         part = Part(self.folder / kind, self.models.specs(kind, np.dtype(record.about["dtype"])))
         arrays = part.open(rows)
         digest = record.about["images" if kind == "images" else "captions"]
-        names = part.names(digest, getattr(record, kind)["left_out"])
+        names = part.names(digest, getattr(record, kind))
         first: FirstStage | None = None
         if "vectors" in arrays:
             first = Matrix(arrays["vectors"], part.folder / "vectors.npy")

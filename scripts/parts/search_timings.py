@@ -140,8 +140,8 @@ def time_indexing(
 def write_index(folder: Path, models: SearchModels, items: int) -> None:
     """Write an index of so many images that nobody has; all arrays but the vectors are holes."""
     names = [f"{i}.jpg" for i in range(items)]
-    about = models.about | {"backbone": {}, "images": digest_of(names), "captions": digest_of(())}
-    about |= {"dtype": "float16"}
+    about = models.about | {"images": digest_of(names), "captions": digest_of(())}
+    about |= {"backbone": {"model": "none"}, "dtype": "float16", "batch_size": 1}
     places = models.places | {"images": str(folder), "weights": ""}
     part = Part(folder / "images", models.specs("images", np.dtype("float16")))
     part.begin(names)
