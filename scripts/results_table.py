@@ -23,7 +23,6 @@ from scripts.parts.gpu_tables import gpu_status, gpu_tables
 from scripts.parts.run_results import legend, read_result, recall_table, table_rows
 from scripts.parts.search_tables import search_tables
 from scripts.parts.tables import (
-    COLUMNS,
     chance,
     counts_table,
     markdown,
@@ -40,8 +39,11 @@ PAPER_TABLES = {
     "mscoco_1k_fold5": "MSCOCO, 5 folds of 1K",
     "mscoco_5k": "MSCOCO, 5K",
 }
-NAMES = PAPER_TABLES | {"flickr8k": "Flickr8k"}  # in the README's table
-SHORT = {0: "R@1 i2t", 3: "R@1 t2i", 6: "rsum"}  # columns of the README's table
+NAMES = PAPER_TABLES | {  # in the README's table
+    "flickr8k": "Flickr8k, short",
+    "flickr8k_256_cached": "Flickr8k, full",
+}
+SHORT = {0: "R@1 i2t", 3: "R@1 t2i", 6: "rsum"}  # columns of the README's tables
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,13 @@ def demonstration() -> str:
     results = [read_result(path) for run in table.runs for path in run.results().values()]
     where = "; ".join(sorted(set(map(surroundings, results))))
     recalls = chance(table.runs[0].images)
-    cells = [["chance", *(f"{figure:.1f}" for figure in (*recalls, sum(recalls)))]]
-    cells += [[row.run.title, *map(row.ours, range(len(COLUMNS)))] for row in table_rows(table)]
-    head = f"{table.runs[0].images} unseen scenes"
-    seeds = max((len(row.seeds) for row in table_rows(table)), default=0)
-    return f"Over {seeds} seeds, on {where}:\n\n{markdown([head, *COLUMNS], cells)}"
+    random = [*recalls, sum(recalls)]
+    rows = table_rows(table)
+    cells = [["chance", *(f"{random[k]:.1f}" for k in SHORT)]]
+    cells += [[row.run.title, *map(row.ours, SHORT)] for row in rows]
+    head = [f"{table.runs[0].images} unseen scenes", *SHORT.values()]
+    seeds = max((len(row.seeds) for row in rows), default=0)
+    return f"Mean ± deviation over {seeds} seeds, on {where}:\n\n{markdown(head, cells)}"
 
 
 def tables(*names: str) -> str:
