@@ -175,9 +175,9 @@ class Page:
         line = _sentence(f"{summary(answer)} Choose an image to see why it was found.")
         return [line, shown, gr.update(value=images, selected_index=None), *hidden]
 
-    def choose(self, shown: Shown, event: gr.SelectData) -> Shown:
-        """Return the state after an image was chosen."""
-        return replace(shown, chosen=event.index)
+    def choose(self, shown: Shown | None, event: gr.SelectData) -> Shown | None:
+        """Return the state after an image was chosen; None if a failed search removed it."""
+        return shown and replace(shown, chosen=event.index)
 
     def explain(self, shown: Shown | None, model: int | None) -> list[Any]:
         """Return the choice of the model, and why it found the chosen image."""
