@@ -29,7 +29,7 @@ from searching import (
 from common.errors import InputError
 from scripts.parts import search_build
 from scripts.parts.growing import GrowingArray
-from scripts.parts.search_files import Record, digest_of
+from scripts.parts.search_files import Part, Record, digest_of
 from scripts.parts.search_models import SearchModels
 from scripts.search import Index
 
@@ -232,6 +232,9 @@ def test_a_query_by_image_needs_the_backbone(built: Path, run: Searching, world:
     try:
         assert str(vit) in run("query", "--index", built, *image, status=2)
         assert run("query", "--index", built, QUERY)
+        save_backbone(vit)  # with other weights
+        assert "another weights" in run("query", "--index", built, *image, status=2)
+        shutil.rmtree(vit)
     finally:
         vit.with_name("away").rename(vit)
 
@@ -321,6 +324,13 @@ def test_a_record_of_another_shape_is_refused(built: Path, name: str, value: obj
         Record.read(built)
 
 
+def test_names_are_as_many_as_the_record_says(built: Path) -> None:
+    digest = Record.read(built).about["images"]
+    for done in (9, 11):
+        with pytest.raises(InputError, match=r"names\.json"):
+            Part(built / "images", {}).names(digest, {"done": done, "left_out": []})
+
+
 def test_an_index_of_another_kind_is_refused(tmp_path: Path, run: Searching) -> None:
     for content in ('{"format": "dime-search-2"}', "[]", '{"format": "dime-search-1"}'):
         (tmp_path / "index.json").write_text(content)
@@ -345,7 +355,8 @@ def test_models_that_were_changed_or_moved(built: Path, run: Searching, tmp_path
         file.write(b"0")
     error = run(*where, other, status=2)
     assert str(other) in error and "--model_path" in error
-    (tmp_path / "a").write_bytes(b"other")
+    for name in ("a", "b"):
+        shutil.copy(t2i, tmp_path / name)
     assert str(tmp_path / "a") in run("query", "--index", built, QUERY, status=2)
     assert path.exists()
 
