@@ -125,6 +125,9 @@ def _explained(name: str | Path) -> Iterator[None]:
             yield
         except InputError:
             raise
+        except Image.DecompressionBombError as error:  # Pillow's own limit is higher
+            size = str(error).split(" exceeds")[0]
+            raise InputError(f"{name}: {size}; expected at most {MOST_PIXELS} pixels") from error
         except Exception as error:  # decoders of damaged files raise errors of many types
             if is_oom(error):
                 raise
