@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 from tqdm import tqdm
 
 from common.config import Precision
-from common.errors import InputError, require
+from common.errors import InputError, printable, require
 from common.memory import describe_oom, is_oom, tune_malloc
 from common.precision import has_tf32, keep_float32
 from common.signals import Stopped
@@ -220,7 +220,7 @@ def _is_connected() -> bool:
 def _one_line(text: str) -> str:
     """Return `text` shortened to one line, with control characters escaped."""
     line = " ".join(text[:LONGEST_MESSAGE].split()) + "..." * (len(text) > LONGEST_MESSAGE)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return printable(line)
 
 
 def print_line(text: str) -> None:

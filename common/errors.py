@@ -34,3 +34,8 @@ def summarise(names: Sequence[str]) -> str:
 def brief_repr(value: object) -> str:
     """Return a short repr for a message; of nested values, which may be huge, only the type."""
     return repr(value)[:99] if isinstance(value, PLAIN) else type(value).__name__
+
+
+def printable(text: str) -> str:
+    """Return `text` with its unprintable characters escaped, as file names may hold them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from any folder
 
 from common.cli import parse, print_line, run
-from common.errors import require
+from common.errors import printable, require
 from common.files import check_writable, write_json
 from scripts.parts.search_options import IndexOptions, QueryOptions, ServeOptions
 
@@ -71,8 +71,7 @@ def describe(answer: "Answer") -> str:
     lines = []
     for rank, hit in enumerate(answer, 1):
         note = "" if rank <= answer.candidates else "  (first stage alone)"
-        name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in hit.name)
-        lines.append(f"{rank:3}  {hit.score:7.4f}  {name}{note}")
+        lines.append(f"{rank:3}  {hit.score:7.4f}  {printable(hit.name)}{note}")
     seconds = ", ".join(f"{part} {time:.3f} s" for part, time in answer.seconds.items())
     return "\n".join([*lines, f"scored {answer.candidates} of {answer.total}: {seconds}"])
 
@@ -82,7 +81,8 @@ def serve(options: ServeOptions) -> None:
     from scripts.parts.search_index import Index
     from scripts.parts.search_page import serve
 
-    serve(Index.open(options.index, options.device), options.host, options.port)
+    index = Index.open(options.index, options.device, options.bert_path, options.model_path or ())
+    serve(index, options.host, options.port)
 
 
 def main() -> None:
@@ -92,7 +92,8 @@ def main() -> None:
         options = parse(IndexOptions, rest, __doc__, program)
         from scripts.parts.search_build import build
 
-        build(options, shlex.join(["python", "-m", "scripts.search", *sys.argv[1:]]))
+        resuming = [each for each in sys.argv[1:] if each != "--overwrite"]  # it begins again
+        build(options, shlex.join(["python", "-m", "scripts.search", *resuming]))
     elif verb == "query":
         query(parse(QueryOptions, rest, __doc__, program))
     elif verb == "serve":

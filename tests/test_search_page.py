@@ -114,6 +114,17 @@ def test_a_file_escapes_names_and_says_which_image_is_gone(tmp_path: Path) -> No
     assert HOSTILE in page.text and "gone<b>.png: not found" in page.text
 
 
+def test_a_name_that_is_not_unicode_is_shown_escaped(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff\n.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / name)
+    answer = Answer(name, (Hit(name, 0.5, 0),), {"encode": 0.1}, 1, 1)
+    folder: Any = SimpleNamespace(images_folder=tmp_path)
+    write_page(tmp_path / "page.html", folder, answer)
+    page = Elements((tmp_path / "page.html").read_text())
+    assert [image["alt"] for image in page.of("img")] == [r"\udcff\n.png"]
+    assert page.text.count(r"\udcff\n.png") == 3  # as title, heading and name
+
+
 def test_a_file_never_replaces_an_image(world: Path, monkeypatch, capsys) -> None:
     path = world / "images/2.png"
     before = path.read_bytes()
@@ -153,6 +164,20 @@ def test_a_chosen_image_is_explained(page: Any, index: Index) -> None:
     assert page.explain(None, 0)[1] is None
 
 
+def test_the_route_of_an_image_whose_name_is_not_unicode(page: Any, index: Index) -> None:
+    shown, name = page.find_images(QUERY)[1], os.fsdecode(b"\xff.png")
+    row = shown.rows[0]
+    known, index.names[row] = index.names[row], name
+    shutil.copy(index.images_folder / known, index.images_folder / name)
+    try:
+        assert len(drawings(page.explain(shown, 0)[1])) == 2
+        captions = [text for _, text in page.find_images(QUERY)[2]["value"]]
+        assert any(text.endswith(r"\udcff.png") for text in captions)
+    finally:
+        index.names[row] = known
+        (index.images_folder / name).unlink()
+
+
 def test_models_without_a_route_say_so(page: Any) -> None:
     shown = page.find_images(QUERY)[1]
     assert "no routing space" in page.explain(shown, None)[1]
@@ -187,7 +212,7 @@ def test_bad_input_becomes_a_sentence(page: Any, tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(search_page, "MOST_BYTES", 10)
     assert "expected at most 10" in page.find_sentences(str(dot))[0]
     assert page.find_sentences(None) == [None, None]
-    for query in ("", "\u2603"):
+    for query in ("", "\u2603", None):
         status, shown, gallery, *_ = page.find_images(query)
         assert "alert" in status and shown is None and gallery == []
 

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.files import check_writable, write_text
 from scripts.parts.figures import thumbnail
 
@@ -70,7 +70,7 @@ def write_page(path: Path, index: Index, answer: Answer, image: Path | None = No
         files = [image]
         body = image_of(image, answer.query, "query") + list_sentences(answer)
     check_writable(path, files)
-    query, line = escape(answer.query), escape(summary(answer))
+    query, line = escape(printable(answer.query)), escape(summary(answer))
     write_text(path, PAGE.format(query=query, summary=line, body=body))
 
 
@@ -97,7 +97,7 @@ def _list_images(answer: Answer, files: Sequence[Path]) -> str:
 
 
 def _score(hit: Hit) -> str:
-    return f"<b>{hit.score:.3f}</b>{escape(hit.name)}"
+    return f"<b>{hit.score:.3f}</b>{escape(printable(hit.name))}"
 
 
 def image_of(file: Path, name: str, kind: str) -> str:
@@ -105,7 +105,7 @@ def image_of(file: Path, name: str, kind: str) -> str:
     try:
         image = thumbnail(file)
     except InputError as error:
-        return f"<p>{escape(str(error))}</p>"
+        return f"<p>{escape(printable(str(error)))}</p>"
     data = io.BytesIO()
     image.save(data, "JPEG", quality=QUALITY)
     return image_tag(data.getvalue(), "jpeg", name, kind)
@@ -114,4 +114,5 @@ def image_of(file: Path, name: str, kind: str) -> str:
 def image_tag(data: bytes, form: str, name: str, kind: str) -> str:
     """Return an image inside the page: its bytes and format, its name and its class."""
     coded = base64.b64encode(data).decode()
-    return f'<img class="{kind}" alt="{escape(name)}" src="data:image/{form};base64,{coded}">'
+    text = escape(printable(name))
+    return f'<img class="{kind}" alt="{text}" src="data:image/{form};base64,{coded}">'

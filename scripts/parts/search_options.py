@@ -11,6 +11,12 @@ DEVICES = "auto, cpu, cuda, cuda:1, mps, ..."
 PORTS = 65535
 MOST = 10**9  # items of an index
 
+# Of an index that is there
+BertPath = Annotated[str | None, "folder of BERT (default: the index's)"]
+ModelPath = Annotated[
+    list[str] | None, "the index's checkpoints, if they were moved (known by their SHA-256)"
+]
+
 
 @dataclass(frozen=True)
 class IndexOptions:
@@ -57,10 +63,8 @@ class QueryOptions:
     json: Annotated[str | None, "write the answer to this file"] = None
     html: Annotated[str | None, "write a page of the answer that needs no server"] = None
     device: Annotated[str, DEVICES] = "auto"
-    bert_path: Annotated[str | None, "folder of BERT (default: the index's)"] = None
-    model_path: Annotated[
-        list[str] | None, "the index's checkpoints, if they were moved (known by their SHA-256)"
-    ] = None
+    bert_path: BertPath = None
+    model_path: ModelPath = None
 
     def __post_init__(self) -> None:
         check_range(self, ("top",), 1, MOST)
@@ -75,6 +79,8 @@ class ServeOptions:
     host: Annotated[str, "address to serve at; 0.0.0.0 is all of this machine's"] = "127.0.0.1"
     port: Annotated[int, "port of the page"] = 7860
     device: Annotated[str, DEVICES] = "auto"
+    bert_path: BertPath = None
+    model_path: ModelPath = None
 
     def __post_init__(self) -> None:
         check_range(self, ("port",), 1, PORTS)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from common.cli import print_line
-from common.errors import InputError, require
+from common.errors import InputError, printable, require
 from common.signals import Stopped, handled
 from scripts.parts.figures import SIDE, png_of, thumbnail
 from scripts.parts.route_figures import draw_route, draw_words
@@ -163,14 +163,16 @@ class Page:
         status, sentences = gr.HTML(), gr.HTML()
         file.change(self.find_sentences, file, [status, sentences], api_name="sentences")
 
-    def find_images(self, text: str) -> list[Any]:
+    def find_images(self, text: str | None) -> list[Any]:
         """Return status, state and gallery, and hide why an earlier image was found."""
-        hidden = [gr.update(visible=False), None]
+        hidden, text = [gr.update(visible=False), None], text or ""  # a program may send null
         try:
             answer = self.index.images(text, TOP)
         except InputError as error:
             return [_problem(error), None, [], *hidden]
-        images = [(self._copy(hit.name), f"{hit.score:.3f}  {hit.name}") for hit in answer]
+        images = [
+            (self._copy(hit.name), f"{hit.score:.3f}  {printable(hit.name)}") for hit in answer
+        ]
         shown = Shown(text, tuple(hit.row for hit in answer), 0)
         line = _sentence(f"{summary(answer)} Choose an image to see why it was found.")
         return [line, shown, gr.update(value=images, selected_index=None), *hidden]
@@ -217,7 +219,7 @@ class Page:
         """Return the route of the chosen image, and where each word is seen, as HTML."""
         row, pair = shown.rows[shown.chosen], (shown.chosen, 0)
         name = self.index.names[row]
-        file, title = self.index.images_folder / name, f"{name}: {shown.text}"
+        file, title = self.index.images_folder / name, printable(f"{name}: {shown.text}")
         with self.index.lock:  # also since matplotlib is not made for threads
             pairs = self.index.pairs(shown.rows, shown.text)[model]
             gates = np.concatenate([pairs.route(i, [0]) for i in range(len(shown.rows))])
@@ -238,7 +240,7 @@ def _sentence(text: str) -> str:
 def _problem(error: InputError, upload: Path | None = None) -> str:
     """Return the message of an error, with an uploaded file's name instead of its path here."""
     text = str(error).replace(str(upload), upload.name) if upload else str(error)
-    return f'<p role="alert" class="problem">{escape(text)}</p>'
+    return f'<p role="alert" class="problem">{escape(printable(text))}</p>'
 
 
 def serve(index: Index, host: str, port: int) -> None:
