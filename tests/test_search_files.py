@@ -187,6 +187,18 @@ def test_a_folder_of_others_is_not_written_to(world: Path, run: Searching) -> No
     assert contents(world) == before
 
 
+def test_an_index_that_is_replaced_leaves_other_files(
+    built: Path, run: Searching, world: Path
+) -> None:
+    mine = built / "images/mine.png"
+    save_noise(mine, 20, 20)
+    run(*options_of(world), "--out", built, "--overwrite")
+    left = {path.name for path in (built / "images").iterdir()}
+    arrays = {f"{name}_{i}.npy" for name in ("tokens", "pooled") for i in (0, 1)}
+    assert left == {"mine.png", "names.json", "boxes.npy", *arrays}
+    assert "--overwrite" not in Record.read(built).command
+
+
 # Images
 
 

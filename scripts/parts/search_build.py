@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ class Building:
         self.record = Record(about, places, command)
         self.record.write(self.folder)
         for part in (self.images, self.sentences):  # of the index that is replaced
-            shutil.rmtree(part.folder, ignore_errors=True)
+            part.clear()
 
     def _add_images(self) -> None:
         """Encode the images that are missing."""

@@ -30,6 +30,7 @@ from scripts.parts.growing import GrowingArray, Shape
 FORMAT = "dime-search-1"
 WANTED = "a search index, as `scripts.search index` writes it"
 RECORD, NAMES, FAISS = "index.json", "names.json", "vectors.faiss"
+FILES = ("tokens_*.npy", "pooled_*.npy", "mask_*.npy", "boxes.npy", "vectors.npy", NAMES, FAISS)
 REPAIR = "`index` with --overwrite makes it anew"
 
 Kind = Literal["images", "sentences"]
@@ -142,6 +143,13 @@ class Part:
             name: GrowingArray(self.folder / f"{name}.npy", shape, dtype)
             for name, (shape, dtype) in self.specs.items()
         }
+
+    def clear(self) -> None:
+        """Remove the files of an index, of any models; other files stay."""
+        with explain_os_errors(self.folder, "a folder to write"):
+            for pattern in FILES:
+                for path in self.folder.glob(pattern):
+                    path.unlink()
 
     def begin(self, names: Sequence[str]) -> None:
         """Write the names of all items, and arrays without rows."""
