@@ -30,7 +30,7 @@ from common.errors import InputError
 from scripts.parts import search_build
 from scripts.parts.growing import GrowingArray
 from scripts.parts.search_files import Part, Record, digest_of
-from scripts.parts.search_models import SearchModels
+from scripts.parts.search_models import SearchModels, digest_of_model
 from scripts.search import Index
 
 QUERY = "a man in red"
@@ -371,6 +371,16 @@ def test_models_that_were_changed_or_moved(built: Path, run: Searching, tmp_path
         shutil.copy(t2i, tmp_path / name)
     assert str(tmp_path / "a") in run("query", "--index", built, QUERY, status=2)
     assert path.exists()
+
+
+def test_the_digest_of_a_model_covers_its_options(tmp_path: Path) -> None:
+    weights, options = tmp_path / "a.safetensors", tmp_path / "a.json"
+    weights.write_bytes(b"weights")
+    digests = set()
+    for value in (4, 9):
+        options.write_text(json.dumps({"options": {"lambda_softmax_CMRC": value}}))
+        digests.add(digest_of_model(weights))
+    assert len(digests) == 2
 
 
 def test_another_bert_is_refused(built: Path, run: Searching, tmp_path: Path) -> None:

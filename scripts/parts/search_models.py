@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from checkpoint.checkpoint import json_beside
 from checkpoint.matcher import Items, Matcher
 from common.cli import pick_device
 from common.config import Precision
@@ -23,6 +24,15 @@ from scripts.parts.search_files import RECORD, Kind, Record, Specs
 log = logging.getLogger(__name__)
 
 FLOAT = np.dtype("float32")
+
+
+def digest_of_model(path: Path) -> str:
+    """SHA-256 of a checkpoint; of `.safetensors`, of the options beside it.
+
+    The options change scores, too, and hold the SHA-256 of the weights, which is checked when they
+    are read.
+    """
+    return sha256_of(json_beside(path) if path.suffix == ".safetensors" else path)
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class SearchModels:
         a model or BERT is another one today.
         """
         given = [model_path] if isinstance(model_path, str | Path) else model_path
-        moved = {sha256_of(Path(path)): Path(path) for path in given}
+        moved = {digest_of_model(Path(path)): Path(path) for path in given}
         known = [*record.about["model_path"], record.about["first_stage"]]
         for digest, path in moved.items():
             problem = f"--model_path {path}: SHA-256 {digest[:12]}"
@@ -81,7 +91,7 @@ class SearchModels:
             if place is not None:
                 paths.append(moved.get(digest) or Path(place))
                 problem = f"{paths[-1]}: was changed since {folder} was made"
-                is_same = sha256_of(paths[-1]) == digest
+                is_same = digest_of_model(paths[-1]) == digest
                 require(is_same, f"{problem}; expected SHA-256 {digest[:12]}")
         count = len(record.places["model_path"])
         first = paths[count] if len(paths) > count else None
@@ -95,8 +105,8 @@ class SearchModels:
     def about(self) -> dict[str, Any]:
         """What the rows of an index depend on."""
         paths = [each.path for each in self.matcher.checkpoints]
-        first = None if self.first is None else sha256_of(self.first.checkpoints[0].path)
-        models = {"model_path": list(map(sha256_of, paths)), "first_stage": first}
+        first = None if self.first is None else digest_of_model(self.first.checkpoints[0].path)
+        models = {"model_path": list(map(digest_of_model, paths)), "first_stage": first}
         return models | {"bert_path": self.matcher.bert.fingerprint}
 
     @property
