@@ -19,6 +19,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_here
 from PIL import Image
@@ -176,6 +177,12 @@ def test_the_route_of_an_image_whose_name_is_not_unicode(page: Any, index: Index
     finally:
         index.names[row] = known
         (index.images_folder / name).unlink()
+
+
+def test_boxes_that_hold_nan_are_named(page: Any, index: Index, monkeypatch) -> None:
+    monkeypatch.setattr(index, "boxes", np.full_like(index.boxes, np.nan))
+    reason = page.explain(page.find_images(QUERY)[1], 0)[1]
+    assert "boxes.npy" in reason and "alert" in reason
 
 
 def test_models_without_a_route_say_so(page: Any) -> None:

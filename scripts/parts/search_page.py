@@ -22,6 +22,7 @@ from PIL import Image
 
 from common.cli import print_line
 from common.errors import InputError, printable, require
+from common.layout import check_finite_rows
 from common.signals import Stopped, handled
 from scripts.parts.figures import SIDE, png_of, thumbnail
 from scripts.parts.route_figures import draw_route, draw_words
@@ -225,7 +226,9 @@ class Page:
             gates = np.concatenate([pairs.route(i, [0]) for i in range(len(shown.rows))])
             figures = {ROUTE: draw_route(pairs, gates, pair, file, title)}
             if "CMRC" in pairs.cells:
-                figures[WORDS] = draw_words(pairs, pair, file, self.index.boxes[row], title)
+                boxes = self.index.boxes[[row]]
+                check_finite_rows(self.index.folder / "images/boxes.npy", boxes, [row])
+                figures[WORDS] = draw_words(pairs, pair, file, boxes[0], title)
             drawings = [
                 _sentence(about) + image_tag(png_of(figure), "png", about, "drawing")
                 for about, figure in figures.items()
