@@ -272,7 +272,7 @@ def search_index(folder: Path) -> Reader:
     """Read a record and names whose checksums fit: else no more would be read."""
     about = {"model_path": ["a", "b"], "first_stage": None, "bert_path": "c"}
     places = about | {"images": "d", "weights": ""}
-    about |= {"backbone": {"model": "hf"}, "dtype": "float16", "batch_size": 2}
+    about |= {"backbone": {"model": "hf"}, "precision": None, "dtype": "float16", "batch_size": 2}
     about |= {"images": digest_of(list(NAMES)), "captions": digest_of([])}
     done, faiss = {"done": 2, "left_out": [1]}, {"factory": "Flat", "sha256": "e"}
     Record(about, places, "index", done, None, faiss, True).write(folder)

@@ -1,6 +1,7 @@
 """Shared by the tests of search: images, tiny models that were trained with them, an index."""
 
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from scripts import extract_regions, prepare_captions, search
 
 WIDTH = 8  # of the tiny backbone's features
 SIZES = {"embed_size": 8, "max_words": 12, "num_head_IMRC": 2, "hid_IMRC": 6, "hid_router": 5}
+HOSTILE = "<script>window.hacked = 1</script> a man ${6 * 7} {{value}} & co"
 SENTENCES = [f"a man in {word} {i}" for i in range(3) for word in ("red", "blue", "black")]
 
 
@@ -78,3 +80,22 @@ def searching(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return printed.err.splitlines()[-1] if status else printed.out
 
     return run
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]

@@ -20,6 +20,7 @@ from common.errors import InputError
 from scripts import search
 from scripts.parts import search_models
 from scripts.parts.search_first_stage import Faiss, Matrix, best_rows, write_faiss
+from scripts.parts.search_models import digest_of_model
 from scripts.search import Index, Matcher
 
 
@@ -144,6 +145,16 @@ def test_models_compute_in_float32_where_bfloat16_is_slow(
         assert [model.precision for model in opened] == [precision] * 3
 
 
+def test_an_index_computes_in_the_precision_that_it_was_made_with(
+    world: Path, run: Searching, tmp_path: Path
+) -> None:
+    run(*options_of(world, "--precision", "bf16", "--out", tmp_path / "bf16"))
+    models = Index.open(tmp_path / "bf16").matcher.models
+    assert [model.precision for model in models] == ["bf16"] * 2
+    other = options_of(world, "--precision", "fp32", "--out", tmp_path / "bf16")
+    assert "--precision" in run(*other, status=2)
+
+
 def test_float16_changes_scores_little(world: Path) -> None:
     assert np.load(world / "half/images/tokens_0.npy").dtype == np.float16
     exact, half = (Index.open(world / name).images(SENTENCES[0]) for name in ("all", "half"))
@@ -260,3 +271,26 @@ def test_a_query_needs_a_word(world: Path) -> None:
         with pytest.raises(InputError):
             index.images(text)
     assert len(index.images("♞ a man")) == 10
+
+
+def test_an_index_of_another_kind_is_refused(tmp_path: Path, run: Searching) -> None:
+    for content in ('{"format": "dime-search-2"}', "[]", '{"format": "dime-search-1"}'):
+        (tmp_path / "index.json").write_text(content)
+        assert "index.json" in run("query", "--index", tmp_path, SENTENCES[0], status=2)
+    assert "index.json" in run("query", "--index", tmp_path / "none", SENTENCES[0], status=2)
+
+
+def test_the_digest_of_a_model_covers_its_options(tmp_path: Path) -> None:
+    weights, options = tmp_path / "a.safetensors", tmp_path / "a.json"
+    weights.write_bytes(b"weights")
+    digests = set()
+    for value in (4, 9):
+        options.write_text(json.dumps({"options": {"lambda_softmax_CMRC": value}}))
+        digests.add(digest_of_model(weights))
+    assert len(digests) == 2
+
+
+def test_a_first_stage_has_no_routing_space(world: Path, run: Searching) -> None:
+    how = [*options_of(world), "--out", world / "index"]
+    error = run(*how, "--first_stage", model_of(world, "i2t"), status=2)
+    assert "--num_layer_routing" in error and not (world / "index").exists()

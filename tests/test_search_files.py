@@ -30,7 +30,7 @@ from common.errors import InputError
 from scripts.parts import search_build
 from scripts.parts.growing import GrowingArray
 from scripts.parts.search_files import Part, Record, digest_of
-from scripts.parts.search_models import SearchModels, digest_of_model
+from scripts.parts.search_models import SearchModels
 from scripts.search import Index
 
 QUERY = "a man in red"
@@ -343,13 +343,6 @@ def test_names_are_as_many_as_the_record_says(built: Path) -> None:
             Part(built / "images", {}).names(digest, {"done": done, "left_out": []})
 
 
-def test_an_index_of_another_kind_is_refused(tmp_path: Path, run: Searching) -> None:
-    for content in ('{"format": "dime-search-2"}', "[]", '{"format": "dime-search-1"}'):
-        (tmp_path / "index.json").write_text(content)
-        assert "index.json" in run("query", "--index", tmp_path, QUERY, status=2)
-    assert "index.json" in run("query", "--index", tmp_path / "none", QUERY, status=2)
-
-
 def test_models_that_were_changed_or_moved(built: Path, run: Searching, tmp_path: Path) -> None:
     path = built / "index.json"
     record = Record.read(built)
@@ -371,16 +364,6 @@ def test_models_that_were_changed_or_moved(built: Path, run: Searching, tmp_path
         shutil.copy(t2i, tmp_path / name)
     assert str(tmp_path / "a") in run("query", "--index", built, QUERY, status=2)
     assert path.exists()
-
-
-def test_the_digest_of_a_model_covers_its_options(tmp_path: Path) -> None:
-    weights, options = tmp_path / "a.safetensors", tmp_path / "a.json"
-    weights.write_bytes(b"weights")
-    digests = set()
-    for value in (4, 9):
-        options.write_text(json.dumps({"options": {"lambda_softmax_CMRC": value}}))
-        digests.add(digest_of_model(weights))
-    assert len(digests) == 2
 
 
 def test_another_bert_is_refused(built: Path, run: Searching, tmp_path: Path) -> None:
@@ -406,9 +389,3 @@ def test_an_index_without_sentences_answers_no_image(world: Path, run: Searching
     run(*options_of(world), "--out", world / "index")
     image = world / "images/1.png"
     assert "--captions" in run("query", "--index", world / "index", "--image", image, status=2)
-
-
-def test_a_first_stage_has_no_routing_space(world: Path, run: Searching) -> None:
-    how = [*options_of(world), "--out", world / "index"]
-    error = run(*how, "--first_stage", model_of(world, "i2t"), status=2)
-    assert "--num_layer_routing" in error and not (world / "index").exists()

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +22,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_here
 from PIL import Image
-from searching import SENTENCES, options_of, write_world
+from searching import HOSTILE, SENTENCES, Elements, options_of, write_world
 
 from scripts import search
-from scripts.parts.search_html import write_page
-from scripts.parts.search_index import Answer, Hit, Index
+from scripts.parts.search_index import Index
 
-HOSTILE = "<script>window.hacked = 1</script> a man ${6 * 7} {{value}} & co"
 HOSTILE_NAME = "<b>${6*7}{{value}}.png"
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome")
 QUERY = "a man in red"
@@ -52,25 +49,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def index(world: Path) -> Index:
     return Index.open(world / "index")
-
-
-class Elements(HTMLParser):
-    """The elements of a page, and its text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 # An answer as a file
@@ -101,29 +79,6 @@ def test_a_file_of_sentences_shows_the_image_of_the_query(
     assert len(page.of("img")) == 1 and len(page.of("li")) == len(SENTENCES) + 1
     assert all(text in page.text for text in [*SENTENCES, HOSTILE])
     assert not page.of("script")
-
-
-def test_a_file_escapes_names_and_says_which_image_is_gone(tmp_path: Path) -> None:
-    name = '"><script>alert(1)</script>.png'
-    Image.new("RGB", (40, 30)).save(tmp_path / name.replace("/", "%"))
-    hits = (Hit(name.replace("/", "%"), 0.5, 0), Hit("gone<b>.png", 0.25, 1))
-    answer = Answer(HOSTILE, hits, {"encode": 0.1}, 2, 2)
-    folder: Any = SimpleNamespace(images_folder=tmp_path)
-    write_page(tmp_path / "page.html", folder, answer)
-    page = Elements((tmp_path / "page.html").read_text())
-    assert not page.of("script") and [x["alt"] for x in page.of("img")] == [hits[0].name]
-    assert HOSTILE in page.text and "gone<b>.png: not found" in page.text
-
-
-def test_a_name_that_is_not_unicode_is_shown_escaped(tmp_path: Path) -> None:
-    name = os.fsdecode(b"\xff\n.png")
-    Image.new("RGB", (40, 30)).save(tmp_path / name)
-    answer = Answer(name, (Hit(name, 0.5, 0),), {"encode": 0.1}, 1, 1)
-    folder: Any = SimpleNamespace(images_folder=tmp_path)
-    write_page(tmp_path / "page.html", folder, answer)
-    page = Elements((tmp_path / "page.html").read_text())
-    assert [image["alt"] for image in page.of("img")] == [r"\udcff\n.png"]
-    assert page.text.count(r"\udcff\n.png") == 3  # as title, heading and name
 
 
 def test_a_file_never_replaces_an_image(world: Path, monkeypatch, capsys) -> None:

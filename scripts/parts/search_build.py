@@ -51,9 +51,8 @@ def build(options: IndexOptions, command: str) -> None:
     folder, captions = Path(options.images).absolute(), options.captions
     sentences = read_captions(Path(captions), allow_empty=False) if captions is not None else ()
     inputs = Inputs(folder, list_images(folder), sentences)
-    models = SearchModels.open(
-        options.model_path, options.first_stage, options.bert_path, options.device
-    )
+    paths = options.model_path, options.first_stage, options.bert_path
+    models = SearchModels.open(*paths, options.device, options.precision)
     if options.faiss is not None and models.first is not None:
         new_faiss(options.faiss, models.first.models[0].config.embed_size)  # refused at once
     backbone = choose_backbone(options, models)
@@ -103,6 +102,7 @@ class Building:
             "backbone": self.backbone.about,
             "images": digest_of(self.inputs.names),
             "captions": digest_of(self.inputs.sentences),
+            "precision": self.options.precision,
             "dtype": self.options.dtype,
             "batch_size": self.options.batch_size,  # the last bits of features depend on it
         }

@@ -18,10 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from common.config import Precision
 from common.errors import InputError, require, summarise
 from common.files import explain_os_errors, map_array, read_json, read_text, write_json
 from common.layout import check_backbone
@@ -48,7 +49,7 @@ SHAPE = {  # of a record, by the names of its fields
     "about": {
         **MODELS,
         **{"backbone": dict, "images": str, "captions": str},
-        **{"dtype": str, "batch_size": int},
+        **{"precision": (str, NoneType), "dtype": str, "batch_size": int},
     },
     "places": {**MODELS, "images": str, "weights": str},
     "command": str,
@@ -82,6 +83,7 @@ def _is_record(content: dict[str, Any]) -> bool:
     return (
         counts[0] == counts[1]
         and counts[0][0] > 0
+        and about["precision"] in (None, *get_args(Precision))
         and about["dtype"] in ("float16", "float32")
         and all(0 <= len(each["left_out"]) <= each["done"] for each in done)
         and (content["images"] is not None or not content["complete"])

@@ -49,10 +49,15 @@ class SearchModels:
         first_stage: str | Path | None,
         bert_path: str | Path | None,
         device: str,
+        precision: Precision | None = None,
     ) -> "SearchModels":
-        """Open the models. Raises InputError if they do not fit each other."""
-        # Where bfloat16 is emulated it is slower than float32, which changes scores little.
-        precision: Precision | None = None if has_fast_bf16(pick_device(device)) else "fp32"
+        """Open the models. Raises InputError if they do not fit each other.
+
+        The precision is by default that of the models, or float32 if the device emulates bfloat16.
+        """
+        # There bfloat16 is slower than float32, which changes scores little.
+        if precision is None and not has_fast_bf16(pick_device(device)):
+            precision = "fp32"
         matcher = Matcher.open(model_path, bert_path, device, precision)
         if first_stage is None:
             return cls(matcher, None)
@@ -90,12 +95,15 @@ class SearchModels:
         for digest, place in zip(known, places, strict=True):
             if place is not None:
                 paths.append(moved.get(digest) or Path(place))
+                problem = f"{paths[-1]}: not found; --model_path says where a model is now"
+                require(paths[-1].exists(), problem)
                 problem = f"{paths[-1]}: was changed since {folder} was made"
                 is_same = digest_of_model(paths[-1]) == digest
                 require(is_same, f"{problem}; expected SHA-256 {digest[:12]}")
         count = len(record.places["model_path"])
         first = paths[count] if len(paths) > count else None
-        models = cls.open(paths[:count], first, bert_path or record.places["bert_path"], device)
+        bert_path, precision = bert_path or record.places["bert_path"], record.about["precision"]
+        models = cls.open(paths[:count], first, bert_path, device, precision)
         bert, expected = models.matcher.bert.fingerprint, record.about["bert_path"]
         problem = f"{models.places['bert_path']}: BERT {bert[:12]}"
         require(bert == expected, f"{problem}; expected {expected[:12]}, as in {folder / RECORD}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from common.config import LARGEST
+from common.config import LARGEST, Precision
 from common.errors import check_range, require
 
 BackboneName = Literal["efficientnet_lite2", "fasterrcnn", "hf"]
@@ -40,6 +40,11 @@ class IndexOptions:
     dtype: Annotated[
         Literal["float16", "float32"], "type of the stored regions and words; float32 is exact"
     ] = "float16"
+    precision: Annotated[
+        Precision | None,
+        "of products, here and in queries; tf32: CUDA only (default: the models', fp32 if the "
+        "device emulates bf16)",
+    ] = None
     batch_size: Annotated[int, "images at a time"] = 16
     workers: Annotated[int, "processes that read images; 0 reads in the program itself"] = 2
     device: Annotated[str, DEVICES] = "auto"

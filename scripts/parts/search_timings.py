@@ -141,7 +141,8 @@ def write_index(folder: Path, models: SearchModels, items: int) -> None:
     """Write an index of so many images that nobody has; all arrays but the vectors are holes."""
     names = [f"{i}.jpg" for i in range(items)]
     about = models.about | {"images": digest_of(names), "captions": digest_of(())}
-    about |= {"backbone": {"model": "none"}, "dtype": "float16", "batch_size": 1}
+    about |= {"backbone": {"model": "none"}, "precision": None}
+    about |= {"dtype": "float16", "batch_size": 1}
     places = models.places | {"images": str(folder), "weights": ""}
     part = Part(folder / "images", models.specs("images", np.dtype("float16")))
     part.begin(names)
