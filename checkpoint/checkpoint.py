@@ -279,6 +279,14 @@ def build_with_precision(
     return model
 
 
+def check_space(checkpoint: Checkpoint, wanted: bool, where: str = "") -> None:
+    """Raise InputError unless the model has a routing space, or has none, as `wanted`."""
+    layers = checkpoint.config.num_layer_routing
+    expected = "1 or more, a model with a routing space" if wanted else "0, the encoders alone"
+    problem = f"{where}{checkpoint.path}: was trained with --num_layer_routing {layers}"
+    require((layers > 0) == wanted, f"{problem}; expected {expected}")
+
+
 def check_positions(bert: Bert, config: ModelConfig, where: str = "") -> None:
     """Raise InputError if captions would be longer than BERT can read."""
     positions = bert.model.config.max_position_embeddings

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from checkpoint.bert import Bert
-from checkpoint.checkpoint import Checkpoint, bert_of, build_with_precision, read_checkpoint
+from checkpoint.checkpoint import (
+    Checkpoint,
+    bert_of,
+    build_with_precision,
+    check_space,
+    read_checkpoint,
+)
 from common.cli import pick_device
 from common.config import Precision
 from common.errors import InputError, brief_repr, require
@@ -142,7 +148,8 @@ class Matcher:
 
         Raises InputError for a model without a routing space.
         """
-        self._check_layers(has_space=True)
+        for checkpoint in self.checkpoints:
+            check_space(checkpoint, wanted=True)
         routes = []
         for model, encoded in zip(self.models, self.encoded(images, captions), strict=True):
             i, c = encoded.images, encoded.captions
@@ -157,7 +164,8 @@ class Matcher:
         Raises InputError unless this is a single model without a routing space: in other models no
         loss makes these vectors good for ranking.
         """
-        self._check_layers(has_space=False)
+        for checkpoint in self.checkpoints:
+            check_space(checkpoint, wanted=False)
         names = ", ".join(str(checkpoint.path) for checkpoint in self.checkpoints)
         require(len(self.models) == 1, f"{names}: expected a single model")
         return items.of_models[0].pooled.cpu().numpy()
@@ -171,14 +179,6 @@ class Matcher:
         words = self.bert.vocabulary
         ids, mask = words.encode([text], max(model.config.max_words for model in self.models))
         return bool((ids[mask][1:-1] == words.entries.index(UNK)).all())
-
-    def _check_layers(self, has_space: bool) -> None:
-        """Raise InputError unless all models have a routing space, or none has."""
-        for checkpoint, model in zip(self.checkpoints, self.models, strict=True):
-            layers = model.config.num_layer_routing
-            expected = "1 or more, a model with a routing space" if has_space else "0"
-            problem = f"{checkpoint.path}: was trained with --num_layer_routing {layers}"
-            require((layers > 0) == has_space, f"{problem}; expected {expected}")
 
 
 def _common_bert(checkpoints: Sequence[Checkpoint], bert_path: str | Path | None) -> Bert:

@@ -68,16 +68,20 @@ def open_pairs(options: Options) -> tuple[Pairs, Split]:
 
     Raises InputError.
     """
-    from checkpoint.checkpoint import bert_of, build_model, common_option, read_checkpoint
+    from checkpoint.checkpoint import (
+        bert_of,
+        build_model,
+        check_space,
+        common_option,
+        read_checkpoint,
+    )
     from data import Split
     from evaluation import encode_split
     from scripts.parts.routes import Pairs
 
     device = pick_device(options.device)
     checkpoint = read_checkpoint(options.model_path)
-    layers = checkpoint.config.num_layer_routing
-    problem = f"{checkpoint.path}: was trained with --num_layer_routing {layers}"
-    require(layers > 0, f"{problem}; expected a model with a routing space")
+    check_space(checkpoint, wanted=True)
     path = options.data_path or common_option([checkpoint], "data_path")
     folder = Path(path) / (options.data_name or common_option([checkpoint], "data_name"))
     split = Split.open(folder, options.split, checkpoint.config.img_dim)

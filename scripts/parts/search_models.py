@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint.checkpoint import json_beside
+from checkpoint.checkpoint import check_space, json_beside
 from checkpoint.matcher import Items, Matcher
 from common.cli import pick_device
 from common.config import Precision
@@ -65,9 +65,7 @@ class SearchModels:
         first = Matcher.open(first_stage, bert, device, precision)
         problem = f"{first_stage}: features are {first.img_dim} wide"
         require(first.img_dim == matcher.img_dim, f"{problem}; expected {matcher.img_dim}")
-        layers = first.models[0].config.num_layer_routing
-        problem = f"--first_stage {first_stage}: was trained with --num_layer_routing {layers}"
-        require(layers == 0, f"{problem}; expected 0, the encoders alone")
+        check_space(first.checkpoints[0], wanted=False, where="--first_stage ")
         return cls(matcher, first)
 
     @classmethod
